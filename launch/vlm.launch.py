@@ -1,0 +1,64 @@
+"""Starts the vision-language node.
+
+How it is used:
+    ros2 launch librobot_vlm_ros vlm.launch.py model:=florence-2-base image_topic:=/camera/image_raw
+    ros2 launch librobot_vlm_ros vlm.launch.py --show-args
+"""
+
+from launch import LaunchContext, LaunchDescription, LaunchDescriptionEntity
+from launch.actions import DeclareLaunchArgument, OpaqueFunction
+from launch.substitutions import LaunchConfiguration
+from launch_ros.actions import LifecycleNode
+
+from librobot_vlm_ros.ros.arguments import (
+    LAUNCH_PARAMETERS,
+    arguments,
+    existing_file,
+    given_arguments,
+    logger_name,
+    parse_values,
+)
+from librobot_vlm_ros.ros.transport import TRANSPORT_VARIABLE
+
+ARGUMENTS = arguments(LAUNCH_PARAMETERS)
+
+
+def generate_launch_description() -> LaunchDescription:
+    declared = [
+        DeclareLaunchArgument(
+            item.name,
+            default_value=item.default,
+            description=item.description,
+            choices=list(item.choices) or None,
+        )
+        for item in ARGUMENTS
+    ]
+    return LaunchDescription([*declared, OpaqueFunction(function=start_node)])
+
+
+def start_node(context: LaunchContext) -> list[LaunchDescriptionEntity]:
+    texts = {item.name: LaunchConfiguration(item.name).perform(context) for item in ARGUMENTS}
+    said = {word.partition(":=")[0] for word in context.argv}
+    given = given_arguments(texts, said, ARGUMENTS)
+    values = parse_values(given)
+    files = [str(existing_file(texts["params_file"]))] if texts["params_file"] else []
+    level = f"{logger_name(texts['namespace'])}:={texts['log_level']}"
+    return [
+        LifecycleNode(
+            package="librobot_vlm_ros",
+            executable="vlm_node",
+            name="vlm",
+            namespace=texts["namespace"],
+            # The file wins over this default for all nodes, and what was asked for here over both.
+            ros_arguments=["-p", "autostart:=true", "--log-level", level],
+            parameters=[*files, {name: as_parameter(value) for name, value in values.items()}],
+            additional_env={TRANSPORT_VARIABLE: texts["transport"]},
+            output="screen",
+            emulate_tty=True,
+        )
+    ]
+
+
+def as_parameter(value: object) -> object:
+    # launch_ros takes an empty list for one of no type; the node leaves blank entries out.
+    return list(value) or [""] if isinstance(value, tuple) else value

@@ -1,0 +1,84 @@
+"""Message definitions for reading and writing bags without a ROS installation.
+
+The store holds ROS 2 Jazzy's own types and this package's, the latter read from the `.msg` files
+that ship with it, so that there is one definition of each message.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rosbags.typesys import Stores, get_types_from_msg, get_typestore
+from rosbags.typesys.store import Typestore
+
+from librobot_vlm_ros.core import BagError, ErrorCode
+
+__all__ = ["PACKAGE", "extended_typestore", "message_folder", "package_typestore"]
+
+PACKAGE = "librobot_vlm_ros"
+
+
+def message_folder() -> Path:
+    """The folder with this package's `.msg` files: of the checkout, else of the installation.
+
+    Raises `BagError` (FILE_NOT_FOUND) when neither has them.
+    """
+    for folder in _candidates():
+        if (folder / "InferenceInfo.msg").is_file():
+            return folder
+    raise BagError(
+        ErrorCode.FILE_NOT_FOUND,
+        f"the message definitions of {PACKAGE} (msg/*.msg) were not found",
+        "Build the package with colcon and source its install/setup.bash, or run from a checkout.",
+    )
+
+
+def _candidates() -> Iterator[Path]:
+    here = Path(__file__).resolve()
+    yield here.parents[2] / "msg"  # a source checkout
+    for parent in Path(__file__).absolute().parents:  # <prefix>/lib/python3.x/site-packages/...
+        yield parent / "share" / PACKAGE / "msg"
+    for prefix in os.environ.get("AMENT_PREFIX_PATH", "").split(os.pathsep):
+        if prefix:
+            yield Path(prefix) / "share" / PACKAGE / "msg"
+
+
+def package_typestore() -> Typestore:
+    """ROS 2 Jazzy's messages and this package's (`librobot_vlm_ros/msg/Caption` and so on)."""
+    return _store(message_folder())
+
+
+@functools.cache
+def _store(folder: Path) -> Typestore:
+    store = get_typestore(Stores.ROS2_JAZZY)
+    types: dict[str, Any] = {}
+    for path in sorted(folder.glob("*.msg")):
+        name = f"{PACKAGE}/msg/{path.stem}"
+        types.update(get_types_from_msg(path.read_text(encoding="utf-8"), name))
+    store.register(types)
+    return store
+
+
+def extended_typestore(bag_types: Mapping[str, Any]) -> Typestore:
+    """A store in which the definitions that a bag carries win over the ones known here.
+
+    A bag recorded with an older version of a message can only be read with that version.
+    """
+    try:
+        known = package_typestore()
+    except BagError:  # a bag of other messages needs none of ours; one of ours brings its own
+        known = _jazzy()
+    if all(known.fielddefs.get(name) == fields for name, fields in bag_types.items()):
+        return known
+    store = get_typestore(Stores.EMPTY)
+    store.register({**known.fielddefs, **bag_types})
+    return store
+
+
+@functools.cache
+def _jazzy() -> Typestore:
+    return get_typestore(Stores.ROS2_JAZZY)

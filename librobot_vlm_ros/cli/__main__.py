@@ -1,0 +1,9 @@
+"""`python -m librobot_vlm_ros.cli` is `librobot-vlm`."""
+
+from __future__ import annotations
+
+import sys
+
+from .main import main
+
+sys.exit(main())

@@ -1,0 +1,47 @@
+"""Types of command line arguments, refused with a sentence when they make no sense."""
+
+from __future__ import annotations
+
+import argparse
+
+__all__ = ["count", "positive", "remapping", "seconds"]
+
+_MOST = 1e9
+
+
+def seconds(text: str) -> float:
+    """A number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= _MOST:  # NaN is in no interval
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 0")
+    return value
+
+
+def positive(text: str) -> float:
+    """A number above 0."""
+    value = seconds(text)
+    if value == 0.0:
+        raise argparse.ArgumentTypeError("expected a number above 0")
+    return value
+
+
+def count(text: str) -> int:
+    """A whole number of at least 0."""
+    if not text.isdecimal() or len(text) > 9:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 0")
+    return int(text)
+
+
+def remapping(text: str) -> tuple[str, str]:
+    """`/from:=/to` as a pair of absolute topic names."""
+    source, sign, target = text.partition(":=")
+    if not sign or not source or not target:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form /from:=/to")
+    return _absolute(source), _absolute(target)
+
+
+def _absolute(topic: str) -> str:
+    return topic if topic.startswith("/") else f"/{topic}"

@@ -1,0 +1,164 @@
+"""`librobot-vlm query`: one question to the running node."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from .argument_types import count, positive
+
+SUMMARY = "ask the running node about the newest camera frame, or about a picture"
+
+_EPILOG = """\
+Tasks have the same names for every model: caption, detect, ground, answer, ocr, ... (Florence-2's
+own, such as <OD>, are understood too). `librobot-vlm models` says which model can do which.
+
+Examples:
+  librobot-vlm query caption
+  librobot-vlm query ground "the red cube"
+  librobot-vlm query detect --image kitchen.jpg --json
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments and help."""
+    parser.epilog = _EPILOG
+    parser.add_argument("task", help="what to do: caption, detect, ground, answer, ...")
+    parser.add_argument("prompt", nargs="?", default="", help="text, for tasks that need one")
+    parser.add_argument("--image", type=Path, help="ask about this picture, not a camera's frame")
+    parser.add_argument("--camera", default="", help="which camera (default: the only one)")
+    parser.add_argument(
+        "--region",
+        type=float,
+        nargs=4,
+        default=(),
+        metavar=("X_MIN", "Y_MIN", "X_MAX", "Y_MAX"),
+        help="box in pixels, for tasks about a region",
+    )
+    parser.add_argument("--max-new-tokens", type=count, default=0, metavar="N", help="length limit")
+    parser.add_argument("--node", default="/vlm", help="the node (default /vlm)")
+    parser.add_argument("--timeout", type=positive, default=30.0, metavar="S", help="default 30")
+    parser.add_argument("--json", action="store_true", help="print the answer as JSON")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Ask and print; 1 when the node answers with an error."""
+    from librobot_vlm_ros.core import make_error
+    from librobot_vlm_ros.srv import Query
+
+    from .spinning import Session
+
+    request = Query.Request(
+        task=args.task,
+        prompt=args.prompt,
+        camera=args.camera,
+        region=list(args.region),
+        max_new_tokens=args.max_new_tokens,
+        timeout_s=args.timeout,
+    )
+    if args.image is not None:
+        request.use_image, request.image = True, _image_message(args.image)
+    with Session("librobot_vlm_query") as session:
+        node = args.node if args.node.startswith("/") else f"/{args.node}"
+        client = session.node.create_client(Query, f"{node}/query")
+        answer = session.call(client, request, args.timeout + 2.0)
+    if args.json:
+        print(json.dumps(_as_dict(answer), indent=2))
+    if not answer.success:
+        # The node's text begins with the code already; it is shown once.
+        text = answer.error_msg or str(make_error(answer.error_code, "the node gave no reason"))
+        print(f"librobot-vlm query: {text}", file=sys.stderr)
+        return 1
+    if not args.json:
+        _print(answer)
+    return 0
+
+
+def _image_message(path: Path) -> Any:
+    import array
+
+    import numpy as np
+    from PIL import Image as Picture
+    from PIL import UnidentifiedImageError
+    from sensor_msgs.msg import Image
+
+    from librobot_vlm_ros.core import ErrorCode, ImageError
+
+    try:
+        with Picture.open(path) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+    except (UnidentifiedImageError, Picture.DecompressionBombError) as error:
+        raise ImageError(
+            ErrorCode.BAD_IMAGE, f"{path} cannot be used as a picture: {error}", "Use JPEG or PNG."
+        ) from error
+    height, width = pixels.shape[:2]
+    image = Image(height=height, width=width, encoding="rgb8", step=3 * width)
+    image.header.frame_id = path.name
+    image.data = array.array("B", pixels.tobytes())  # a list would take a hundred times as long
+    return image
+
+
+def _as_dict(answer: Any) -> dict[str, Any]:
+    info = answer.info
+    regions = [
+        {
+            "label": region.label,
+            "score": _number(region.score),
+            "box": [region.x_min, region.y_min, region.x_max, region.y_max],
+            "polygon": [[point.x, point.y] for point in region.polygon],
+        }
+        for region in answer.grounding.regions
+    ]
+    stamp = answer.header.stamp
+    return {
+        "success": answer.success,
+        "error_code": answer.error_code,
+        "error_msg": answer.error_msg,
+        "text": answer.text,
+        "score": _number(answer.score),
+        "regions": regions,
+        "embedding_shape": list(answer.embedding.shape),
+        "stamp_ns": stamp.sec * 10**9 + stamp.nanosec,
+        "frame_id": answer.header.frame_id,
+        "model": info.model,
+        "task": info.task,
+        "prompt": info.prompt,
+        "preprocess_s": info.preprocess_s,
+        "inference_s": info.inference_s,
+        "age_s": info.age_s,
+    }
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _print(answer: Any) -> None:
+    from .console import table
+
+    regions = answer.grounding.regions
+    if answer.text and not regions:
+        print(answer.text)
+    if regions:
+        rows = [
+            (
+                region.label,
+                "-" if math.isnan(region.score) else f"{region.score:.2f}",
+                *(
+                    f"{edge:.1f}"
+                    for edge in (region.x_min, region.y_min, region.x_max, region.y_max)
+                ),
+            )
+            for region in regions
+        ]
+        header = ("label", "score", "x_min", "y_min", "x_max", "y_max")
+        print(table(rows, header=header, right="lrrrrr"))
+    elif not answer.text:
+        shape = list(answer.embedding.shape)
+        print(f"embedding {answer.embedding.dtype}{shape}" if shape else "nothing found")
+    took_s = answer.info.preprocess_s + answer.info.inference_s
+    print(f"({answer.info.model}, {answer.info.task}, {took_s:.3f} s)", file=sys.stderr)

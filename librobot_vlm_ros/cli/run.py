@@ -1,0 +1,66 @@
+"""`librobot-vlm run`: the node without launch_ros, with the arguments of the launch file."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from librobot_vlm_ros.ros.arguments import Argument
+
+SUMMARY = "start the node: run model:=florence-2-base image_topic:=/camera/image_raw"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the `name:=value` words and `--show-args`."""
+    parser.description = "Starts the node `vlm`, configures and activates it. Ctrl-C ends it."
+    parser.epilog = (
+        "examples:\n"
+        "  librobot-vlm run model:=florence-2-base image_topic:=/camera/image_raw\n"
+        "  librobot-vlm run model:=florence-2-tabletop tasks:='[caption@1, detect@5]'\n"
+        "  librobot-vlm run cameras:='front=/front/image_raw, wrist=/wrist/image_raw:compressed'\n"
+        "every parameter of the node is an argument: librobot-vlm run --show-args"
+    )
+    parser.add_argument("arguments", nargs="*", metavar="name:=value", help="as for ros2 launch")
+    parser.add_argument(
+        "-s", "--show-args", action="store_true", help="say what each argument means and end"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs the node until a signal comes."""
+    from librobot_vlm_ros.ros.arguments import (
+        arguments,
+        parse_values,
+        ros_arguments,
+        split_arguments,
+    )
+
+    known = arguments()
+    if args.show_args:
+        print(describe(known))
+        return 0
+    texts = split_arguments(args.arguments, [item.name for item in known])
+    values = parse_values(texts)
+    words = ros_arguments(texts)
+    from librobot_vlm_ros.ros.transport import TRANSPORT_VARIABLE
+    from librobot_vlm_ros.ros.vlm_node import main as run_node
+
+    if "transport" in texts:
+        os.environ[TRANSPORT_VARIABLE] = texts["transport"]
+
+    return run_node(["vlm_node", *words], values)
+
+
+def describe(known: Sequence[Argument]) -> str:
+    """The arguments with their meanings, as `ros2 launch --show-args` prints them."""
+    lines = ["Arguments (pass arguments as '<name>:=<value>'):"]
+    for item in known:
+        choices = f" Valid choices are: {', '.join(item.choices)}" if item.choices else ""
+        text = textwrap.fill(item.description + choices, 92, initial_indent="        ",
+                             subsequent_indent="        ")  # fmt: skip
+        lines += ["", f"    '{item.name}':", text, f"        (default: '{item.default}')"]
+    return "\n".join(lines)

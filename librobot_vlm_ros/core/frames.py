@@ -1,0 +1,81 @@
+"""A camera frame as everything above the core sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import ErrorCode, ImageError
+
+__all__ = ["Frame"]
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """One checked image with its origin. Compared and hashed by identity.
+
+    Raises `ImageError`: BAD_IMAGE when `pixels` is no uint8 [H, W, 3] array, EMPTY_IMAGE when it
+    holds no pixel.
+    """
+
+    pixels: npt.NDArray[np.uint8]
+    """uint8 [H, W, 3], RGB, read-only; may be a view of the message's own bytes, also strided."""
+    camera: str
+    """Name of the camera (parameter `cameras`), "" for an image that came with a request."""
+    stamp_ns: int
+    """Stamp of the source header in nanoseconds, as sent (any clock)."""
+    frame_id: str = ""
+    """Coordinate frame of the source header."""
+    sequence: int = 0
+    """Number of the frame within its camera, as counted on arrival."""
+    received_ns: int = 0
+    """Arrival on this machine's steady clock, in nanoseconds: ages are measured with this one."""
+    header: object | None = None
+    """The source message's header object, carried through unchanged."""
+
+    def __post_init__(self) -> None:
+        pixels = self.pixels
+        if (
+            not isinstance(pixels, np.ndarray)
+            or pixels.dtype != np.uint8
+            or pixels.ndim != 3
+            or pixels.shape[2] != 3
+        ):
+            found = (
+                f"{pixels.dtype} {list(pixels.shape)}"
+                if isinstance(pixels, np.ndarray)
+                else type(pixels).__name__
+            )
+            raise ImageError(
+                ErrorCode.BAD_IMAGE, f"frame pixels are {found}, expected uint8 [H, W, 3] RGB"
+            )
+        if pixels.size == 0:
+            raise ImageError(
+                ErrorCode.EMPTY_IMAGE, f"frame is {pixels.shape[1]}x{pixels.shape[0]} pixels"
+            )
+        if pixels.flags.writeable:
+            view = pixels.view()
+            view.flags.writeable = False
+            object.__setattr__(self, "pixels", view)
+
+    @property
+    def height(self) -> int:
+        """Rows, in pixels."""
+        return int(self.pixels.shape[0])
+
+    @property
+    def width(self) -> int:
+        """Columns, in pixels."""
+        return int(self.pixels.shape[1])
+
+    def age_s(self, now_ns: int) -> float:
+        """Seconds since arrival, `now_ns` being the steady clock; never negative."""
+        return max(0, now_ns - self.received_ns) * 1e-9
+
+    def __repr__(self) -> str:
+        return (
+            f"Frame(camera={self.camera!r}, {self.width}x{self.height}, stamp_ns={self.stamp_ns}, "
+            f"sequence={self.sequence})"
+        )

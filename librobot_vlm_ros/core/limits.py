@@ -1,0 +1,40 @@
+"""Bounds on what comes in, checked before anything is allocated or decoded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from .errors import ErrorCode, RequestError
+
+__all__ = ["DEFAULT_LIMITS", "Limits"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Upper bounds; whatever is beyond one is refused with a code, never cut silently.
+
+    Raises `RequestError` (BAD_PARAMETER) for a bound that is not a positive integer.
+    """
+
+    max_pixels: int = 64_000_000
+    """Width x height of an image, in pixels."""
+    max_side: int = 16_384
+    """Width or height of an image, in pixels."""
+    max_compressed_bytes: int = 64 * 1024 * 1024
+    """Size of a JPEG or PNG before decoding, in bytes."""
+    max_prompt_chars: int = 4096
+    """Length of a prompt as received, in characters."""
+    max_new_tokens: int = 1024
+    """Tokens that one request may generate."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise RequestError(
+                    ErrorCode.BAD_PARAMETER,
+                    f"limit {field.name} is {value!r}, expected an integer of at least 1",
+                )
+
+
+DEFAULT_LIMITS = Limits()

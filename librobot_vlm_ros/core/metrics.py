@@ -1,0 +1,148 @@
+"""How good answers are against ground truth: detection, grounding and caption scores.
+
+The demo, the replay tests and the evaluation all count with these functions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .assignment import best_assignment
+from .geometry import iou, iou_matrix
+from .results import Region
+
+__all__ = [
+    "DetectionScores",
+    "Match",
+    "caption_exact",
+    "detection_scores",
+    "grounding_hit",
+    "match_boxes",
+    "named_objects",
+]
+
+
+@dataclass(frozen=True)
+class Match:
+    """A predicted box and the true box that it is counted for."""
+
+    predicted: int
+    """Index among the predicted boxes."""
+    truth: int
+    """Index among the true boxes."""
+    iou: float
+
+
+def match_boxes(
+    predicted: npt.ArrayLike,
+    truth: npt.ArrayLike,
+    *,
+    iou_threshold: float = 0.5,
+    predicted_labels: Sequence[str] | None = None,
+    truth_labels: Sequence[str] | None = None,
+) -> list[Match]:
+    """Pairs boxes [N, 4] with boxes [M, 4] one to one, in order of the predicted ones.
+
+    A pair needs an IoU of at least `iou_threshold` and, where both lists of labels are given, equal
+    labels. Of all ways to pair, the one with most pairs is taken, and among those the one with the
+    largest sum of IoU (optimal, not greedy: the order of the boxes does not matter).
+    """
+    overlaps = iou_matrix(predicted, truth)
+    if overlaps.size == 0:
+        return []
+    allowed = (overlaps >= iou_threshold) & (overlaps > 0)
+    if predicted_labels is not None and truth_labels is not None:
+        allowed &= np.array(
+            [[mine == theirs for theirs in truth_labels] for mine in predicted_labels], bool
+        )
+    # All IoUs together weigh less than one pair more.
+    weights = np.where(allowed, 1.0 + overlaps / (1 + min(overlaps.shape)), 0.0)
+    return [
+        Match(row, column, float(overlaps[row, column]))
+        for row, column in best_assignment(weights)
+        if allowed[row, column]
+    ]
+
+
+@dataclass(frozen=True)
+class DetectionScores:
+    """Counts and scores over a set of frames."""
+
+    frames: int
+    predicted: int
+    """Boxes that were predicted."""
+    expected: int
+    """Boxes in the ground truth."""
+    matched: int
+    precision: float
+    """matched / predicted; without predictions 1 when nothing was expected either, else 0."""
+    recall: float
+    """matched / expected; 1 when nothing was expected."""
+    mean_iou: float
+    """Mean IoU of the matches; 0 without any."""
+
+
+def detection_scores(
+    frames: Iterable[tuple[Sequence[Region], Sequence[Region]]], *, iou_threshold: float = 0.5
+) -> DetectionScores:
+    """Scores of (predicted, true) regions of each frame; a match needs label and IoU."""
+    count = predicted = expected = 0
+    overlaps: list[float] = []
+    for found, truth in frames:
+        count += 1
+        predicted += len(found)
+        expected += len(truth)
+        matches = match_boxes(
+            [region.box for region in found],
+            [region.box for region in truth],
+            iou_threshold=iou_threshold,
+            predicted_labels=[region.label for region in found],
+            truth_labels=[region.label for region in truth],
+        )
+        overlaps += [match.iou for match in matches]
+    matched = len(overlaps)
+    return DetectionScores(
+        frames=count,
+        predicted=predicted,
+        expected=expected,
+        matched=matched,
+        precision=matched / predicted if predicted else float(expected == 0),
+        recall=matched / expected if expected else 1.0,
+        mean_iou=sum(overlaps) / matched if matched else 0.0,
+    )
+
+
+def grounding_hit(
+    found: Sequence[Region], truth: Sequence[Sequence[float]], *, iou_threshold: float = 0.5
+) -> bool:
+    """Whether the first box found for a phrase meets any of the true boxes of that phrase.
+
+    The usual measure of phrase grounding (recall at 1, any box of the phrase counts).
+    """
+    return bool(found) and any(iou(found[0].box, box) >= iou_threshold for box in truth)
+
+
+def named_objects(text: str, vocabulary: Iterable[str]) -> frozenset[str]:
+    """The names of `vocabulary` that occur in `text` as whole words, singular or with a plural "s"
+    or "es".
+
+    The longest name wins: "a red cube" names "red cube", not also "cube".
+    """
+    names = {name.lower(): name for name in vocabulary if name}
+    if not names:
+        return frozenset()
+    longest_first = sorted(names, key=lambda name: (-len(name), name))
+    pattern = rf"(?<!\w)({'|'.join(map(re.escape, longest_first))})(?:e?s)?(?!\w)"
+    plain = " ".join(text.lower().split())
+    return frozenset(names[match] for match in re.findall(pattern, plain))
+
+
+def caption_exact(caption: str, present: Iterable[str], vocabulary: Iterable[str]) -> bool:
+    """Whether a caption names exactly the objects present: none missing, none invented."""
+    expected = frozenset(present)
+    return named_objects(caption, frozenset(vocabulary) | expected) == expected

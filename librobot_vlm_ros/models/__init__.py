@@ -1,0 +1,44 @@
+"""Models: the registry, the backends behind it, and checkpoint loading.
+
+Importing this package does not import torch; a model's module is imported when first asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from librobot_vlm_ros.models.base import ModelInfo, VlmBackend
+from librobot_vlm_ros.models.registry import (
+    create_vlm,
+    get_vlm,
+    list_vlms,
+    model_info,
+    models_with_task,
+    register_vlm,
+)
+
+#: Names that need torch, and the module of this package that holds each.
+_LAZY = {
+    "AbstractVLM": "abstract",
+    "load_module": "checkpoint",
+}
+
+__all__ = [
+    "AbstractVLM",
+    "ModelInfo",
+    "VlmBackend",
+    "create_vlm",
+    "get_vlm",
+    "list_vlms",
+    "load_module",
+    "model_info",
+    "models_with_task",
+    "register_vlm",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

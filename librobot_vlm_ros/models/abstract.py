@@ -1,0 +1,146 @@
+"""`AbstractVLM`: what every family of models is and does.
+
+Two sides meet here. For learning and research it is a torch module: `forward`, `generate`,
+`encode_image`, freezing, saving. For the robot it is a `VlmBackend`: `run` answers a batch of
+requests (`answering.py`). A new family is one class with these abstract methods filled in, its rows
+in `catalog.py` and its layouts registered with `checkpoint.register_layout`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from librobot_vlm_ros.core import (
+    DEFAULT_LIMITS,
+    ErrorCode,
+    Limits,
+    RequestError,
+)
+from librobot_vlm_ros.models.answering import Answering
+from librobot_vlm_ros.models.frame_cache import FrameCache
+from librobot_vlm_ros.models.registry import model_info
+
+__all__ = ["AbstractVLM"]
+
+
+class AbstractVLM(Answering):
+    """A vision-language model. One thread at a time may use it.
+
+    `module` is the transformers model inside. `device` and `dtype` are names ("cuda:0", "float16").
+    """
+
+    family: ClassVar[str] = ""
+
+    def __init__(
+        self,
+        module: Any,
+        *,
+        name: str,
+        revision: str = "random",
+        limits: Limits = DEFAULT_LIMITS,
+        embedding_pooling: str = "mean",
+    ) -> None:
+        super().__init__()
+        if embedding_pooling not in ("mean", "none"):
+            raise RequestError(
+                ErrorCode.BAD_PARAMETER,
+                f"embedding_pooling is {embedding_pooling!r}, expected 'mean' or 'none'",
+            )
+        self.name = name
+        self.revision = revision
+        self.limits = limits
+        self.embedding_pooling = embedding_pooling
+        self.tasks = frozenset(model_info(name).tasks)
+        self.module = module
+        self.train(module.training)  # a new torch module says that it trains, a loaded one doesn't
+        self.frames = FrameCache()
+
+    # What a family fills in.
+
+    @classmethod
+    @abstractmethod
+    def create(cls, name: str, **options: Any) -> AbstractVLM:
+        """Build the model as `registry.create_vlm` describes; gets all its arguments by name."""
+
+    @abstractmethod
+    def forward(
+        self,
+        images: Any = None,
+        text: Sequence[str] | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **options: Any,
+    ) -> dict[str, Tensor]:
+        """`embeddings` [B, T, D], `logits` [B, L, V], and `loss` where labels are given."""
+
+    @abstractmethod
+    def encode_image(self, images: Any) -> Tensor:
+        """Vision features in the language model's space, [B, N, D].
+
+        `images`: float [B, 3, H, W] already normalised, or [B, views, 3, H, W]; or uint8 tensors,
+        arrays, PIL images or Frames of any sizes.
+        """
+
+    @abstractmethod
+    def encode_text(self, text: Any) -> Tensor:
+        """Text features [B, T, D] of strings or token ids int64 [B, T]."""
+
+    @abstractmethod
+    def generate(self, images: Any = None, input_ids: Any = None, **options: Any) -> Tensor:
+        """Token ids int64 [B, L] of the answers, padded at the end."""
+
+    @abstractmethod
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder in transformers' native layout that `create_vlm` loads again."""
+
+    @abstractmethod
+    def load_pretrained(self, source: str, **options: Any) -> None:
+        """Replace weights, configuration and tokenizer by those of a folder or hub id."""
+
+    @property
+    @abstractmethod
+    def vision_encoder(self) -> nn.Module:
+        """The part that sees."""
+
+    @property
+    @abstractmethod
+    def language_model(self) -> nn.Module:
+        """The part that reads and writes."""
+
+    # The learner's side.
+
+    def freeze(self) -> None:
+        """Train nothing."""
+        self._loaded().requires_grad_(False)
+
+    def unfreeze(self) -> None:
+        """Train everything."""
+        self._loaded().requires_grad_(True)
+
+    def freeze_vision(self) -> None:
+        """Keep the vision encoder as it is; the projection after it still learns."""
+        self.vision_encoder.requires_grad_(False)
+
+    def freeze_language(self) -> None:
+        """Keep the language model as it is."""
+        self.language_model.requires_grad_(False)
+
+    def get_num_parameters(self, trainable_only: bool = False) -> int:
+        """Number of parameters, tied ones counted once."""
+        return sum(
+            parameter.numel()
+            for parameter in self._loaded().parameters()
+            if parameter.requires_grad or not trainable_only
+        )
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Compute activations again in the backward pass instead of keeping them."""
+        module = self._loaded()
+        # Renamed in transformers 5.23; the old name warns there, the new one is unknown before.
+        getattr(module, "activation_checkpointing_enable", module.gradient_checkpointing_enable)()

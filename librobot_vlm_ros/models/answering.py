@@ -1,0 +1,349 @@
+"""How a model answers requests: what is the same for every family.
+
+Checking, grouping what can be answered together, timing, stopping, streaming, and what to do when
+a batch breaks: NaN in a half dtype goes on in a safe one, anything else is tried one by one, so
+that a bad request does not take its neighbours with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from librobot_vlm_ros.core import (
+    EmbeddingData,
+    ErrorCode,
+    Frame,
+    GenerationParams,
+    InferenceError,
+    InferenceRequest,
+    Limits,
+    ModelAnswer,
+    ModelError,
+    RequestError,
+    VlmError,
+    as_vlm_error,
+)
+from librobot_vlm_ros.models.base import OnToken, ShouldStop, stop_reason
+from librobot_vlm_ros.models.decode import Decoder, DecodeRules, Generated, decode
+from librobot_vlm_ros.models.detokenize import TextStream
+from librobot_vlm_ros.models.frame_cache import FrameCache, FrameEntry
+from librobot_vlm_ros.models.placement import dtype_name
+from librobot_vlm_ros.models.registry import models_with_task
+
+__all__ = ["Answering", "Job"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Job:
+    """A request on its way through the model."""
+
+    #: Place of the request in its batch.
+    index: int
+    request: InferenceRequest
+    frame: FrameEntry
+    #: Token ids of the prompt, without those of the image; () for an embedding.
+    prompt: tuple[int, ...]
+    preprocess_s: float = 0.0
+
+
+class Answering(nn.Module, ABC):
+    """The `VlmBackend` side of `AbstractVLM`, on seven methods that a family fills in."""
+
+    #: Rows that are decoded together at most.
+    max_batch = 16
+
+    name: str
+    revision: str
+    tasks: frozenset[str]
+    limits: Limits
+    embedding_pooling: str
+    frames: FrameCache
+    #: The transformers model; None once closed.
+    module: Any
+
+    # What a family fills in.
+
+    @abstractmethod
+    def get_embedding_dim(self) -> int:
+        """D, the length of the vectors that `embed` and the encode methods give."""
+
+    @abstractmethod
+    def prepare(self, request: InferenceRequest) -> tuple[FrameEntry, tuple[int, ...]]:
+        """Tokenise the prompt and bring the frame's pixels into `FrameEntry.pixels`.
+
+        Raises VlmError for a request that the model cannot take.
+        """
+
+    @abstractmethod
+    def start(self, jobs: Sequence[Job]) -> tuple[Decoder, Tensor]:
+        """Take in the prompts; gives the decoder and the history for `decode` (see there)."""
+
+    @abstractmethod
+    def rules(self, params: GenerationParams) -> DecodeRules:
+        """How to decode: the published settings where `params` leaves them open."""
+
+    @abstractmethod
+    def read(self, request: InferenceRequest, generated: Generated) -> ModelAnswer:
+        """Tokens to text, regions and scores."""
+
+    @abstractmethod
+    def embed(self, jobs: Sequence[Job]) -> list[Tensor]:
+        """Image features of each job, [T, D]."""
+
+    @abstractmethod
+    def decode_text(self, ids: Sequence[int]) -> str:
+        """Token ids to text, control tokens of the notation kept, begin, end and pad left out."""
+
+    # What follows from it.
+
+    @property
+    def device(self) -> str:
+        """Where the weights lie."""
+        return str(next(self._loaded().parameters()).device)
+
+    @property
+    def dtype(self) -> str:
+        """What the weights are held in."""
+        return dtype_name(next(self._loaded().parameters()).dtype)
+
+    @property
+    def embedding_dim(self) -> int:
+        """The same as `get_embedding_dim()`."""
+        return self.get_embedding_dim()
+
+    def run(
+        self,
+        batch: Sequence[InferenceRequest],
+        *,
+        on_token: OnToken | None = None,
+        should_stop: ShouldStop | None = None,
+    ) -> list[ModelAnswer | VlmError]:
+        """See `VlmBackend.run`."""
+        entries: dict[int, ModelAnswer | VlmError] = {}
+        groups: dict[Any, list[Job]] = {}
+        with self._answering():
+            for index, request in enumerate(batch):
+                try:
+                    job = self._job(index, request)
+                    groups.setdefault(_group_key(request), []).append(job)
+                except Exception as error:
+                    entries[index] = as_vlm_error(error)
+            for jobs in groups.values():
+                for begin in range(0, len(jobs), self.max_batch):
+                    part = jobs[begin : begin + self.max_batch]
+                    entries.update(self._answer_safely(part, on_token, should_stop))
+        return [entries[index] for index in range(len(batch))]
+
+    def warm_up(self) -> None:
+        """Answer one caption on a blank frame, raising what goes wrong."""
+        frame = Frame(np.zeros((64, 64, 3), dtype=np.uint8), camera="", stamp_ns=0)
+        task = "caption" if "caption" in self.tasks else "embed"
+        request = InferenceRequest(
+            "warm-up", frame, task, params=GenerationParams(max_new_tokens=3)
+        )
+        entry = self.run([request])[0]
+        self.frames.clear()
+        if isinstance(entry, VlmError):
+            raise entry
+
+    def close(self) -> None:
+        """Free the weights; requests get MODEL_NOT_LOADED from here on."""
+        on_gpu = self.module is not None and self.device.startswith("cuda")
+        self.module = None
+        self.frames.clear()
+        if on_gpu:
+            torch.cuda.empty_cache()
+
+    def memory_bytes(self) -> int:
+        """Bytes of parameters and buffers, tied ones counted once."""
+        if self.module is None:
+            return 0
+        held = [*self.module.parameters(), *self.module.buffers()]
+        return sum({id(tensor): tensor.nbytes for tensor in held}.values())
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Where the weights lie, as torch calls it."""
+        return next(self._loaded().parameters()).device
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """What the weights are held in, as torch calls it."""
+        return next(self._loaded().parameters()).dtype
+
+    def _loaded(self) -> Any:
+        if self.module is None:
+            raise ModelError(
+                ErrorCode.MODEL_NOT_LOADED, f"{self.name} was closed", "load the model again"
+            )
+        return self.module
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        """No gradients and no dropout, whatever a training loop has set."""
+        training = self.training
+        if training:
+            self.eval()
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            if training:
+                self.train()
+
+    def _job(self, index: int, request: InferenceRequest) -> Job:
+        self._loaded()
+        if request.task not in self.tasks:
+            able = models_with_task(request.task)
+            raise RequestError(
+                ErrorCode.TASK_NOT_SUPPORTED,
+                f"{self.name} cannot {request.task!r}, it can: {', '.join(sorted(self.tasks))}",
+                f"models that can: {', '.join(able) or 'none of the registered ones'}",
+            )
+        wanted = request.params.max_new_tokens
+        if wanted is not None and wanted > self.limits.max_new_tokens:
+            raise RequestError(
+                ErrorCode.BAD_PARAMETER,
+                f"max_new_tokens is {wanted}, at most {self.limits.max_new_tokens} are allowed",
+            )
+        started = time.perf_counter()
+        frame, prompt = self.prepare(request)
+        return Job(index, request, frame, prompt, time.perf_counter() - started)
+
+    def _answer_safely(
+        self, jobs: Sequence[Job], on_token: OnToken | None, should_stop: ShouldStop | None
+    ) -> dict[int, ModelAnswer | VlmError]:
+        """Answers of a group. What breaks it is tried again in a safe dtype, or one by one."""
+        told = False
+
+        def tell(index: int, text: str) -> None:
+            nonlocal told
+            told = True
+            assert on_token is not None
+            on_token(index, text)
+
+        try:
+            return self._answer(jobs, tell if on_token else None, should_stop)
+        except Exception as problem:
+            error = as_vlm_error(problem)
+        # A second try streams only if nothing was heard of the first: text is never taken back.
+        on_token = None if told else on_token
+        if self.torch_device.type == "cuda":
+            torch.cuda.empty_cache()
+        if error.code == ErrorCode.NAN_LOGITS and self._to_safer_dtype():
+            return self._answer_safely(jobs, on_token, should_stop)
+        if len(jobs) == 1:
+            return {jobs[0].index: error}
+        entries: dict[int, ModelAnswer | VlmError] = {}
+        for job in jobs:
+            entries.update(self._answer_safely([job], on_token, should_stop))
+        return entries
+
+    def _answer(
+        self, jobs: Sequence[Job], on_token: OnToken | None, should_stop: ShouldStop | None
+    ) -> dict[int, ModelAnswer | VlmError]:
+        started = time.perf_counter()
+        if jobs[0].request.spec.output == "embedding":
+            entries = self._embeddings(jobs, should_stop)
+        else:
+            entries = self._texts(jobs, on_token, should_stop)
+        spent = time.perf_counter() - started
+        for job in jobs:
+            entry = entries[job.index]
+            if isinstance(entry, ModelAnswer):
+                entries[job.index] = dataclasses.replace(
+                    entry, preprocess_s=job.preprocess_s, inference_s=spent
+                )
+        return entries
+
+    def _embeddings(
+        self, jobs: Sequence[Job], should_stop: ShouldStop | None
+    ) -> dict[int, ModelAnswer | VlmError]:
+        entries: dict[int, ModelAnswer | VlmError] = {}
+        for job, tokens in zip(jobs, self.embed(jobs), strict=True):
+            stop = stop_reason(job.request, job.index, should_stop)
+            if stop is not None:
+                entries[job.index] = stop
+                continue
+            values = tokens if self.embedding_pooling == "none" else tokens.float().mean(dim=0)
+            # numpy has no bfloat16; float32 holds every value of it.
+            values = values.to(torch.float16 if tokens.dtype == torch.float16 else torch.float32)
+            if not bool(torch.isfinite(values).all()):
+                raise InferenceError(ErrorCode.NAN_LOGITS, "the embedding is not finite")
+            array = values.cpu().numpy()
+            entries[job.index] = ModelAnswer(embedding=EmbeddingData(self.embedding_pooling, array))
+        return entries
+
+    def _texts(
+        self, jobs: Sequence[Job], on_token: OnToken | None, should_stop: ShouldStop | None
+    ) -> dict[int, ModelAnswer | VlmError]:
+        rules = self.rules(jobs[0].request.params)
+        decoder, history = self.start(jobs)
+        streams = [TextStream(self.decode_text) for _ in jobs]
+
+        def tell(row: int, ids: list[int]) -> None:
+            text = streams[row].feed(ids)
+            if text and on_token is not None:
+                on_token(jobs[row].index, text)
+
+        generated = decode(
+            decoder,
+            rules,
+            history,
+            stop=lambda row: stop_reason(jobs[row].request, jobs[row].index, should_stop),
+            tell=tell if on_token is not None else None,
+            seeds=[job.request.params.seed for job in jobs],
+        )
+        entries: dict[int, ModelAnswer | VlmError] = {}
+        for job, row in zip(jobs, generated, strict=True):
+            if isinstance(row, VlmError):
+                entries[job.index] = row
+                continue
+            try:
+                answer = self.read(job.request, row)
+            except Exception as error:
+                entries[job.index] = as_vlm_error(error)
+                continue
+            entries[job.index] = dataclasses.replace(
+                answer, prompt_tokens=len(job.prompt), generated_tokens=len(row.ids)
+            )
+        return entries
+
+    def _to_safer_dtype(self) -> bool:
+        """Go from a half dtype to one with float32's range, once; False when already there."""
+        if self.torch_dtype == torch.float32:
+            return False
+        wide = (
+            self.torch_dtype == torch.float16
+            and self.torch_device.type == "cuda"
+            and torch.cuda.is_bf16_supported(including_emulation=False)
+        )
+        safer = torch.bfloat16 if wide else torch.float32
+        _log.warning(
+            "%s gave NaN in %s: from here on it computes in %s",
+            self.name,
+            self.dtype,
+            dtype_name(safer),
+        )
+        self._loaded().to(safer)
+        return True
+
+
+def _group_key(request: InferenceRequest) -> Any:
+    """Requests with equal keys can be answered together."""
+    if request.spec.output == "embedding":
+        return "embedding"
+    return dataclasses.replace(request.params, seed=None)

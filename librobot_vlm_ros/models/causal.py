@@ -1,0 +1,247 @@
+"""Models that continue a row of image vectors and words: made, loaded, and asked.
+
+A family gives its configuration, its folders, its prompts, its images and its way of reading
+answers; the rest is here and in `causal_tensors.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from librobot_vlm_ros.core import (
+    ErrorCode,
+    GenerationParams,
+    InferenceRequest,
+    ModelError,
+    RequestError,
+)
+from librobot_vlm_ros.models.answering import Job
+from librobot_vlm_ros.models.causal_tensors import CausalParts, CausalTensors
+from librobot_vlm_ros.models.checkpoint import LoadPlan, build_random
+from librobot_vlm_ros.models.decode import Decoder, DecodeRules
+from librobot_vlm_ros.models.frame_cache import FrameEntry
+from librobot_vlm_ros.models.placement import place
+from librobot_vlm_ros.models.preprocess import ImageSettings, normalise
+from librobot_vlm_ros.models.quantize import quantize, refuse_unknown
+from librobot_vlm_ros.models.registry import model_info
+from librobot_vlm_ros.models.weights import find_weights
+
+__all__ = ["CausalParts", "CausalVLM"]
+
+
+class CausalVLM(CausalTensors):
+    """Such a model of any family. `Family(config)` has random weights; see `create_vlm`."""
+
+    #: The family's own dataclass: variant, vision_config, text_config, gradient_checkpointing,
+    #: use_flash_attn and `to_transformers()`.
+    config_class: ClassVar[type[Any]]
+    #: The registered name of a model that is built by its class.
+    default_name: ClassVar[str]
+
+    def __init__(
+        self,
+        config: Any = None,
+        *,
+        name: str = "",
+        parts: CausalParts | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        attention: str = "auto",
+        freeze_vision: bool = False,
+        freeze_language: bool = False,
+        **options: Any,
+    ) -> None:
+        name = name or self.default_name
+        config = self._checked_config(config, name)
+        if parts is None:
+            where = place(device, dtype, _attention(config, attention))
+            module = build_random(self._plan(config.to_transformers()), where)
+            parts = CausalParts(module, self._default_images(module.config))
+        super().__init__(parts.module, name=name, **options)
+        self._take(parts)
+        if config.gradient_checkpointing:
+            self.gradient_checkpointing_enable()
+        if freeze_vision:
+            self.freeze_vision()
+        if freeze_language:
+            self.freeze_language()
+
+    @classmethod
+    def create(
+        cls,
+        name: str,
+        *,
+        config: Any = None,
+        pretrained: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        attention: str = "auto",
+        quantization: str = "none",
+        should_cancel: Callable[[], bool] | None = None,
+        revision: str | None = None,
+        **options: Any,
+    ) -> CausalVLM:
+        """See `registry.create_vlm`. `revision`: hub commit or branch."""
+        checked = cls._checked_config(config, name)
+        attention = _attention(checked, attention)
+        refuse_unknown(quantization)
+        if config is not None and pretrained is None:
+            vlm = cls(
+                checked, name=name, device=device, dtype=dtype, attention=attention, **options
+            )
+        else:
+            if checked.vision_config or checked.text_config:
+                raise ModelError(
+                    ErrorCode.BAD_CONFIG,
+                    "config changes the architecture, but the weights decide it",
+                    "leave out vision_config and text_config, or leave out pretrained",
+                )
+            weights = find_weights(model_info(name), pretrained, revision)
+            parts = cls._read_folder(weights.folder, device, dtype, attention, should_cancel)
+            vlm = cls(checked, name=name, parts=parts, revision=weights.revision, **options)
+        quantize(vlm.language_model, quantization)
+        return vlm
+
+    # What a family fills in.
+
+    @staticmethod
+    @abstractmethod
+    def _plan(config: Any) -> LoadPlan:
+        """How the family's model is built from transformers' configuration."""
+
+    @staticmethod
+    @abstractmethod
+    def _default_images(config: Any) -> ImageSettings:
+        """Image settings where a folder states none."""
+
+    @staticmethod
+    @abstractmethod
+    def _read_folder(
+        folder: Path,
+        device: str,
+        dtype: str,
+        attention: str,
+        should_cancel: Callable[[], bool] | None,
+    ) -> CausalParts:
+        """Load a checkpoint folder with its tokenizer."""
+
+    # Making and loading.
+
+    def load_pretrained(self, source: str, **options: Any) -> None:
+        """Replace weights, configuration and tokenizer; device and dtype stay."""
+        weights = find_weights(model_info(self.name), source, options.pop("revision", None))
+        parts = self._read_folder(
+            weights.folder,
+            self.device,
+            self.dtype,
+            options.pop("attention", "auto"),
+            options.pop("should_cancel", None),
+        )
+        self.revision = weights.revision
+        self.frames.clear()
+        self._take(parts)
+        self.module.train(self.training)
+
+    # Answering.
+
+    def prepare(self, request: InferenceRequest) -> tuple[FrameEntry, tuple[int, ...]]:
+        """See `AbstractVLM.prepare`; one token of the prompt stands for the image."""
+        prompt: list[int] = []
+        if request.task != "embed":
+            text = self._clean(request.prompt, request.spec.needs_text)
+            prompt = self._prompt(self._question(request.task, text, request))
+            answer = self.rules(request.params).max_new_tokens
+            length = self.image_tokens + len(prompt) - 1 + answer
+            room = self.config.text_config.max_position_embeddings
+            if length > room:
+                raise RequestError(
+                    ErrorCode.PROMPT_TOO_LONG,
+                    f"image, prompt and answer may take {length} tokens, {self.name} has {room}",
+                    "shorten the prompt, or ask for fewer tokens (max_new_tokens)",
+                )
+        entry = self.frames.entry(request.frame)
+        if entry.features is None and entry.pixels is None:
+            entry.pixels = self._pixels(request.frame.pixels)
+        return entry, tuple(prompt)
+
+    def start(self, jobs: Sequence[Job]) -> tuple[Decoder, Tensor]:
+        """See `AbstractVLM.start`."""
+        return self._start(self.embed(jobs), [list(job.prompt) for job in jobs])
+
+    def embed(self, jobs: Sequence[Job]) -> list[Tensor]:
+        """Projected vision features [N, D] of each job's frame, computed once a frame."""
+        new = {
+            id(job.frame): job.frame
+            for job in jobs
+            if job.frame.features is None or job.frame.features.dtype != self.torch_dtype
+        }
+        if new:
+            arrays = [
+                self._pixels(entry.frame.pixels) if entry.pixels is None else entry.pixels
+                for entry in new.values()
+            ]
+            pixels = normalise(arrays, self.images, self.torch_device, self.torch_dtype)
+            for entry, features in zip(new.values(), self._see(pixels), strict=True):
+                entry.features, entry.pixels = features, None
+        return [job.frame.features for job in jobs]
+
+    def rules(self, params: GenerationParams) -> DecodeRules:
+        """Greedy, or what `params` asks for; sampling means one beam."""
+        text = self.config.text_config
+        beams = params.num_beams or 1
+        if params.temperature > 0 and beams > 1:
+            raise RequestError(
+                ErrorCode.BAD_PARAMETER,
+                f"temperature {params.temperature} and num_beams {beams} exclude each other",
+                "sample with num_beams 1, or search with temperature 0",
+            )
+        room = min(text.max_position_embeddings, self.limits.max_new_tokens)
+        wanted = params.max_new_tokens or min(self.default_new_tokens, room)
+        if wanted > room:
+            raise RequestError(
+                ErrorCode.BAD_PARAMETER,
+                f"max_new_tokens is {wanted}, {self.name} has room for {room}",
+            )
+        eos = text.eos_token_id
+        ends = tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
+        return DecodeRules(
+            eos=ends,
+            pad=ends[0] if text.pad_token_id is None else text.pad_token_id,
+            max_new_tokens=wanted,
+            num_beams=beams,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            suppressed=tuple(self._suppressed()),
+        )
+
+    def decode_text(self, ids: Sequence[int]) -> str:
+        """Text; begin, end and pad are left out."""
+        return self._words().decode(ids)
+
+    # Inside.
+
+    @classmethod
+    def _checked_config(cls, config: Any, name: str) -> Any:
+        """The family's config from what was given. Raises ModelError BAD_CONFIG."""
+        if isinstance(config, cls.config_class):
+            return config
+        known = {field.name for field in dataclasses.fields(cls.config_class)}
+        given = dict(config or {})
+        if strange := sorted(set(given) - known):
+            raise ModelError(
+                ErrorCode.BAD_CONFIG,
+                f"a {cls.config_class.__name__} has no {', '.join(map(repr, strange))}",
+                f"fields: {', '.join(sorted(known))}",
+            )
+        given.setdefault("variant", name)
+        return cls.config_class(**given)
+
+
+def _attention(config: Any, attention: str) -> str:
+    return "flash_attention_2" if config.use_flash_attn and attention == "auto" else attention

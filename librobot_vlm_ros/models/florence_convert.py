@@ -1,0 +1,125 @@
+"""Layouts of Florence-2 checkpoints: the official one and transformers' own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from librobot_vlm_ros.core import ErrorCode, ModelError
+from librobot_vlm_ros.models.checkpoint import CheckpointLayout, LoadPlan, register_layout
+from librobot_vlm_ros.models.florence_config import is_original, original_to_native
+
+__all__ = ["attention_parts", "plan_for"]
+
+_PROJECTOR = "model.multi_modal_projector"
+#: Official name to transformers' name; the first that matches is applied, then none.
+_RENAMES = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"^vision_tower\.convs\.(\d+)\.proj\.", r"model.vision_tower.convs.\1.conv."),
+        (r"^vision_tower\.convs\.(\d+)\.norm\.", r"model.vision_tower.convs.\1.norm."),
+        (r"^vision_tower\.(blocks\..+?_block)\.(conv[12])\.fn\.dw\.", r"model.vision_tower.\1.\2."),
+        (
+            r"^vision_tower\.(blocks\..+?_block)\.(?:window|channel)_attn\.norm\.",
+            r"model.vision_tower.\1.norm1.",
+        ),
+        (
+            r"^vision_tower\.(blocks\..+?_block)\.((?:window|channel)_attn)\.fn\.(qkv|proj)\.",
+            r"model.vision_tower.\1.\2.\3.",
+        ),
+        (r"^vision_tower\.(blocks\..+?_block)\.ffn\.norm\.", r"model.vision_tower.\1.norm2."),
+        (
+            r"^vision_tower\.(blocks\..+?_block)\.ffn\.fn\.net\.(fc[12])\.",
+            r"model.vision_tower.\1.ffn.\2.",
+        ),
+        (r"^image_projection$", rf"{_PROJECTOR}.image_projection.weight"),
+        (r"^image_proj_norm\.", rf"{_PROJECTOR}.image_proj_norm."),
+        (
+            r"^image_pos_embed\.(row|column)_embeddings\.",
+            rf"{_PROJECTOR}.image_position_embed.\1_embeddings.",
+        ),
+        (
+            r"^visual_temporal_embed\.pos_idx_to_embed$",
+            rf"{_PROJECTOR}.visual_temporal_embed.pos_idx_to_embed",
+        ),
+        (r"^language_model\.model\.", "model.language_model."),
+        (r"^language_model\.lm_head\.", "lm_head."),
+    )
+)
+#: Tables with one row a token, to which the row of the image token is added.
+_TOKEN_TABLES = ("shared.weight", "embed_tokens.weight", "lm_head.weight")
+
+
+def attention_parts(attention: str) -> str | dict[str, str]:
+    """flash-attn serves the text model only.
+
+    DaViT's channel attention takes the number of pixels as its head size, far beyond what
+    flash-attn can do.
+    """
+    if attention != "flash_attention_2":
+        return attention
+    return {"": attention, "text_config": attention, "vision_config": "sdpa"}
+
+
+def plan_for(config: Any) -> LoadPlan:
+    """Keys as transformers names them, for a Florence2Config."""
+    from transformers import Florence2ForConditionalGeneration
+
+    return LoadPlan(
+        model_class=Florence2ForConditionalGeneration,
+        config=config,
+        convert=lambda key, value: [(key, value)],
+        attention=attention_parts,
+    )
+
+
+def _plan_native(config: dict[str, Any], folder: Path) -> LoadPlan:
+    from transformers import Florence2Config
+
+    try:
+        return plan_for(Florence2Config.from_dict(config))
+    except Exception as error:  # transformers' strict configs raise errors of their own kinds
+        raise ModelError(ErrorCode.BAD_CONFIG, f"config.json of a Florence-2: {error}") from error
+
+
+def _plan_original(config: dict[str, Any], folder: Path) -> LoadPlan:
+    native = original_to_native(config)
+    plan = plan_for(native)
+
+    def convert(key: str, value: Tensor) -> Iterable[tuple[str, Tensor]]:
+        if key == "language_model.final_logits_bias":
+            if bool(value.any()):
+                raise ModelError(
+                    ErrorCode.KEY_MISMATCH,
+                    f"{key} is not zero, and transformers' Florence-2 has no place for it",
+                )
+            return
+        name = _native_name(key)
+        if key == "image_projection":
+            value = value.t()
+        elif name.endswith(_TOKEN_TABLES) and value.shape[0] == native.text_config.vocab_size - 1:
+            value = torch.cat([value, value.new_zeros(1, value.shape[1])])
+        yield name, value
+
+    return LoadPlan(plan.model_class, native, convert, attention=attention_parts)
+
+
+def _native_name(key: str) -> str:
+    for pattern, replacement in _RENAMES:
+        name, count = pattern.subn(replacement, key)
+        if count:
+            return name
+    return f"(official key) {key}"  # no parameter is called so: it is reported as strange
+
+
+def _matches_native(config: Mapping[str, Any]) -> bool:
+    return config.get("model_type") == "florence2" and not is_original(config)
+
+
+register_layout(CheckpointLayout("florence-2 (official)", is_original, _plan_original))
+register_layout(CheckpointLayout("florence-2 (transformers)", _matches_native, _plan_native))

@@ -1,0 +1,134 @@
+"""Layouts of LLaVA-1.5 checkpoints: the official one and transformers' own.
+
+The official shards hold the language model and the projector. The CLIP tower, which was not
+trained, comes from the folder or hub id that config.json names as `mm_vision_tower`; a folder
+``vision_tower`` inside the checkpoint folder goes before it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from librobot_vlm_ros.core import ErrorCode, ModelError
+from librobot_vlm_ros.models.checkpoint import CheckpointLayout, LoadPlan, register_layout
+from librobot_vlm_ros.models.llava_config import CLIP_LARGE_336, is_original, original_to_native
+from librobot_vlm_ros.models.native_keys import DERIVED, native_tensors, renamed
+from librobot_vlm_ros.models.registry import model_info
+from librobot_vlm_ros.models.shards import read_config, read_json, weight_files
+from librobot_vlm_ros.models.weights import find_weights
+
+__all__ = ["plan_for"]
+
+#: The tower of the published models, at the commit that they are known to work with.
+_CLIP_ID = "openai/clip-vit-large-patch14-336"
+_CLIP_REVISION = "ce19dc912ca5cd21c8a653c79e251e808ccabcd1"
+
+_OFFICIAL = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"^model\.vision_tower\.vision_tower\.(?:vision_model\.)?", "model.vision_tower."),
+        (r"^vision_model\.", "model.vision_tower."),
+        (r"^model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
+        (r"^model\.mm_projector\.2\.", "model.multi_modal_projector.linear_2."),
+        (r"^model\.(embed_tokens|layers|norm)\.", r"model.language_model.\1."),
+        (r"^lm_head\.", "lm_head."),
+    )
+)
+#: The half of a CLIP checkpoint that reads text.
+_CLIP_TEXT = re.compile(r"^(?:text_model\.|text_projection\.|visual_projection\.|logit_scale$)")
+_TOKEN_TABLES = ("embed_tokens.weight", "lm_head.weight")
+_TOWER_KEY = "model.vision_tower."
+
+
+def plan_for(config: Any) -> LoadPlan:
+    """Keys as transformers names them, for its LlavaConfig."""
+    from transformers import LlavaForConditionalGeneration
+
+    return LoadPlan(LlavaForConditionalGeneration, config, native_tensors)
+
+
+def _plan_native(config: dict[str, Any], folder: Path) -> LoadPlan:
+    from transformers import LlavaConfig
+
+    try:
+        return plan_for(LlavaConfig.from_dict(config))
+    except Exception as error:  # transformers' strict configs raise errors of their own kinds
+        raise ModelError(ErrorCode.BAD_CONFIG, f"config.json of a LLaVA: {error}") from error
+
+
+def _plan_original(config: dict[str, Any], folder: Path) -> LoadPlan:
+    from transformers import LlavaForConditionalGeneration
+
+    inside = any(key.startswith(_TOWER_KEY) for key in _keys(folder))
+    tower = None if inside else _tower_folder(config, folder)
+    native = original_to_native(config, _tower_config(config, tower))
+    words, rows = int(config["vocab_size"]), native.text_config.vocab_size
+
+    def convert(key: str, value: Tensor) -> Iterable[tuple[str, Tensor]]:
+        if DERIVED.search(key) or (tower is not None and _CLIP_TEXT.search(key)):
+            return
+        name = renamed(key, _OFFICIAL)
+        if name.endswith(_TOKEN_TABLES) and value.shape[0] == words:
+            value = torch.cat([value, value.new_zeros(rows - words, *value.shape[1:])])
+        yield name, value
+
+    folders = (folder,) if tower is None else (folder, tower)
+    return LoadPlan(LlavaForConditionalGeneration, native, convert, folders)
+
+
+def _keys(folder: Path) -> Iterable[str]:
+    """Names of the tensors in a folder, the tensors themselves not read."""
+    for index in sorted(folder.glob("*.index.json")):
+        return list(read_json(index).get("weight_map") or ())
+    keys: list[str] = []
+    for path in weight_files(folder):
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                keys += file.keys()
+        else:
+            keys += torch.load(path, map_location="meta", weights_only=True, mmap=True)
+    return keys
+
+
+def _tower_folder(config: Mapping[str, Any], folder: Path) -> Path:
+    named = str(config.get("mm_vision_tower") or _CLIP_ID)
+    for place in (folder / "vision_tower", folder / named, Path(named).expanduser()):
+        if place.is_dir():
+            return place
+    info = model_info("llava-v1.5-7b")
+    try:
+        return find_weights(info, named, _CLIP_REVISION if named == _CLIP_ID else None).folder
+    except ModelError as error:
+        raise ModelError(
+            ErrorCode.WEIGHTS_NOT_FOUND,
+            f"the vision tower {named!r} of this LLaVA is not there: {error.message}",
+            f"with a network once: hf download {named}; or put it into {folder / 'vision_tower'}",
+        ) from error
+
+
+def _tower_config(config: Mapping[str, Any], tower: Path | None) -> dict[str, Any]:
+    if tower is not None:
+        found = read_config(tower)
+        return dict(found.get("vision_config") or found)
+    if config.get("mm_vision_tower") == _CLIP_ID:
+        return CLIP_LARGE_336
+    raise ModelError(
+        ErrorCode.BAD_CONFIG,
+        f"the dimensions of the vision tower {config.get('mm_vision_tower')!r} are not known",
+        "put its config.json and weights into a folder vision_tower beside the shards",
+    )
+
+
+def _matches_native(config: Mapping[str, Any]) -> bool:
+    return config.get("model_type") == "llava" and not is_original(config)
+
+
+register_layout(CheckpointLayout("llava-1.5 (official)", is_original, _plan_original))
+register_layout(CheckpointLayout("llava-1.5 (transformers)", _matches_native, _plan_native))

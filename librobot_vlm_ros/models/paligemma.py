@@ -1,0 +1,138 @@
+"""PaliGemma (Beyer et al., 2024, arXiv:2407.07726) on transformers' own PaliGemma class.
+
+A SigLIP tower, one layer between, and Gemma, which reads image and prompt as a whole and writes its
+answer in order. Boxes come as location tokens (`paligemma_prompts`). The codes of its masks need a
+decoder that is not part of the model, so it does not offer segmentation.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from librobot_vlm_ros.core import ErrorCode, InferenceRequest, ModelAnswer, ModelError
+from librobot_vlm_ros.models.causal import CausalParts, CausalVLM
+from librobot_vlm_ros.models.causal_tokenizer import CausalTokenizer
+from librobot_vlm_ros.models.checkpoint import load_module
+from librobot_vlm_ros.models.decode import Generated
+from librobot_vlm_ros.models.detokenize import TokenSpans, geometric_mean
+from librobot_vlm_ros.models.paligemma_config import PaliGemmaConfig, plan_for
+from librobot_vlm_ros.models.paligemma_prompts import parse_locations, question
+from librobot_vlm_ros.models.preprocess import ImageSettings, image_settings, squash
+from librobot_vlm_ros.models.registry import register_vlm
+from librobot_vlm_ros.models.shards import read_json
+
+__all__ = ["PaliGemmaConfig", "PaliGemmaVLM"]
+
+_HALF = (0.5, 0.5, 0.5)
+
+
+@register_vlm("paligemma-3b")
+class PaliGemmaVLM(CausalVLM):
+    """PaliGemma of any size. `PaliGemmaVLM(config)` has random weights; see `create_vlm`."""
+
+    family = "paligemma"
+    default_new_tokens = 256
+    first_place = 1
+    prefix_attention = True
+    image_leads = True
+    config_class = PaliGemmaConfig
+    default_name = "paligemma-3b"
+    _plan = staticmethod(plan_for)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder in transformers' native layout that `create_vlm` loads again."""
+        folder = Path(folder)
+        self._loaded().save_pretrained(str(folder))
+        if self.tokenizer is not None:
+            self.tokenizer.save(folder)
+        images = {**self.images.to_json(), "image_processor_type": "SiglipImageProcessor"}
+        text = json.dumps(images, indent=2) + "\n"
+        (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
+
+    @property
+    def image_tokens(self) -> int:
+        """Vectors of an image: one a patch."""
+        vision = self.config.vision_config
+        return int((vision.image_size // vision.patch_size) ** 2)
+
+    def read(self, request: InferenceRequest, generated: Generated) -> ModelAnswer:
+        """Text; for grounding, regions scored by their numbers' probabilities."""
+        whole = geometric_mean(generated.log_probs)
+        if request.spec.output == "text":
+            return ModelAnswer(text=self.decode_text(generated.ids).strip(), score=whole)
+        words = self._words()
+        spans = TokenSpans(generated.ids, generated.log_probs, words.decode, words.control_ids)
+        regions, malformed = parse_locations(
+            spans.text, request.frame.width, request.frame.height, request.prompt, spans.score
+        )
+        return ModelAnswer(text=spans.text, score=whole, regions=regions, malformed=malformed)
+
+    # Inside.
+
+    @property
+    def _reader(self) -> Any:
+        return self._loaded().model
+
+    def _pixels(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        return squash(pixels, self.images)
+
+    def _see(self, pixels: Tensor) -> Tensor:
+        features: Tensor = self._loaded().model.get_image_features(pixels).pooler_output
+        return features
+
+    def _question(self, task: str, text: str, request: InferenceRequest | None) -> str:
+        return question(task, text)
+
+    def _prompt(self, words: str) -> list[int]:
+        ids = self._words().words(words + "\n")
+        return [self.config.image_token_id, self.config.text_config.bos_token_id, *ids]
+
+    @staticmethod
+    def _read_folder(
+        folder: Path,
+        device: str,
+        dtype: str,
+        attention: str,
+        should_cancel: Callable[[], bool] | None,
+    ) -> CausalParts:
+        module = load_module(
+            folder,
+            dtype,
+            device,
+            attention=attention,
+            should_cancel=should_cancel or (lambda: False),
+        )
+        config, text = module.config, module.config.text_config
+        hidden = [text.bos_token_id, text.eos_token_id, text.pad_token_id]
+        tokenizer = CausalTokenizer.from_folder(
+            folder, hidden=hidden, vocab_size=text.vocab_size, control=("<image>",)
+        )
+        names = {number: token for token, number in tokenizer.vocabulary.items()}
+        first = tokenizer.vocabulary.get("<loc0000>", -1)
+        locations = all(names.get(first + i) == f"<loc{i:04}>" for i in range(1024))
+        if names.get(config.image_token_id, "<image>") != "<image>" or first < 0 or not locations:
+            raise ModelError(
+                ErrorCode.TOKENIZER_MISMATCH,
+                f"the tokenizer does not fit config.json: token {config.image_token_id} must be "
+                "<image>, and <loc0000> to <loc1023> must stand in a row",
+                "use the tokenizer.json that came with the weights",
+            )
+        stated = folder / "preprocessor_config.json"
+        images = (
+            image_settings(read_json(stated))
+            if stated.is_file()
+            else PaliGemmaVLM._default_images(config)
+        )
+        return CausalParts(module, images, tokenizer)
+
+    @staticmethod
+    def _default_images(config: Any) -> ImageSettings:
+        side = int(config.vision_config.image_size)
+        return ImageSettings(side, side, _HALF, _HALF)

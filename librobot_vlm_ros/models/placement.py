@@ -1,0 +1,150 @@
+"""Where a model goes and how it computes: device, dtype and attention.
+
+An explicit choice is honoured or refused with a code, never replaced. ``auto`` takes the best that
+this machine can do; the caller logs what it was.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+
+from librobot_vlm_ros.core import ErrorCode, ModelError
+
+__all__ = ["ATTENTIONS", "Placement", "dtype_name", "place", "resolve_dtype"]
+
+_DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "half": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+}
+ATTENTIONS = ("auto", "flash_attention_2", "sdpa", "eager")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A choice that this machine can carry out."""
+
+    device: torch.device
+    dtype: torch.dtype
+    #: flash_attention_2, sdpa or eager.
+    attention: str
+
+    def __str__(self) -> str:
+        return f"{self.device}, {dtype_name(self.dtype)}, {self.attention}"
+
+
+def place(
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    attention: str = "auto",
+) -> Placement:
+    """Resolve the three choices.
+
+    Raises ModelError DEVICE_UNAVAILABLE, DTYPE_UNSUPPORTED or ATTENTION_UNAVAILABLE.
+    """
+    where = _resolve_device(device)
+    kind = resolve_dtype(dtype, where)
+    return Placement(where, kind, _resolve_attention(attention, where, kind))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float16`` for torch.float16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _resolve_device(device: str | torch.device) -> torch.device:
+    wanted = str(device).strip().lower()
+    if wanted == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(wanted)
+    except RuntimeError as error:
+        raise ModelError(
+            ErrorCode.DEVICE_UNAVAILABLE,
+            f"there is no device called {device!r}",
+            "use auto, cpu, cuda or cuda:N",
+        ) from error
+    if found.type == "cpu":
+        return torch.device("cpu")
+    if found.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (found.index or 0) < count:
+            return torch.device("cuda", found.index or 0)
+        raise ModelError(
+            ErrorCode.DEVICE_UNAVAILABLE,
+            f"device {wanted} was asked for, but torch {torch.__version__} sees {count} of them",
+            "use device cpu or auto, or install a CUDA build of torch and the driver",
+        )
+    raise ModelError(
+        ErrorCode.DEVICE_UNAVAILABLE,
+        f"device {wanted} is not supported",
+        "use auto, cpu, cuda or cuda:N",
+    )
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """A dtype that `device` computes in. ``auto``: float32 on CPU, float16 on CUDA."""
+    if isinstance(dtype, torch.dtype):
+        dtype = dtype_name(dtype)
+    wanted = str(dtype).strip().lower().removeprefix("torch.")
+    if wanted == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    if wanted not in _DTYPES:
+        raise ModelError(
+            ErrorCode.DTYPE_UNSUPPORTED,
+            f"there is no dtype called {dtype!r}",
+            "use auto, float32, float16 or bfloat16",
+        )
+    found = _DTYPES[wanted]
+    if (
+        found == torch.bfloat16
+        and device.type == "cuda"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        raise ModelError(
+            ErrorCode.DTYPE_UNSUPPORTED,
+            f"{torch.cuda.get_device_name(device)} does not compute in bfloat16",
+            "use float16 or float32",
+        )
+    return found
+
+
+def _resolve_attention(attention: str, device: torch.device, dtype: torch.dtype) -> str:
+    wanted = str(attention).strip().lower().replace("-", "_")
+    wanted = {"flash": "flash_attention_2", "flash_attn_2": "flash_attention_2"}.get(wanted, wanted)
+    if wanted not in ATTENTIONS:
+        raise ModelError(
+            ErrorCode.ATTENTION_UNAVAILABLE,
+            f"there is no attention called {attention!r}",
+            f"use one of: {', '.join(ATTENTIONS)}",
+        )
+    missing = _missing_for_flash(device, dtype)
+    if wanted == "auto":
+        return "flash_attention_2" if not missing else "sdpa"
+    if wanted == "flash_attention_2" and missing:
+        raise ModelError(
+            ErrorCode.ATTENTION_UNAVAILABLE,
+            f"flash_attention_2 was asked for, but {missing}",
+            "use attention sdpa or auto",
+        )
+    return wanted
+
+
+def _missing_for_flash(device: torch.device, dtype: torch.dtype) -> str:
+    """What flash-attn 2 lacks here, "" when it can be used."""
+    if device.type != "cuda":
+        return f"it needs a CUDA device and this is {device}"
+    if dtype == torch.float32:
+        return "it computes in float16 or bfloat16 only"
+    if torch.cuda.get_device_capability(device)[0] < 8:
+        return "it needs an Ampere or newer GPU"
+    if importlib.util.find_spec("flash_attn") is None:
+        return "the package flash_attn is not installed"
+    return ""

@@ -1,0 +1,165 @@
+"""Images to pixel tensors, as the published image processors do it, without torchvision.
+
+Resizing is Pillow's antialiased bicubic on uint8, the arithmetic that the models were trained
+with; then x / 255, minus mean, divided by std, in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from librobot_vlm_ros.core import ErrorCode, Frame, ImageError, ModelError
+
+__all__ = ["ImageSettings", "as_pixels", "image_settings", "normalise", "squash", "to_views"]
+
+#: Mean and standard deviation of ImageNet, in the order red, green, blue.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """How an image becomes a tensor."""
+
+    #: Rows and columns of the model's input, in pixels.
+    height: int
+    width: int
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    resample: Image.Resampling = Image.Resampling.BICUBIC
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as preprocessor_config.json holds them."""
+        return {
+            "do_resize": True,
+            "size": {"height": self.height, "width": self.width},
+            "resample": int(self.resample),
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+            "do_center_crop": False,
+        }
+
+
+def image_settings(config: dict[str, Any]) -> ImageSettings:
+    """The settings of a preprocessor_config.json. Raises ModelError BAD_CONFIG."""
+    try:
+        size = config["size"]
+        height, width = int(size["height"]), int(size["width"])
+        mean, std = ([float(v) for v in config[key]] for key in ("image_mean", "image_std"))
+        resample = Image.Resampling(int(config.get("resample", 3)))
+        if height < 1 or width < 1 or len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ValueError(f"size {height}x{width}, mean {mean}, std {std}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(
+            ErrorCode.BAD_CONFIG,
+            f"preprocessor_config.json cannot be used: {type(error).__name__} {error}",
+            "it needs size {height, width}, image_mean and image_std of three numbers each",
+        ) from error
+    return ImageSettings(height, width, tuple(mean), tuple(std), resample)  # type: ignore[arg-type]
+
+
+def squash(pixels: npt.NDArray[np.uint8], settings: ImageSettings) -> npt.NDArray[np.uint8]:
+    """uint8 [H, W, 3] of any size to [settings.height, settings.width, 3], proportions not kept."""
+    if pixels.shape[:2] == (settings.height, settings.width):
+        return np.ascontiguousarray(pixels)
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    return np.asarray(image.resize((settings.width, settings.height), settings.resample))
+
+
+def normalise(
+    images: Sequence[npt.NDArray[np.uint8]],
+    settings: ImageSettings,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """uint8 [H, W, 3] arrays of one size to [B, 3, H, W], computed on the device in float32."""
+    stacked = torch.from_numpy(np.stack(images)).to(device)
+    mean = torch.tensor(settings.mean, device=device)
+    std = torch.tensor(settings.std, device=device)
+    values = (stacked.to(torch.float32) * (1 / 255) - mean) / std
+    return values.permute(0, 3, 1, 2).to(dtype).contiguous()
+
+
+def as_pixels(image: Any) -> npt.NDArray[np.uint8]:
+    """uint8 [H, W, 3] from a Frame, a PIL image, or uint8 array or tensor, channels first or last.
+
+    Raises ImageError BAD_IMAGE.
+    """
+    if isinstance(image, Frame):
+        return image.pixels
+    if isinstance(image, Image.Image):
+        return np.asarray(image.convert("RGB"))
+    array = image.detach().cpu().numpy() if isinstance(image, Tensor) else image
+    if isinstance(array, np.ndarray) and array.dtype == np.uint8 and array.ndim == 3:
+        if array.shape[2] == 3:
+            return array
+        if array.shape[0] == 3:
+            return array.transpose(1, 2, 0)
+    found = (
+        f"{array.dtype} {list(array.shape)}"
+        if isinstance(array, np.ndarray)
+        else type(image).__name__
+    )
+    raise ImageError(
+        ErrorCode.BAD_IMAGE,
+        f"an image is {found}",
+        "expected a Frame, a PIL image or uint8 [H, W, 3] or [3, H, W]",
+    )
+
+
+def to_views(
+    images: Any, settings: ImageSettings, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Anything that holds images to [B, views, 3, H, W], ready for the model.
+
+    Float tensors [3, H, W], [B, 3, H, W] or [B, views, 3, H, W] count as normalised already and
+    keep their size. uint8 tensors and arrays, PIL images, Frames,
+    and lists of them are resized and normalised; a list of lists is a batch of views.
+    Raises ImageError BAD_IMAGE.
+    """
+    if isinstance(images, Tensor) and images.is_floating_point():
+        if images.dim() not in (3, 4, 5) or images.shape[-3] != 3:
+            raise ImageError(
+                ErrorCode.BAD_IMAGE,
+                f"float images are {list(images.shape)}",
+                "expected [B, 3, H, W] or [B, views, 3, H, W], normalised",
+            )
+        while images.dim() < 4:
+            images = images[None]
+        images = images if images.dim() == 5 else images[:, None]
+        return images.to(device, dtype)
+    if isinstance(images, (Tensor, np.ndarray)) and images.ndim > 3:
+        images = list(images)
+    if not isinstance(images, (list, tuple)):
+        images = [images]
+    if images and isinstance(images[0], Tensor) and images[0].is_floating_point():
+        return to_views(torch.stack(list(images)), settings, device, dtype)
+    rows = [_views(row) for row in images]
+    counts = {len(row) for row in rows}
+    if len(counts) != 1 or 0 in counts:
+        raise ImageError(
+            ErrorCode.BAD_IMAGE, f"rows of {sorted(counts)} views", "give each row as many views"
+        )
+    flat = [squash(as_pixels(image), settings) for row in rows for image in row]
+    tensor = normalise(flat, settings, device, dtype)
+    return tensor.unflatten(0, (len(rows), counts.pop()))
+
+
+def _views(row: Any) -> list[Any]:
+    """The views of one row: a list, the first dimension of a 4-D array, or one image alone."""
+    if isinstance(row, (list, tuple)):
+        return list(row)
+    if isinstance(row, (Tensor, np.ndarray)) and row.ndim == 4:
+        return list(row)
+    return [row]

@@ -1,0 +1,157 @@
+"""Names to models. Free of torch: a family's module is imported when its class is first needed.
+
+The models of this package stand in `catalog.py`, one row a name. A family's module binds its
+class to its rows with ``@register_vlm("name", ...)``; a class from elsewhere passes a `ModelInfo`
+and is then known under that name like any other.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from librobot_vlm_ros.core import ErrorCode, ModelError
+from librobot_vlm_ros.models.base import ModelInfo
+from librobot_vlm_ros.models.catalog import CATALOG
+
+__all__ = [
+    "create_vlm",
+    "get_vlm",
+    "list_vlms",
+    "model_info",
+    "models_with_task",
+    "register_vlm",
+]
+
+_PACKAGE = "librobot_vlm_ros.models"
+_rows: dict[str, ModelInfo] = {info.name: info for info in CATALOG}
+_classes: dict[str, type[Any]] = {}
+_Class = TypeVar("_Class", bound=type)
+
+
+def register_vlm(*names: str, info: ModelInfo | None = None) -> Callable[[_Class], _Class]:
+    """Bind the decorated class to catalogue rows, or to a row of its own given as `info`.
+
+    Raises ValueError for a name that has no row, and for a name that another class holds.
+    """
+    if info is not None:
+        if info.name in _rows and _rows[info.name] != info:
+            raise ValueError(f"the model name {info.name!r} is already registered")
+        _rows[info.name] = info
+        names = (*names, info.name)
+    unknown = [name for name in names if name not in _rows]
+    if unknown or not names:
+        raise ValueError(f"no catalogue row for {unknown or 'no name at all'}: pass info=ModelInfo")
+
+    def bind(cls: _Class) -> _Class:
+        for name in names:
+            held = _classes.get(name)
+            if held is not None and held.__qualname__ != cls.__qualname__:
+                raise ValueError(f"the model name {name!r} belongs to {held.__qualname__} already")
+            _classes[name] = cls
+        return cls
+
+    return bind
+
+
+def list_vlms() -> list[str]:
+    """Every registered name, sorted. Aliases are not listed; `get_vlm` takes them."""
+    return sorted(_rows)
+
+
+def model_info(name: str) -> ModelInfo:
+    """The row of a name or alias. Raises ModelError UNKNOWN_MODEL naming the nearest ones."""
+    wanted = name.strip().lower() if isinstance(name, str) else ""
+    for row in _rows.values():
+        if wanted == row.name or wanted in row.aliases:
+            return row
+    known = list_vlms()
+    near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.4)
+    raise ModelError(
+        ErrorCode.UNKNOWN_MODEL,
+        f"there is no model named {name!r}",
+        f"nearest: {', '.join(near)}" if near else f"known models: {', '.join(known)}",
+    )
+
+
+def models_with_task(task: str) -> list[str]:
+    """Names of the models that can do a common task, the fake model left out."""
+    return sorted(r.name for r in _rows.values() if task in r.tasks and r.family != "fake")
+
+
+def get_vlm(name: str) -> type[Any]:
+    """The class behind a name or alias, its module imported now.
+
+    Raises ModelError UNKNOWN_MODEL, or MISSING_DEPENDENCY when torch or transformers is absent.
+    """
+    info = model_info(name)
+    if info.name not in _classes:
+        module = info.module if "." in info.module else f"{_PACKAGE}.{info.module}"
+        _share_cores()
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            missing = (error.name or "").split(".")[0]
+            if missing not in info.requires:
+                raise
+            raise ModelError(
+                ErrorCode.MISSING_DEPENDENCY,
+                f"the model {info.name!r} needs the Python package {missing!r}",
+                f"install it: pip install {missing}",
+            ) from error
+    return _classes[info.name]
+
+
+def _share_cores() -> None:
+    """Let torch's CPU threads sleep while they wait for each other; read when torch is imported.
+
+    They spin by default, and on a computer that has anything else to do (a robot's has) every
+    small operation then waits for a thread that is not running. Measured on two busy cores: 0.69 s
+    a frame spinning, 0.16 s sleeping. An OMP_WAIT_POLICY of the user's own stands.
+    """
+    if "torch" not in sys.modules:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def create_vlm(
+    name: str,
+    config: Mapping[str, Any] | Any | None = None,
+    pretrained: str | None = None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    attention: str = "auto",
+    quantization: str = "none",
+    freeze_vision: bool = False,
+    freeze_language: bool = False,
+    should_cancel: Callable[[], bool] | None = None,
+    **options: Any,
+) -> Any:
+    """Build a model by name.
+
+    Without `config` and `pretrained` the model's own weights are used: the shipped folder, or
+    its hub id at the pinned revision. `pretrained` is a local folder or a hub id
+    ("" counts as None). `config` alone
+    (a mapping or the family's config object) builds that architecture with random weights.
+    `device`: auto, cpu, cuda, cuda:N. `dtype`: auto, float32, float16, bfloat16 (or fp32, fp16,
+    bf16). `attention`: auto, flash_attention_2, sdpa, eager. An explicit choice is honoured or
+    refused with a ModelError; ``auto`` logs what it chose. `should_cancel` is asked between
+    tensors while loading; true gives LOAD_CANCELLED. Other options go to the class.
+    """
+    return get_vlm(name).create(
+        model_info(name).name,
+        config=config,
+        pretrained=pretrained or None,
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        quantization=quantization,
+        freeze_vision=freeze_vision,
+        freeze_language=freeze_language,
+        should_cancel=should_cancel,
+        **options,
+    )

@@ -1,0 +1,151 @@
+"""Reading a checkpoint folder tensor by tensor, without holding more than one at a time.
+
+safetensors files are preferred; a pickle checkpoint is loaded with weights-only unpickling, which
+runs no code from the file, or refused. An index file decides which shards there are.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import pickle
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from librobot_vlm_ros.core import ErrorCode, ModelError
+
+__all__ = ["iterate_tensors", "read_config", "read_json", "weight_files"]
+
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_SINGLES = ("model.safetensors", "pytorch_model.bin")
+#: Bytes of a file that are mapped at a time.
+_MAPPED_BYTES = 64 << 20
+_PICKLES = (".bin", ".pt", ".pth")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises ModelError BAD_CONFIG when it is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ModelError(ErrorCode.BAD_CONFIG, f"{path.name} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(ErrorCode.BAD_CONFIG, f"{path.name} holds no JSON object")
+    return content
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a checkpoint folder.
+
+    Raises ModelError WEIGHTS_NOT_FOUND when folder or file is missing, BAD_CONFIG when unreadable.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(
+            ErrorCode.WEIGHTS_NOT_FOUND,
+            f"{folder} holds no config.json" if folder.is_dir() else f"there is no folder {folder}",
+            "a checkpoint folder holds config.json and *.safetensors",
+        )
+    return read_json(path)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights, safetensors if there are any.
+
+    Raises ModelError WEIGHTS_NOT_FOUND, or WEIGHTS_CORRUPT for an index that names no files of
+    this folder.
+    """
+    for index, single in zip(_INDEXES, _SINGLES, strict=True):
+        if (folder / index).is_file():
+            return [folder / name for name in _names_in_index(folder / index)]
+        if (folder / single).is_file():
+            return [folder / single]
+    others = sorted(folder.glob("*.safetensors"))
+    if others:
+        return others
+    raise ModelError(
+        ErrorCode.WEIGHTS_NOT_FOUND,
+        f"{folder} holds no weights",
+        "expected model.safetensors, a model.safetensors.index.json, or pytorch_model.bin",
+    )
+
+
+def iterate_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of one file with its key, on the CPU, in the file's order.
+
+    Raises ModelError WEIGHTS_CORRUPT or UNSAFE_CHECKPOINT.
+    """
+    if path.suffix in _PICKLES:
+        yield from _iterate_pickle(path)
+        return
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            keys = list(file.keys())
+        while keys:
+            # What was read stays mapped, and counts as our memory, until the file is closed.
+            left = _MAPPED_BYTES
+            with safe_open(path, framework="pt", device="cpu") as file:
+                while keys and left > 0:
+                    tensor = file.get_tensor(keys[0])
+                    left -= tensor.nbytes
+                    yield keys.pop(0), tensor
+                    del tensor
+    except SafetensorError as error:
+        raise ModelError(
+            ErrorCode.WEIGHTS_CORRUPT,
+            f"{path.name} is not a whole safetensors file: {error}",
+            "download or copy it again",
+        ) from error
+
+
+def _names_in_index(index: Path) -> list[str]:
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ModelError(ErrorCode.WEIGHTS_CORRUPT, f"{index.name} holds no weight_map")
+    names = sorted({str(name) for name in shards.values()})
+    for name in names:
+        # A shard lies beside its index; anything else would read files that nobody named.
+        if Path(name).name != name:
+            raise ModelError(
+                ErrorCode.WEIGHTS_CORRUPT, f"{index.name} names a file elsewhere: {name!r}"
+            )
+        if not (index.parent / name).is_file():
+            raise ModelError(
+                ErrorCode.WEIGHTS_NOT_FOUND,
+                f"{index.name} names {name}, which is not there",
+                "the download is not complete: run it again",
+            )
+    return names
+
+
+def _iterate_pickle(path: Path) -> Iterator[tuple[str, Tensor]]:
+    try:
+        with warnings.catch_warnings():  # it warns of odd pickles, and then refuses them
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            ErrorCode.UNSAFE_CHECKPOINT,
+            f"{path.name} is no plain table of weights; it was not unpickled, nothing of it ran",
+            "use a safetensors checkpoint",
+        ) from error
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise  # the disk or its permissions; EINVAL is how a cut zip file shows itself
+        raise ModelError(
+            ErrorCode.WEIGHTS_CORRUPT,
+            f"{path.name} is not a whole checkpoint: {error}",
+            "download or copy it again",
+        ) from error
+    if not isinstance(state, dict):
+        raise ModelError(ErrorCode.WEIGHTS_CORRUPT, f"{path.name} holds no table of tensors")
+    for key in list(state):
+        value = state.pop(key)
+        if isinstance(value, Tensor):
+            yield key, value

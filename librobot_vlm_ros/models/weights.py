@@ -1,0 +1,154 @@
+"""Where weights come from: a local folder, the hub at a pinned revision, or the package itself."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import re
+import socket
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+from librobot_vlm_ros.core import ErrorCode, ModelError
+from librobot_vlm_ros.models.base import ModelInfo
+from librobot_vlm_ros.models.shards import weight_files
+
+__all__ = ["Weights", "find_weights", "folder_digest"]
+
+_log = logging.getLogger(__name__)
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHIPPED = Path(__file__).parent / "weights"
+#: Everything a model needs, and no code.
+_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"]
+#: Seconds to wait for the hub to take a connection.
+_CONNECT_S = 5.0
+_DIGEST_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A checkpoint folder on this machine, and which weights they are."""
+
+    folder: Path
+    #: Hub commit, or a digest of the folder.
+    revision: str
+
+
+def find_weights(info: ModelInfo, pretrained: str | None, revision: str | None = None) -> Weights:
+    """The folder of a model's weights, downloaded if need be.
+
+    `pretrained`: a folder, a hub id ("owner/name" or "owner/name@revision"), or None for the
+    model's own. Downloads show their progress, resume, and honour HF_HOME and HF_HUB_OFFLINE.
+    Raises ModelError WEIGHTS_NOT_FOUND that names the ways to get them.
+    """
+    if pretrained is None and info.shipped_folder is not None:
+        folder = _SHIPPED / info.shipped_folder
+        if not folder.is_dir():
+            raise _not_found(info, f"the package was installed without {folder}", None)
+        return Weights(folder, folder_digest(folder))
+    wanted = str(pretrained if pretrained is not None else info.default_pretrained)
+    folder = Path(wanted).expanduser()
+    if folder.is_dir():
+        return Weights(folder, folder_digest(folder))
+    if not _HUB_ID.fullmatch(wanted):
+        raise _not_found(info, f"{wanted!r} is neither a folder nor a hub id (owner/name)", None)
+    hub_id, _, named = wanted.partition("@")
+    if not named and revision is None and hub_id == info.default_pretrained:
+        named = info.pinned_revision or ""
+    return _from_hub(info, hub_id, revision or named or None)
+
+
+def folder_digest(folder: Path) -> str:
+    """16 hex digits that tell one set of weights from another.
+
+    Made from config.json and the size, first and last MiB of each weight file: reading 30 GB to
+    name them would take longer than loading them.
+    """
+    digest = hashlib.sha256()
+    files = sorted(
+        path
+        for pattern in ("config.json", "*.safetensors", "*.bin")
+        for path in folder.glob(pattern)
+    )
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\0".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_DIGEST_BYTES))
+            file.seek(max(_DIGEST_BYTES, size - _DIGEST_BYTES))
+            digest.update(file.read(_DIGEST_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def _from_hub(info: ModelInfo, hub_id: str, revision: str | None) -> Weights:
+    """A commit that was downloaded before needs no network, and none is asked for."""
+    from huggingface_hub import constants
+
+    _log.info("weights of %s: %s at %s", info.name, hub_id, revision or "main")
+    folder = None
+    if constants.HF_HUB_OFFLINE or _COMMIT.fullmatch(revision or ""):
+        folder = _downloaded(hub_id, revision)
+    if folder is None and constants.HF_HUB_OFFLINE:
+        raise _not_found(info, f"{hub_id} is not downloaded and HF_HUB_OFFLINE is set", hub_id)
+    if folder is None:
+        try:
+            _reach(constants.ENDPOINT)
+            folder = _download(hub_id, revision)
+        except Exception as error:  # the hub, its HTTP library and the network each have their own
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES):
+                raise
+            raise _not_found(info, f"{hub_id} could not be downloaded: {error}", hub_id) from error
+    return Weights(folder, folder.name)
+
+
+def _downloaded(hub_id: str, revision: str | None) -> Path | None:
+    """The snapshot in the local cache, None when it is not there or not whole."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(hub_id, revision=revision, local_files_only=True))
+        weight_files(folder)
+    except (LocalEntryNotFoundError, ModelError):
+        return None
+    whole = (folder / "config.json").is_file() and any(folder.glob("tokenizer*"))
+    return folder if whole else None
+
+
+def _reach(endpoint: str) -> None:
+    """Raises OSError at once without a network; the hub's library would try for half a minute."""
+    url = urllib.parse.urlsplit(endpoint)
+    if url.hostname and not urllib.request.getproxies():  # a proxy may know ways that we don't
+        port = url.port or (80 if url.scheme == "http" else 443)
+        socket.create_connection((url.hostname, port), timeout=_CONNECT_S).close()
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    def fetch(*patterns: str) -> Path:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[*patterns]))
+
+    folder = fetch(*_FILES, "*.safetensors")
+    return folder if any(folder.glob("*.safetensors")) else fetch(*_FILES, "*.bin")
+
+
+def _not_found(info: ModelInfo, what: str, hub_id: str | None) -> ModelError:
+    hub_id = hub_id or info.default_pretrained
+    revision = f" --revision {info.pinned_revision}" if info.pinned_revision else ""
+    ways = []
+    if hub_id is not None:
+        ways.append(f"with a network once: hf download {hub_id}{revision}")
+    ways.append("a folder with config.json and *.safetensors: weights:=/path/to/folder")
+    if info.name != "florence-2-tabletop":
+        ways.append("the model that ships with this package: model:=florence-2-tabletop")
+    return ModelError(
+        ErrorCode.WEIGHTS_NOT_FOUND,
+        f"no weights for {info.name}: {what}",
+        "Ways to get them:\n" + "\n".join(f"- {way}" for way in ways),
+    )

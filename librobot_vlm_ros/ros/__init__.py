@@ -1,0 +1,12 @@
+"""The ROS room: the lifecycle node `vlm` and what it is made of.
+
+Nothing is imported here, so that parameters and arguments can be read without rclpy.
+
+    parameter, settings, grammar   the parameters: declaration, bounds, notations     (no rclpy)
+    arguments, transport           command line and launch arguments, DDS profile     (no rclpy)
+    node, lifecycle, vlm_node      the node, guarded transitions, the process
+    camera, matching, decoder      images in
+    publishing, annotate           results out
+    services, generate, on_demand  questions
+    diagnostics, reporting         what goes wrong, said once
+"""

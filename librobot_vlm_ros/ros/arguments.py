@@ -1,0 +1,196 @@
+"""`name:=value` arguments, the same for `ros2 launch` and `librobot-vlm run`, made from the
+declared parameters.
+
+An argument that is not given is not passed on, so that a parameter file keeps its say.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from librobot_vlm_ros.core import BagError, ErrorCode, RequestError, escape_for_log
+
+from .parameter import Parameter, Value, When
+from .settings import PARAMETERS, Settings
+
+__all__ = [
+    "EXTRA_ARGUMENTS",
+    "LAUNCH_PARAMETERS",
+    "Argument",
+    "arguments",
+    "existing_file",
+    "given_arguments",
+    "logger_name",
+    "parse_values",
+    "ros_arguments",
+    "split_arguments",
+]
+
+LAUNCH_PARAMETERS = (
+    "model",
+    "weights",
+    "model_config",
+    "device",
+    "dtype",
+    "quantization",
+    "image_topic",
+    "image_transport",
+    "cameras",
+    "tasks",
+    "instruction",
+    "annotated",
+    "lock_step",
+    "autostart",
+)
+"""Parameters that `vlm.launch.py` takes as arguments; all others come in a `params_file`."""
+
+_SIM_TIME = Parameter("use_sim_time", False, "Take the time from /clock.", When.START)
+_LOG_LEVELS = ("debug", "info", "warn", "error", "fatal")
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument of the launch file and of `librobot-vlm run`."""
+
+    name: str
+    default: str
+    description: str
+    choices: tuple[str, ...] = ()
+
+
+EXTRA_ARGUMENTS = (
+    Argument(
+        "namespace", "", "Namespace of the node, such as /front: its topics become /front/vlm/..."
+    ),
+    Argument(
+        "params_file",
+        "",
+        "YAML file of parameters for the node; arguments that are given here win over it.",
+    ),
+    Argument(
+        "transport",
+        "images",
+        "images: shared memory large enough for images and an allocator that keeps it; "
+        "default: leave both as they are.",
+        ("images", "default"),
+    ),
+    Argument("use_sim_time", "false", _SIM_TIME.description, ("true", "false")),
+    Argument("log_level", "info", "What the node logs.", _LOG_LEVELS),
+)
+
+
+def arguments(names: Iterable[str] = tuple(PARAMETERS)) -> tuple[Argument, ...]:
+    """The arguments for these parameters, then those that are no parameters. Here `autostart` is on
+    by default.
+    """
+    made = []
+    for name in names:
+        item = PARAMETERS[name]
+        choices = ("true", "false") if item.type_name == "bool" else item.choices
+        default = "true" if name == "autostart" else _shown(item)
+        made.append(Argument(name, default, item.description.replace("`", ""), choices))
+    return (*made, *EXTRA_ARGUMENTS)
+
+
+def _shown(item: Parameter) -> str:
+    """The default as it is easiest to read and can be typed again."""
+    if isinstance(item.default, tuple):
+        return ", ".join(item.default)
+    return item.example if item.default != "" else ""
+
+
+def split_arguments(words: Iterable[str], names: Iterable[str]) -> dict[str, str]:
+    """`name:=value` words as a dictionary. Raises `RequestError` (BAD_PARAMETER) for another form
+    or name.
+    """
+    known = tuple(names)
+    found: dict[str, str] = {}
+    for word in words:
+        name, separator, value = word.partition(":=")
+        if not separator:
+            raise RequestError(
+                ErrorCode.BAD_PARAMETER,
+                f"argument '{escape_for_log(word)}' is not of the form name:=value",
+                "Example: model:=florence-2-base image_topic:=/camera/image_raw",
+            )
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(known)}."
+            raise RequestError(
+                ErrorCode.BAD_PARAMETER, f"there is no argument '{escape_for_log(name)}'", hint
+            )
+        found[name] = value
+    return found
+
+
+def parse_values(texts: Mapping[str, str]) -> dict[str, Value]:
+    """Parameter values from their texts, all of them checked together. Raises `RequestError`.
+
+    A list is written `[a, b]` or `a, b`; a boolean `true` or `false`.
+    """
+    values = {
+        name: PARAMETERS[name].parsed(text) for name, text in texts.items() if name in PARAMETERS
+    }
+    Settings(**values)
+    if "use_sim_time" in texts:
+        values["use_sim_time"] = _SIM_TIME.parsed(texts["use_sim_time"])
+    return values
+
+
+def ros_arguments(texts: Mapping[str, str]) -> list[str]:
+    """What the node's process is given besides the parameter values: `--ros-args ...`.
+
+    `autostart` is on unless the parameter file says otherwise. Raises `VlmError`.
+    """
+    words = ["--ros-args", "-p", "autostart:=true"]
+    if texts.get("params_file"):
+        words += ["--params-file", str(existing_file(texts["params_file"]))]
+    namespace = "".join(f"/{part}" for part in texts.get("namespace", "").split("/") if part)
+    if namespace:
+        words += ["-r", f"__ns:={namespace}"]
+    for item in EXTRA_ARGUMENTS:
+        text = texts.get(item.name, item.default)
+        if item.choices and text not in item.choices:
+            raise RequestError(
+                ErrorCode.BAD_PARAMETER,
+                f"{item.name} is '{escape_for_log(text)}', expected one of "
+                f"{', '.join(item.choices)}",
+            )
+    if "log_level" in texts:
+        words += ["--log-level", f"{logger_name(namespace)}:={texts['log_level']}"]
+    return words
+
+
+def logger_name(namespace: str) -> str:
+    """Name of the node's logger, to set its level and leave those of rcl and DDS alone."""
+    return ".".join([*filter(None, namespace.split("/")), "vlm"])
+
+
+def given_arguments(
+    texts: Mapping[str, str], said: Iterable[str], known: Iterable[Argument]
+) -> dict[str, str]:
+    """Those that somebody asked for: said on the command line, or other than the default.
+
+    What nobody asked for is left to the parameter file and to the node's own defaults.
+    """
+    names = set(said)
+    return {
+        item.name: texts[item.name]
+        for item in known
+        if item.name in names or texts[item.name] != item.default
+    }
+
+
+def existing_file(name: str) -> Path:
+    """The file of that name. Raises `BagError` (FILE_NOT_FOUND)."""
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise BagError(
+            ErrorCode.FILE_NOT_FOUND,
+            f"params_file '{escape_for_log(name)}' is no file",
+            "Give the path of a YAML parameter file.",
+        )
+    return path

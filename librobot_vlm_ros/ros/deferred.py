@@ -1,0 +1,96 @@
+"""Services that answer later, without a thread or a spinning executor while they wait.
+
+rclpy sends what a service callback returns. A callback that waits for the model would hold the
+executor's thread, and a coroutine that awaits a future is polled by rclpy's executors (7.1) without
+a pause. Here the callback gets a `Reply` and returns at once; whoever has the answer, on any
+thread, calls `reply.send(response)`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from rclpy.service import Service
+
+__all__ = ["DeferredService", "Reply", "defer"]
+
+
+class Reply:
+    """The way back to the client of one request. `send` works once and from any thread."""
+
+    def __init__(
+        self, make_response: Callable[[], Any], on_lost: Callable[[Exception], None]
+    ) -> None:
+        self.make_response = make_response
+        self._on_lost = on_lost
+        self._lock = threading.Lock()
+        self._send: Callable[[Any], None] | None = None
+        self._response: Any = None
+        self._sent = False
+
+    def send(self, response: Any) -> None:
+        """Answer the client. A second call does nothing; a client that has gone is only noted."""
+        with self._lock:
+            if self._sent or self._response is not None:
+                return
+            if self._send is None:  # the answer was there before rclpy handed the header over
+                self._response = response
+                return
+            self._sent = True
+        self._deliver(response)
+
+    def bind(self, send: Callable[[Any], None]) -> None:
+        """rclpy's part: how to send, known once the callback has returned."""
+        with self._lock:
+            self._send = send
+            response = self._response
+            self._sent = response is not None
+        if response is not None:
+            self._deliver(response)
+
+    def _deliver(self, response: Any) -> None:
+        assert self._send is not None
+        try:
+            self._send(response)
+        except Exception as error:  # rcl reports a client that has gone with several exceptions
+            self._on_lost(error)
+
+
+def defer(
+    service: Service, handle: Callable[[Any, Reply], None], on_lost: Callable[[Exception], None]
+) -> None:
+    """Let `handle(request, reply)` serve `service`. It must not raise and must send exactly one
+    reply, some time.
+    """
+    send_now = service.send_response
+
+    def callback(request: Any, _response: Any) -> Reply:
+        reply = Reply(service.srv_type.Response, on_lost)
+        handle(request, reply)
+        return reply
+
+    def send_response(response: Any, header: Any) -> None:
+        if isinstance(response, Reply):
+            response.bind(lambda later: send_now(later, header))
+        else:
+            send_now(response, header)
+
+    service.callback = callback
+    service.send_response = send_response  # the executor calls it on this very object
+
+
+class DeferredService:
+    """A service of a node that answers through a `Reply`."""
+
+    def __init__(
+        self,
+        node: Any,
+        service_type: Any,
+        name: str,
+        handle: Callable[[Any, Reply], None],
+        on_lost: Callable[[Exception], None],
+    ) -> None:
+        self.service = node.create_service(service_type, name, lambda _request, reply: reply)
+        defer(self.service, handle, on_lost)

@@ -1,0 +1,89 @@
+"""Getting a model into the engine: at configuring, and in place of another while the node works."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Future
+from typing import Any
+
+from librobot_vlm_ros.core import ErrorCode, ModelError, as_vlm_error
+from librobot_vlm_ros.models import create_vlm, model_info
+from librobot_vlm_ros.runtime import Engine, LoadReport
+
+from .live_parameters import LiveParameters
+from .settings import Settings
+from .standing import load_options
+
+__all__ = ["create_backend", "load_model", "loaded_text", "switch_model"]
+
+
+def create_backend(name: str, **options: Any) -> Any:
+    """The engine's factory."""
+    return create_vlm(name, **options)
+
+
+def load_model(engine: Engine, settings: Settings) -> LoadReport:
+    """Load what the parameters name, waiting at most `load_timeout_s`. Raises `VlmError`."""
+    future = engine.load(settings.model, **load_options(settings))
+    try:
+        return future.result(settings.load_timeout_s)
+    except concurrent.futures.TimeoutError:
+        engine.cancel_load()
+        raise ModelError(
+            ErrorCode.LOAD_CANCELLED,
+            f"loading '{settings.model}' took longer than {settings.load_timeout_s:g} s",
+            "Raise load_timeout_s.",
+        ) from None
+
+
+def loaded_text(report: LoadReport) -> str:
+    """One line for the log."""
+    return (
+        f"model '{report.model}' ({report.revision}) on {report.device} in {report.dtype}, "
+        f"loaded in {report.load_s:.2f} s"
+    )
+
+
+def switch_model(
+    engine: Engine,
+    parameters: LiveParameters,
+    asked: Mapping[str, str],
+    timeout_s: float,
+    logger: Any,
+) -> Future[LoadReport]:
+    """Change the model; log and parameters tell the outcome before the future does.
+
+    `asked` holds model, weights, device and dtype; "" is as now, for weights the model's own.
+    Raises `VlmError` when the change cannot be tried; the future raises it when it fails, and the
+    model before is in place again.
+    """
+    now = parameters.settings
+    values = {
+        "model": model_info(asked["model"] or now.model).name,
+        "weights": asked["weights"],
+        "model_config": "",
+        "device": asked["device"] or now.device,
+        "dtype": asked["dtype"] or now.dtype,
+    }
+    options = load_options(now.changed(**values))
+    loading = engine.switch(values["model"], **options)
+    answer: Future[LoadReport] = Future()
+
+    def done(finished: Future[LoadReport]) -> None:
+        timer.cancel()
+        error = finished.exception()
+        if error is not None:
+            logger.error(f"switching to '{values['model']}' failed: {error}")
+            answer.set_exception(as_vlm_error(error))
+            return
+        parameters.force(values)
+        logger.info(loaded_text(finished.result()))
+        answer.set_result(finished.result())
+
+    timer = threading.Timer(timeout_s, engine.cancel_load)
+    timer.daemon = True
+    timer.start()
+    loading.add_done_callback(done)
+    return answer

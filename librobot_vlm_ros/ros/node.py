@@ -1,0 +1,311 @@
+"""The lifecycle node `vlm`: what the parameters say is subscribed, asked of the model and
+published.
+
+What the transitions do:
+    configure   loads the model on the engine's thread
+    activate    subscribes to the cameras and works
+    deactivate  leaves the cameras, keeps the model
+    cleanup     frees the model
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+from concurrent.futures import Future
+from typing import Any
+
+from diagnostic_msgs.msg import DiagnosticArray
+from rclpy.clock import Clock, ClockType
+from std_msgs.msg import String
+
+from librobot_vlm_ros.core import (
+    EngineError,
+    ErrorCode,
+    Frame,
+    ModelError,
+    Result,
+    VlmError,
+)
+from librobot_vlm_ros.runtime import CameraEvent, Engine, LoadReport
+
+from .annotate import Annotator
+from .camera import Camera
+from .decoder import Decoder
+from .diagnostics import camera_status, diagnostics, engine_status, model_status
+from .generate import GenerateAction
+from .instruction import Instruction
+from .lifecycle import GuardedLifecycleNode
+from .live_parameters import LiveParameters
+from .loading import create_backend, load_model, loaded_text, switch_model
+from .matching import MatchedSubscription
+from .on_demand import Served, timeout_of
+from .publishing import ResultPublisher
+from .reporting import Throttled, guarded
+from .services import Services
+from .settings import Settings
+from .standing import camera_configs, engine_config, standing_tasks, waiting_tasks
+from .transport import give_back_memory
+
+__all__ = ["VlmNode"]
+
+_PAUSE_S = 5.0
+_FREE_S = 15.0
+_CHECK_PERIOD_S = 0.5
+_DIAGNOSTICS_PERIOD_S = 1.0
+
+
+class VlmNode(GuardedLifecycleNode):
+    """See the module. Made once per process; `shut_down` ends it."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__("vlm", **kwargs)
+        self._engine: Engine | None = None
+        self._cameras: dict[str, Camera] = {}
+        self._instruction_topic: MatchedSubscription | None = None
+        self._annotator: Annotator | None = None
+        self._decoder = Decoder()
+        self._complaints = Throttled(self.get_logger())
+        self._load_error: VlmError | None = None
+        self._free_s = _FREE_S
+        self._engine_ended = True
+        self._live = LiveParameters(
+            self,
+            is_unconfigured=lambda: self.state_label == "unconfigured",
+            on_change=self._on_parameters,
+        )
+        self._instruction = Instruction(self.settings.instruction)
+        self._results = ResultPublisher(self, lambda: self.settings.min_score)
+        self._served_services = Services(self, self)
+        self._generate = GenerateAction(self, self)
+        self._diagnostics_topic = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
+        # Watchdogs must tick when the robot's clock stands still or jumps (simulation, bag loops).
+        steady = Clock(clock_type=ClockType.STEADY_TIME)
+        self.create_timer(
+            _DIAGNOSTICS_PERIOD_S,
+            guarded(self._publish_diagnostics, self._complaints),
+            clock=steady,
+        )
+        self.create_timer(
+            _CHECK_PERIOD_S, guarded(self._check_topics, self._complaints), clock=steady
+        )
+
+    # -- what services need (Host)
+
+    @property
+    def settings(self) -> Settings:
+        """Parameters now."""
+        return self._live.settings
+
+    def served(self) -> Served:
+        """Engine and cameras; raises `EngineError` NOT_ACTIVE while there are none."""
+        engine, state = self._engine, self.state_label
+        if engine is None:
+            raise EngineError(
+                ErrorCode.NOT_ACTIVE, f"the node is {state}", "Configure and activate it first."
+            )
+        return Served(engine, self.settings, dict(self._cameras), state)
+
+    def active_model(self) -> str:
+        """Name of the loaded model, "" when none is."""
+        engine = self._engine
+        return "" if engine is None else engine.stats().model
+
+    def switch(
+        self, model: str, weights: str, device: str, dtype: str, timeout_s: float
+    ) -> Future[LoadReport]:
+        """Change the model without leaving the state. Raises `VlmError` when it cannot be tried."""
+        engine = self._engine
+        if engine is None or self.state_label not in ("active", "inactive"):
+            raise ModelError(
+                ErrorCode.MODEL_NOT_LOADED,
+                f"the node is {self.state_label}",
+                "Configure it first: that loads the model named by the parameter.",
+            )
+        asked = {"model": model, "weights": weights, "device": device, "dtype": dtype}
+        limit_s = timeout_of(timeout_s, self.settings.load_timeout_s)
+        return switch_model(engine, self._live, asked, limit_s, self.get_logger())
+
+    # -- lifecycle hooks, on the transition thread
+
+    def configure(self) -> None:
+        """Load the model; everything that a wrong parameter can spoil is found here."""
+        for error in self._live.errors.values():
+            raise error
+        settings = self.settings
+        self._load_error = None
+        self._instruction.set(settings.instruction)
+        engine = Engine(
+            create_backend,
+            config=engine_config(settings),
+            on_result=self._on_result,
+            on_fatal=self.raise_error,
+            on_camera=self._on_camera,
+        )
+        self._engine = engine
+        try:
+            engine.set_cameras(camera_configs(settings))
+            self._set_standing_tasks(settings)
+            self.get_logger().info(f"loading model '{settings.model}'")
+            report = load_model(engine, settings)
+        except VlmError as error:
+            self._load_error = error
+            self._free()
+            raise
+        self.get_logger().info(loaded_text(report))
+        self._instruction_topic = MatchedSubscription(
+            self, String, "~/instruction", self._on_instruction, depth=10, when_alone="reliable"
+        )
+        if settings.annotated:
+            self._annotator = Annotator(self)
+            self._results.set_annotator(self._annotator)
+
+    def cancel_configure(self) -> None:
+        """End a load that is under way."""
+        engine = self._engine
+        if engine is not None:
+            engine.cancel_load()
+
+    def activate(self) -> None:
+        """Start the engine and subscribe to the cameras."""
+        engine, settings = self._engine, self.settings
+        assert engine is not None
+        engine.start()
+        self._cameras = {
+            setting.name: Camera(
+                self,
+                setting,
+                engine,
+                self._decoder,
+                lock_step=settings.lock_step,
+                reliability=settings.qos_reliability,
+                allow_depth=lambda: self.settings.allow_depth,
+                complaints=self._complaints,
+            )
+            for setting in settings.camera_list()
+        }
+        topics = ", ".join(camera.link.topic for camera in self._cameras.values())
+        for name, why in engine.stats().idle_tasks:
+            if name not in waiting_tasks(settings, self._instruction):
+                self.get_logger().warning(f"standing task '{name}' does not run: {why}")
+        tasks = ", ".join(settings.tasks) or "no standing tasks"
+        self.get_logger().info(f"{tasks} on {topics}")
+
+    def deactivate(self) -> None:
+        """Leave the cameras, stop the model at its next token."""
+        self._leave_cameras()
+        if self._engine is not None and not self._engine.pause(_PAUSE_S):
+            raise EngineError(ErrorCode.INTERNAL, f"the model did not stop within {_PAUSE_S:g} s")
+
+    def cleanup(self) -> None:
+        """Free the model and everything that `configure` made."""
+        if not self._free():
+            raise EngineError(
+                ErrorCode.INTERNAL, f"the model's thread did not end within {self._free_s:g} s"
+            )
+
+    def recover(self) -> None:
+        """Free everything, whatever the state was."""
+        self._leave_cameras()
+        self._free()
+
+    def _leave_cameras(self) -> None:
+        cameras, self._cameras = self._cameras, {}
+        for camera in cameras.values():
+            camera.close()
+
+    def _free(self) -> bool:
+        engine, self._engine = self._engine, None
+        topic, self._instruction_topic = self._instruction_topic, None
+        annotator, self._annotator = self._annotator, None
+        self._results.set_annotator(None)
+        if topic is not None:
+            topic.close()
+        if annotator is not None:
+            annotator.close()
+        self._engine_ended = engine is None or engine.stop(self._free_s)
+        give_back_memory()
+        return self._engine_ended
+
+    def shut_down(self, timeout_s: float) -> bool:
+        """End everything the node runs, within the time; true when all threads have ended."""
+        self._free_s = 0.6 * timeout_s
+        self._served_services.close()
+        ending = self.request_transition("shutdown")
+        concurrent.futures.wait([ending], 0.7 * timeout_s)
+        ended = self.stop_transitions(0.1 * timeout_s)
+        self._free_s = 0.1 * timeout_s
+        self.recover()  # where the transition was refused, or did not get that far
+        return self._decoder.close(0.1 * timeout_s) and ended and self._engine_ended
+
+    # -- events
+
+    def _on_result(self, result: Result, frame: Frame) -> None:
+        engine = self._engine
+        if engine is None:
+            return
+        if result.error is not None:
+            code = result.error.code
+            self._complaints.error(
+                f"{result.info.task}/{code}", f"{result.info.task}: {result.error}"
+            )
+        self._results.publish(result, frame, engine.now_ns())
+
+    def _on_camera(self, event: CameraEvent) -> None:
+        camera = self._cameras.get(event.camera)
+        if camera is not None and camera.link.problem:
+            return  # the camera itself says that its topic is missing, with the fix
+        if event.stale:
+            self.get_logger().error(
+                f"TOPIC_TIMEOUT({int(ErrorCode.TOPIC_TIMEOUT)}): camera '{event.camera}' "
+                f"has sent nothing for {event.silent_s:.1f} s"
+            )
+        else:
+            self.get_logger().info(f"camera '{event.camera}' sends frames")
+
+    def _on_instruction(self, message: Any) -> None:
+        error = self._live.set("instruction", message.data)
+        if error is not None:
+            self._complaints.error("instruction", f"~/instruction refused: {error}")
+
+    def _on_parameters(self, before: Settings, after: Settings) -> None:
+        engine = self._engine
+        if after.instruction != before.instruction:
+            number = self._instruction.set(after.instruction)
+            self.get_logger().info(f"instruction {number}: '{self._instruction.shown}'")
+        if engine is None:
+            return
+        engine.reconfigure(max_frame_age_s=after.max_frame_age_s, queue_size=after.queue_size)
+        if after.camera_timeout_s != before.camera_timeout_s:
+            engine.set_cameras(camera_configs(after))
+        self._set_standing_tasks(after)
+
+    def _set_standing_tasks(self, settings: Settings) -> None:
+        if self._engine is not None:
+            self._engine.set_standing_tasks(standing_tasks(settings, self._instruction))
+
+    # -- timers
+
+    def _check_topics(self) -> None:
+        for camera in list(self._cameras.values()):
+            camera.check()
+        if self._instruction_topic is not None:
+            self._instruction_topic.check()
+
+    def _publish_diagnostics(self) -> None:
+        engine = self._engine
+        stats = engine.stats() if engine is not None else None
+        errors = [*self._live.errors.values()]
+        errors += [self._load_error] if self._load_error is not None else []
+        problems = [str(error) for error in errors]
+        statuses = [model_status(self.state_label, self.settings.model, problems, stats)]
+        if stats is not None and self.state_label == "active":
+            waiting = waiting_tasks(self.settings, self._instruction)
+            statuses.append(engine_status(stats, waiting))
+            statuses += [
+                camera_status(camera, stats.cameras.get(name))
+                for name, camera in list(self._cameras.items())
+            ]
+        stamp = self.get_clock().now().to_msg()
+        self._diagnostics_topic.publish(
+            diagnostics(stamp, self.get_fully_qualified_name().lstrip("/"), statuses)
+        )

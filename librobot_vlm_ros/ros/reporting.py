@@ -1,0 +1,65 @@
+"""Log lines that cannot flood: the same complaint is written once, then at most every few seconds
+with a count.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from librobot_vlm_ros.core import as_vlm_error
+
+__all__ = ["Throttled", "guarded"]
+
+
+class Throttled:
+    """Writes a complaint per key at most every `period_s` seconds of the steady clock. Safe from
+    any thread.
+    """
+
+    def __init__(
+        self, logger: Any, period_s: float = 5.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._logger = logger
+        self._period_s = period_s
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._last: dict[str, tuple[float, int]] = {}  # key -> when it was written, left out since
+
+    def error(self, key: str, text: str) -> None:
+        """Log `text` as an error, or count it."""
+        line = self._line(key, text)
+        if line:
+            self._logger.error(line)
+
+    def warning(self, key: str, text: str) -> None:
+        """Log `text` as a warning, or count it."""
+        line = self._line(key, text)
+        if line:
+            self._logger.warning(line)
+
+    def _line(self, key: str, text: str) -> str:
+        now = self._clock()
+        with self._lock:
+            written, left_out = self._last.get(key, (-self._period_s, 0))
+            if now - written < self._period_s:
+                self._last[key] = (written, left_out + 1)
+                return ""
+            self._last[key] = (now, 0)
+        return f"{text} ({left_out} more like this)" if left_out else text
+
+
+def guarded(work: Callable[[], None], complaints: Throttled) -> Callable[[], None]:
+    """`work` for a timer: what it raises is logged and does not end the timer."""
+
+    @functools.wraps(work)
+    def run() -> None:
+        try:
+            work()
+        except Exception as error:
+            complaints.error(work.__name__, f"{work.__name__}: {as_vlm_error(error)}")
+
+    return run

@@ -1,0 +1,96 @@
+"""The process made ready for big images before any DDS is there: shared memory and the allocator.
+
+Both change nothing where the user has said something else, and both are left out with
+`LIBROBOT_VLM_TRANSPORT=default` (argument `transport:=default`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+from collections.abc import MutableMapping
+from pathlib import Path
+
+import librobot_vlm_ros
+
+__all__ = [
+    "PROFILE",
+    "TRANSPORT_VARIABLE",
+    "config_file",
+    "give_back_memory",
+    "keep_freed_memory",
+    "use_image_profile",
+]
+
+TRANSPORT_VARIABLE = "LIBROBOT_VLM_TRANSPORT"
+PROFILE = "fastdds.xml"
+_PROFILE_VARIABLE = "FASTRTPS_DEFAULT_PROFILES_FILE"
+_OTHER_WISHES = (_PROFILE_VARIABLE, "FASTDDS_DEFAULT_PROFILES_FILE", "FASTDDS_BUILTIN_TRANSPORTS")
+_SHARED_MEMORY = Path("/dev/shm")
+_NEEDED_BYTES = 128 * 1024 * 1024  # the segment of this process and one publisher's
+# mallopt's parameters, from glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_IMAGE_BYTES = 32 * 1024 * 1024  # the largest value that every glibc takes; a 4K image has 25 MB
+_KEPT_BYTES = 128 * 1024 * 1024
+
+
+def use_image_profile(environ: MutableMapping[str, str] | None = None) -> str:
+    """Point Fast DDS to the profile of this package; what was done or why not, in words.
+
+    To be called before the first participant is made.
+    """
+    environ = os.environ if environ is None else environ
+    if environ.get(TRANSPORT_VARIABLE, "images") != "images":
+        return f"the transport is left as it is: {TRANSPORT_VARIABLE} says so"
+    if not environ.get("RMW_IMPLEMENTATION", "rmw_fastrtps_cpp").startswith("rmw_fastrtps"):
+        return f"the transport is left as it is: {environ['RMW_IMPLEMENTATION']} has its own files"
+    for name in _OTHER_WISHES:
+        if environ.get(name):
+            return f"the transport is left as it is: {name} is set"
+    profile = config_file(PROFILE)
+    if profile is None:
+        return f"the transport is left as it is: {PROFILE} is not installed"
+    if not _SHARED_MEMORY.is_dir() or shutil.disk_usage(_SHARED_MEMORY).free < _NEEDED_BYTES:
+        return (
+            "the transport is left as it is: /dev/shm has less than 128 MB free "
+            "(in a container: docker run --shm-size=512m)"
+        )
+    environ[_PROFILE_VARIABLE] = str(profile)
+    return f"shared memory for images: {profile}"
+
+
+def config_file(name: str) -> Path | None:
+    """A file of this package's config folder: of the checkout, or as it is installed."""
+    folders = [Path(librobot_vlm_ros.__file__).parents[1] / "config"]
+    try:
+        from ament_index_python.packages import get_package_share_directory
+
+        folders.append(Path(get_package_share_directory("librobot_vlm_ros")) / "config")
+    except (ImportError, LookupError):
+        pass  # no ROS installation knows this package
+    return next((folder / name for folder in folders if (folder / name).is_file()), None)
+
+
+def keep_freed_memory() -> bool:
+    """Let malloc keep the memory of images instead of asking the kernel for it anew every frame.
+
+    glibc only; true when it was done. `malloc_trim` gives the memory back, see `give_back_memory`.
+    """
+    if os.environ.get(TRANSPORT_VARIABLE, "images") != "images":
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return False
+    return bool(
+        mallopt(_M_MMAP_THRESHOLD, _IMAGE_BYTES) and mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+    )
+
+
+def give_back_memory() -> None:
+    """Give what malloc keeps back to the system, after a model was freed."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):
+        return

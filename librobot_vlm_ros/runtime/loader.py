@@ -1,0 +1,240 @@
+"""Loading, switching and freeing models, on the thread that owns them.
+
+`Loader` is used by the model thread only. What others see of a load is its `LoadJob`, whose flags
+the engine's lock guards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import logging
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+from librobot_vlm_ros.core import (
+    ErrorCode,
+    ModelError,
+    VlmError,
+    as_vlm_error,
+)
+from librobot_vlm_ros.models.base import VlmBackend
+
+from .runner import forget_frames
+
+logger = logging.getLogger("librobot_vlm_ros.runtime")
+
+# Free memory that a model is given beyond its weights, for what it needs while it is loaded and
+# warmed up.
+HEADROOM = 1.2
+
+
+class BackendFactory(Protocol):
+    """Makes a backend; called on the model thread."""
+
+    def __call__(
+        self, name: str, *, should_cancel: Callable[[], bool], **options: Any
+    ) -> VlmBackend:
+        """Give the loaded model; once `should_cancel()` is true, LOAD_CANCELLED may be raised."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadReport:
+    """What was loaded."""
+
+    model: str
+    revision: str
+    device: str
+    dtype: str
+    tasks: frozenset[str]
+    embedding_dim: int
+    memory_bytes: int
+    load_s: float
+    """Seconds from the start of loading until the model was warm."""
+    beside: bool
+    """Whether the model before it was kept until this one was ready."""
+
+
+@dataclasses.dataclass
+class LoadJob:
+    """One load or switch on its way. `settled` and `cancelled` never both become true."""
+
+    name: str
+    options: Mapping[str, Any]
+    required_bytes: int | None = None
+    beside: bool | None = None
+    future: Future[LoadReport] = dataclasses.field(default_factory=Future)
+    cancelled: bool = False
+    settled: bool = False
+    roll_back: bool = True
+    """Turned off when the engine wants no model any more."""
+
+
+@dataclasses.dataclass
+class UnloadJob:
+    """Free the model."""
+
+    future: Future[None] = dataclasses.field(default_factory=Future)
+
+
+class Loader:
+    """Holds the model, if there is one."""
+
+    def __init__(
+        self,
+        factory: BackendFactory,
+        *,
+        free_memory: Callable[[], int | None] | None = None,
+        warm_up: bool = True,
+    ) -> None:
+        self.backend: VlmBackend | None = None
+        self.report: LoadReport | None = None
+        self._factory = factory
+        self._free_memory = free_memory
+        self._warm_up = warm_up
+        self._name = ""
+        self._options: Mapping[str, Any] = {}
+
+    def perform(self, job: LoadJob, commit: Callable[[], bool]) -> LoadReport:
+        """Load the job's model in place of the present one, if any.
+
+        `commit()` is asked once the new model is ready: false = the job was cancelled meanwhile,
+        throw the model away. On failure the model before is in place again; should that fail too,
+        there is none.
+
+        Raises `VlmError`.
+        """
+        had_model = self.backend is not None
+        beside = self.backend is not None and self._keep(self.backend, job)
+        if not beside:
+            self._drop()
+        try:
+            new, report = self._ready(job, commit)
+        except VlmError as error:
+            if not had_model:
+                raise
+            if not beside:
+                self._restore(job, error)
+                raise
+            if error.code != ErrorCode.OUT_OF_MEMORY or job.beside or job.cancelled:
+                raise
+            logger.warning("%s did not fit beside %s: freeing that first", job.name, self._name)
+            beside = False
+            self._drop()
+            try:
+                new, report = self._ready(job, commit)
+            except VlmError as second:
+                self._restore(job, second)
+                raise
+        self._drop()
+        report = dataclasses.replace(report, beside=beside)
+        return self._adopt(new, report, job.name, job.options)
+
+    def unload(self) -> None:
+        """Free the model; fine when there is none."""
+        self._drop()
+
+    def _keep(self, old: VlmBackend, job: LoadJob) -> bool:
+        """Is there memory for both?"""
+        if job.beside is not None:
+            return job.beside
+        if self._free_memory is None and not old.device.startswith("cpu"):
+            return False  # nobody can say what is free there
+        free = (self._free_memory or available_memory_bytes)()
+        required = job.required_bytes if job.required_bytes is not None else old.memory_bytes()
+        return free is not None and required * HEADROOM <= free
+
+    def _ready(self, job: LoadJob, commit: Callable[[], bool]) -> tuple[VlmBackend, LoadReport]:
+        new, report = self._build(job.name, job.options, lambda: job.cancelled)
+        if not commit():
+            _close(new)
+            raise load_cancelled(job.name)
+        return new, report
+
+    def _build(
+        self, name: str, options: Mapping[str, Any], should_cancel: Callable[[], bool]
+    ) -> tuple[VlmBackend, LoadReport]:
+        started = time.perf_counter()
+        if should_cancel():
+            raise load_cancelled(name)
+        backend: VlmBackend | None = None
+        try:
+            backend = self._factory(name, should_cancel=should_cancel, **options)
+            if should_cancel():
+                raise load_cancelled(name)
+            if self._warm_up:
+                backend.warm_up()
+            return backend, _report(backend, time.perf_counter() - started)
+        except Exception as exc:
+            logger.debug("loading %s failed:\n%s", name, traceback.format_exc())
+            if backend is not None:
+                _close(backend)
+            error = forget_frames(as_vlm_error(exc))
+        backend = None
+        gc.collect()  # a half-built model sits in reference cycles
+        raise error
+
+    def _restore(self, job: LoadJob, reason: VlmError) -> None:
+        """Load the model that was dropped again."""
+        if not job.roll_back:
+            return
+        logger.warning("switching failed (%s): loading %s again", reason, self._name)
+        try:
+            new, report = self._build(self._name, self._options, lambda: not job.roll_back)
+            self._adopt(new, report, self._name, self._options)
+        except VlmError as error:
+            logger.error("the model before, %s, cannot be loaded again: %s", self._name, error)
+
+    def _adopt(
+        self, backend: VlmBackend, report: LoadReport, name: str, options: Mapping[str, Any]
+    ) -> LoadReport:
+        self.backend, self.report, self._name, self._options = backend, report, name, options
+        return report
+
+    def _drop(self) -> None:
+        if self.backend is not None:
+            _close(self.backend)
+            self.backend = None
+            self.report = None
+            gc.collect()
+
+
+def load_cancelled(name: str) -> ModelError:
+    """Somebody gave up waiting for it."""
+    return ModelError(ErrorCode.LOAD_CANCELLED, f"loading of {name!r} was cancelled")
+
+
+def available_memory_bytes() -> int | None:
+    """Memory of this machine to be had without swapping [bytes]; None where it is not told."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def _close(backend: VlmBackend) -> None:
+    try:
+        backend.close()
+    except Exception as error:
+        logger.error("closing model %s failed: %s", backend.name, as_vlm_error(error))
+
+
+def _report(backend: VlmBackend, load_s: float) -> LoadReport:
+    return LoadReport(
+        model=backend.name,
+        revision=backend.revision,
+        device=backend.device,
+        dtype=backend.dtype,
+        tasks=frozenset(backend.tasks),
+        embedding_dim=backend.embedding_dim,
+        memory_bytes=backend.memory_bytes(),
+        load_s=load_s,
+        beside=False,
+    )

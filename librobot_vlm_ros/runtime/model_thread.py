@@ -1,0 +1,229 @@
+"""The thread that owns the model: loads it, runs it, frees it, one thing after the other.
+
+Loading and freeing come first; what is run after them, `selection` chooses.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from librobot_vlm_ros.core import (
+    ModelAnswer,
+    VlmError,
+    as_vlm_error,
+)
+
+from .batching import BatchPlanner
+from .config import to_ns
+from .loader import Loader, LoadJob, UnloadJob
+from .requests import Ticket
+from .runner import Run, run_batch
+from .selection import Batch, Selector
+from .shared import Ended, Shared, no_model
+
+logger = logging.getLogger("librobot_vlm_ros.runtime")
+
+MEMORY_LOOK_NS = to_ns(1.0)
+
+
+class ModelThread:
+    """Runs until the engine stops; then frees the model and ends."""
+
+    def __init__(self, shared: Shared, loader: Loader) -> None:
+        self._shared = shared
+        self._loader = loader
+        self._planner = BatchPlanner()
+        self._selector = Selector(shared, self._planner)
+        self._memory_seen_ns = 0
+        self.thread = threading.Thread(target=self._main, name="vlm-model", daemon=True)
+
+    # -- the loop --------------------------------------------------------------------------
+
+    def _main(self) -> None:
+        shared = self._shared
+        while True:
+            with shared.lock:
+                action = self._next()
+                while action is None and not shared.stopped:
+                    shared.idle.notify_all()
+                    shared.work.wait(self._selector.wait_s())
+                    action = self._next()
+                if shared.stopped:
+                    break
+                if isinstance(action, Batch):
+                    shared.busy = True
+                else:
+                    shared.job = action
+            try:
+                if isinstance(action, LoadJob):
+                    self._load(action)
+                elif isinstance(action, UnloadJob):
+                    self._unload(action)
+                elif isinstance(action, Batch):
+                    self._run(action)
+            except Exception as exc:  # a defect of ours must not take the node down
+                self._survive(as_vlm_error(exc))
+            del action  # it holds frames: not while waiting for the next
+            with shared.lock:
+                shared.job = None
+                shared.busy = False
+                shared.in_flight = []
+                shared.idle.notify_all()
+        self._loader.unload()
+        with shared.lock:
+            self._show_model()
+            shared.scheduler.clear()
+
+    def _next(self) -> LoadJob | UnloadJob | Batch | None:
+        jobs = self._shared.jobs
+        return jobs.popleft() if jobs else self._selector.take()
+
+    # -- doing, without the lock -------------------------------------------------------------
+
+    def _run(self, batch: Batch) -> None:
+        shared = self._shared
+        shared.complete(batch.refused)
+        backend = self._loader.backend
+        if backend is None:
+            with shared.lock:
+                ended = shared.end(batch.tickets, no_model())
+            shared.complete(ended)
+            return
+        most = shared.config.max_batch
+        for start in range(0, len(batch.tickets), most):
+            tickets = [ticket for ticket in batch.tickets[start : start + most] if not ticket.ended]
+            if not tickets:
+                continue
+            with shared.lock:
+                shared.meter.run_began(len(tickets), shared.clock())
+            run = run_batch(backend, tickets)
+            self._account(batch, tickets, run)
+            for ticket, outcome in zip(tickets, run.outcomes, strict=True):
+                with shared.lock:
+                    ended = shared.end([ticket], outcome, run.batch_size)
+                shared.complete(ended)
+
+    def _account(self, batch: Batch, tickets: list[Ticket], run: Run) -> None:
+        shared = self._shared
+        answers = [outcome for outcome in run.outcomes if isinstance(outcome, ModelAnswer)]
+        fatal: VlmError | None = None
+        ended: list[Ended] = []
+        with shared.lock:
+            now_ns = shared.clock()
+            tokens = sum(answer.generated_tokens for answer in answers)
+            shared.meter.run_ended(run.seconds, tokens, now_ns)
+            if run.ran_out_of_memory:
+                self._planner.ran_out_of_memory(batch.kind, batch.frames, now_ns)
+            elif batch.kind is not None and len(answers) == len(batch.tickets):
+                self._planner.took(batch.kind, batch.frames, run.seconds, now_ns)
+            failure = run.failure
+            if failure is not None:
+                shared.meter.consecutive_failures += 1
+            elif run.served:
+                shared.meter.consecutive_failures = 0
+            if failure is not None and (
+                shared.meter.consecutive_failures >= shared.config.fatal_after and shared.running
+            ):
+                fatal = failure
+                for ticket, outcome in zip(tickets, run.outcomes, strict=True):
+                    ended += shared.end([ticket], outcome, run.batch_size)
+                ended += shared.hold()
+        if now_ns - self._memory_seen_ns > MEMORY_LOOK_NS:
+            self._look_at_memory(now_ns)
+        shared.complete(ended)
+        if fatal is not None:
+            self._tell_fatal(fatal)
+
+    def _tell_fatal(self, error: VlmError) -> None:
+        shared = self._shared
+        logger.error(
+            "the model failed %d times in a row; last: %s", shared.meter.consecutive_failures, error
+        )
+        if shared.on_fatal is not None:
+            on_fatal = shared.on_fatal
+            shared.call("on_fatal", lambda: on_fatal(error))
+
+    def _look_at_memory(self, now_ns: int) -> None:
+        self._memory_seen_ns = now_ns
+        backend = self._loader.backend
+        try:
+            held = backend.memory_bytes() if backend is not None else 0
+        except Exception as exc:
+            logger.warning("the model cannot tell its memory: %s", as_vlm_error(exc))
+            return
+        with self._shared.lock:
+            self._shared.meter.memory_bytes = held
+
+    # -- loading and freeing -----------------------------------------------------------------
+
+    def _load(self, job: LoadJob) -> None:
+        shared = self._shared
+
+        def commit() -> bool:
+            with shared.lock:
+                job.settled = not job.cancelled
+            return job.settled
+
+        error: VlmError | None = None
+        try:
+            report = self._loader.perform(job, commit)
+        except VlmError as exc:
+            error = exc
+        except Exception as exc:
+            error = as_vlm_error(exc)
+        fatal: VlmError | None = None
+        ended: list[Ended] = []
+        with shared.lock:
+            had_model = shared.loaded is not None
+            self._show_model()
+            if error is None:
+                shared.meter.consecutive_failures = 0
+                self._planner.forget()
+            elif had_model and shared.loaded is None and job.roll_back:
+                fatal = error
+                ended = shared.hold()
+            if error is not None:
+                shared.meter.failed(error, shared.clock())
+            told = job.cancelled  # whoever cancelled it has told the future
+            job.settled = not told
+            shared.job = None
+        self._look_at_memory(shared.clock())
+        shared.complete(ended)
+        if error is None:
+            job.future.set_result(report)
+        elif not told:
+            job.future.set_exception(error)
+        if fatal is not None:
+            self._tell_fatal(fatal)
+
+    def _unload(self, job: UnloadJob) -> None:
+        shared = self._shared
+        self._loader.unload()
+        with shared.lock:
+            self._show_model()
+            shared.scheduler.clear()
+            shared.meter.consecutive_failures = 0
+            self._planner.forget()
+            shared.job = None
+        self._look_at_memory(shared.clock())
+        job.future.set_result(None)
+
+    def _show_model(self) -> None:
+        report = self._loader.report
+        self._shared.loaded = report
+        self._shared.scheduler.set_supported(report.tasks if report is not None else None)
+
+    def _survive(self, error: VlmError) -> None:
+        logger.error("the engine failed: %s", error, exc_info=error.__cause__)
+        shared = self._shared
+        with shared.lock:
+            shared.meter.run_abandoned()
+            ended = shared.end([t for t in shared.in_flight if not t.standing], error)
+            for ticket in shared.in_flight:
+                ticket.ended = True
+            job = shared.job
+            told = job is None or (isinstance(job, LoadJob) and job.cancelled)
+        shared.complete(ended)
+        if job is not None and not told and not job.future.done():
+            job.future.set_exception(error)

@@ -1,0 +1,198 @@
+"""Health of the engine: counters since its start, and ages and times over a sliding window.
+
+Not thread-safe: the engine's lock guards the counters; an `EngineStats` is a frozen copy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
+
+from librobot_vlm_ros.core import ErrorCode, ModelAnswer, VlmError
+
+from .config import EngineState, to_ns, to_s
+
+MAX_SAMPLES = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class CameraStats:
+    """One camera. Ages in seconds over the window; NaN = no sample in it."""
+
+    received: int
+    processed: int
+    dropped: Mapping[str, int]
+    """By reason (`DropReason` values), since the camera was declared."""
+    stale: bool
+    silent_s: float
+    rate_hz: float
+    """Frames received per second over the window."""
+    age_p50_s: float
+    age_p99_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineStats:
+    """All that diagnostics tell. Seconds; counts since the engine was made; NaN = no sample in the
+    window.
+    """
+
+    state: EngineState
+    model: str
+    revision: str
+    device: str
+    dtype: str
+    frames_received: int
+    frames_processed: int
+    dropped: Mapping[str, int]
+    """By reason (`DropReason` values)."""
+    results: int
+    """Answers given, to standing tasks and requests."""
+    errors: Mapping[str, int]
+    """By the name of the error code."""
+    age_p50_s: float
+    age_p99_s: float
+    """Age of the frame when its result was handed over."""
+    inference_p50_s: float
+    inference_p99_s: float
+    inference_mean_s: float
+    """Of a batch."""
+    tokens_per_s: float
+    """Generated tokens per second of inference."""
+    queue_depth: int
+    in_flight: int
+    """Requests the model works on now."""
+    busy_s: float
+    """How long the present run has taken so far."""
+    memory_bytes: int
+    consecutive_failures: int
+    last_error: str
+    last_error_age_s: float
+    """NaN = there was none."""
+    idle_tasks: tuple[tuple[str, str], ...]
+    """Standing tasks that cannot run, each with why."""
+    cameras: Mapping[str, CameraStats]
+
+
+class Window:
+    """Values of the last `span_s` seconds, bounded in number."""
+
+    def __init__(self, span_s: float) -> None:
+        self._span_ns = to_ns(span_s)
+        self._samples: deque[tuple[int, float]] = deque(maxlen=MAX_SAMPLES)
+
+    def add(self, now_ns: int, value: float) -> None:
+        """One value, now."""
+        self._samples.append((now_ns, value))
+
+    def values(self, now_ns: int) -> list[float]:
+        """Those still within the span, oldest first."""
+        while self._samples and now_ns - self._samples[0][0] > self._span_ns:
+            self._samples.popleft()
+        return [value for _, value in self._samples]
+
+    def rate_hz(self, now_ns: int) -> float:
+        """Values per second between the first and the last in the span; NaN below two."""
+        count = len(self.values(now_ns))
+        if count < 2:
+            return math.nan
+        span_ns = self._samples[-1][0] - self._samples[0][0]
+        return (count - 1) / to_s(span_ns) if span_ns > 0 else math.nan
+
+
+def percentile(values: Iterable[float], percent: float) -> float:
+    """The smallest value that `percent` % of all do not exceed (nearest rank); NaN of none."""
+    ordered = sorted(values)
+    if not ordered:
+        return math.nan
+    return ordered[max(0, math.ceil(percent / 100 * len(ordered)) - 1)]
+
+
+class Meter:
+    """Counts as the engine works."""
+
+    def __init__(self, window_s: float) -> None:
+        self._window_s = window_s
+        self.results = 0
+        self.errors: Counter[str] = Counter()
+        self.consecutive_failures = 0
+        self.last_error: VlmError | None = None
+        self.last_error_ns = 0
+        self.run_started_ns: int | None = None
+        self.in_flight = 0
+        self.memory_bytes = 0
+        self._ages: dict[str, Window] = {}
+        self._arrivals: dict[str, Window] = {}
+        self._times = Window(window_s)
+        self._tokens = Window(window_s)
+
+    def arrived(self, camera: str, now_ns: int) -> None:
+        """A frame of a declared camera came."""
+        self._of(self._arrivals, camera).add(now_ns, 1.0)
+
+    def run_began(self, requests: int, now_ns: int) -> None:
+        """The model starts on a batch."""
+        self.run_started_ns = now_ns
+        self.in_flight = requests
+
+    def run_ended(self, seconds: float, tokens: int, now_ns: int) -> None:
+        """The model is done with it."""
+        self.run_abandoned()
+        self._times.add(now_ns, seconds)
+        self._tokens.add(now_ns, float(tokens))
+
+    def run_abandoned(self) -> None:
+        """The batch ended in a way that says nothing about the model."""
+        self.run_started_ns = None
+        self.in_flight = 0
+
+    def delivered(
+        self, camera: str, outcome: ModelAnswer | VlmError, age_s: float, now_ns: int
+    ) -> None:
+        """A result was handed over; `camera` is "" for an image that came with its request."""
+        if isinstance(outcome, VlmError):
+            self.failed(outcome, now_ns)
+            return
+        self.results += 1
+        if camera:
+            self._of(self._ages, camera).add(now_ns, age_s)
+
+    def failed(self, error: VlmError, now_ns: int) -> None:
+        """An error was handed over. Cancelling is the caller's wish, no fault: counted, not shown
+        as last.
+        """
+        self.errors[error.code.name] += 1
+        if error.code != ErrorCode.CANCELLED:
+            self.last_error = error
+            self.last_error_ns = now_ns
+
+    def keep_cameras(self, cameras: Iterable[str]) -> None:
+        """Forget the windows of all others."""
+        names = set(cameras)
+        for windows in (self._ages, self._arrivals):
+            for gone in set(windows) - names:
+                del windows[gone]
+
+    def ages(self, now_ns: int) -> dict[str, list[float]]:
+        """Ages in the window, by camera [s]."""
+        return {camera: window.values(now_ns) for camera, window in self._ages.items()}
+
+    def rate_hz(self, camera: str, now_ns: int) -> float:
+        """Frames a second that arrive."""
+        return self._of(self._arrivals, camera).rate_hz(now_ns)
+
+    def times(self, now_ns: int) -> list[float]:
+        """Times of batches in the window [s]."""
+        return self._times.values(now_ns)
+
+    def tokens_per_s(self, now_ns: int) -> float:
+        """Generated tokens per second of inference; NaN when nothing ran."""
+        seconds = sum(self._times.values(now_ns))
+        return sum(self._tokens.values(now_ns)) / seconds if seconds > 0 else math.nan
+
+    def _of(self, windows: dict[str, Window], camera: str) -> Window:
+        if camera not in windows:
+            windows[camera] = Window(self._window_s)
+        return windows[camera]

@@ -1,0 +1,40 @@
+"""Arguments that make no sense are refused before anything starts."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import pytest
+
+from librobot_vlm_ros.cli.argument_types import count, positive, remapping, seconds
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "value"),
+    [
+        (seconds, "0", 0.0),
+        (seconds, "2.5", 2.5),
+        (positive, "1e-3", 0.001),
+        (count, "0", 0),
+        (count, "12", 12),
+        (remapping, "/a:=/b", ("/a", "/b")),
+        (remapping, "a:=b/c", ("/a", "/b/c")),
+    ],
+)
+def test_good_ones(kind: Callable[[str], object], text: str, value: object) -> None:
+    assert kind(text) == value
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        *[(seconds, text) for text in ("-1", "nan", "inf", "ten", "", "1e30")],
+        *[(positive, text) for text in ("0", "-0.0", "nan")],
+        *[(count, text) for text in ("-1", "1.5", "", "9" * 30)],
+        *[(remapping, text) for text in ("/a", ":=/b", "/a:=", "/a=/b")],
+    ],
+)
+def test_bad_ones(kind: Callable[[str], object], text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        kind(text)

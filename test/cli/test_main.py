@@ -1,0 +1,130 @@
+"""The command line as a user meets it: help, version, errors with codes, exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from librobot_vlm_ros import __version__
+from librobot_vlm_ros.bags.synthetic import write_rectangle_bag
+from librobot_vlm_ros.cli.main import COMMANDS, main
+
+Captured = pytest.CaptureFixture[str]
+
+
+def test_help_names_every_command_and_the_exit_codes(capsys: Captured) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0
+    for command in COMMANDS:
+        assert f"\n    {command} " in shown
+    assert "Exit codes" in shown
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_each_command_explains_its_arguments(command: str, capsys: Captured) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert f"usage: librobot-vlm {command}" in shown
+    assert len(shown.splitlines()) > 5
+
+
+def test_version(capsys: Captured) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"librobot-vlm {__version__}\n"
+
+
+def test_without_a_command_the_help_is_shown(capsys: Captured) -> None:
+    assert main([]) == 2
+    assert "commands:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["dance"], ["replay"], ["replay", "bag", "--rate", "0"], ["replay", "bag", "--remap", "/a"]],
+)
+def test_wrong_usage_ends_with_2(words: list[str], capsys: Captured) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_errors_are_printed_with_their_code(tmp_path: Path, capsys: Captured) -> None:
+    assert main(["replay", str(tmp_path / "nothing")]) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("librobot-vlm replay: FILE_NOT_FOUND(604): ")
+    assert "Traceback" not in shown
+
+
+def test_a_bag_that_is_cut_off_is_refused_with_its_code(tmp_path: Path, capsys: Captured) -> None:
+    write_rectangle_bag(tmp_path / "bag", 3)
+    file = tmp_path / "bag" / "bag.mcap"
+    file.write_bytes(file.read_bytes()[:-500])
+    assert main(["replay", str(tmp_path / "bag")]) == 1
+    assert "BAG_TRUNCATED(607)" in capsys.readouterr().err
+
+
+def test_a_demo_of_a_model_without_weights_says_so_and_leaves_nothing(
+    tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "no-hub"))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    write_rectangle_bag(tmp_path / "bag", 1)
+    words = ["demo", "--model", "florence-2-base", "--bag", str(tmp_path / "bag")]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 1
+    assert "WEIGHTS_NOT_FOUND(301)" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_demo_of_an_unknown_model_names_the_nearest(tmp_path: Path, capsys: Captured) -> None:
+    assert main(["demo", "--model", "florence-2-tabeltop", "--out", str(tmp_path / "out")]) == 1
+    shown = capsys.readouterr().err
+    assert "UNKNOWN_MODEL(300)" in shown
+    assert "florence-2-tabletop" in shown
+
+
+def test_a_defect_is_shown_with_its_traceback(
+    capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_args: object) -> int:
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr("librobot_vlm_ros.cli.models.main", broken)
+    assert main(["models"]) == 1
+    shown = capsys.readouterr().err
+    assert "INTERNAL(900)" in shown
+    assert "Traceback" in shown
+
+
+@pytest.mark.parametrize("words", [["--help"], ["replay", "--help"], ["models"]])
+def test_nothing_heavy_is_imported_for_it(words: list[str]) -> None:
+    program = (
+        "import sys\nfrom librobot_vlm_ros.cli.main import main\n"
+        f"try:\n    main({words!r})\nexcept SystemExit:\n    pass\n"
+        "print('HEAVY', [m for m in ('torch', 'transformers', 'rclpy') if m in sys.modules])"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.splitlines()[-1] == "HEAVY []"
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    program = "import sys\nfrom librobot_vlm_ros.cli.main import main\nsys.exit(main(['models']))"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        shown = process.stderr.read()
+    assert shown == ""

@@ -1,0 +1,249 @@
+"""The decoding loop: the same tokens as transformers' generate, and what generate cannot do."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from librobot_vlm_ros.core import EngineError, ErrorCode, InferenceError, VlmError
+from librobot_vlm_ros.models.decode import DecodeRules, Generated, Scale, credited, decode
+from librobot_vlm_ros.models.florence import FlorenceVLM
+from librobot_vlm_ros.models.florence_folder import PUBLISHED, FlorenceSettings
+
+STOPPED = EngineError(ErrorCode.CANCELLED, "enough")
+
+
+class Table:
+    """A decoder whose next token depends on the last one alone: logits are a row of a table."""
+
+    def __init__(self, table: torch.Tensor, rows: int = 1, start: int = 0) -> None:
+        self.table = table
+        self.start = torch.full((rows,), start)
+        self.steps = 0
+
+    def first(self) -> torch.Tensor:
+        return self.next(self.start)
+
+    def next(self, tokens: torch.Tensor) -> torch.Tensor:
+        self.steps += 1
+        return self.table[tokens]
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        pass
+
+
+def chain(*successors: int) -> torch.Tensor:
+    """Token n is followed by successors[n], surely."""
+    return torch.nn.functional.one_hot(torch.tensor(successors), len(successors)).float() * 50
+
+
+def history(rows: int = 1) -> torch.Tensor:
+    return torch.zeros((rows, 1), dtype=torch.int64)
+
+
+RULES = DecodeRules(eos=(2,), pad=1, max_new_tokens=8)
+
+
+def run(decoder: Table, rules: DecodeRules = RULES, rows: int = 1, **options):
+    return decode(decoder, rules, history(rows), **options)
+
+
+SETTINGS = [
+    FlorenceSettings(),
+    dataclasses.replace(PUBLISHED),
+    FlorenceSettings(num_beams=4),
+    FlorenceSettings(num_beams=2, no_repeat_ngram_size=2, length_penalty=2.0),
+    FlorenceSettings(num_beams=3, early_stopping=True, length_penalty=0.5),
+    FlorenceSettings(no_repeat_ngram_size=1, forced_bos_token_id=0),
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: f"{s.num_beams}beams")
+def test_tokens_equal_those_of_generate(vlm: FlorenceVLM, settings: FlorenceSettings) -> None:
+    vlm.settings = dataclasses.replace(settings, max_new_tokens=20)
+    pixels = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+    rows = [[0, 5, 9, 2, 1], [0, 7, 7, 7, 2], [0, 2, 1, 1, 1]]  # unequal lengths, padded
+    words = torch.tensor(rows)
+    mask = (words != 1).long()
+    image = torch.full((3, vlm.image_tokens), vlm.config.image_token_id)
+    # Otherwise the model's own settings would fill in what the test leaves open.
+    vlm.module.generation_config = GenerationConfig()
+    expected = vlm.module.generate(
+        input_ids=torch.cat([image, words], dim=1),
+        attention_mask=torch.cat([torch.ones_like(image), mask], dim=1),
+        pixel_values=pixels,
+        generation_config=GenerationConfig(
+            do_sample=False,
+            max_length=21,
+            decoder_start_token_id=2,
+            bos_token_id=0,
+            eos_token_id=2,
+            pad_token_id=1,
+            suppress_tokens=[vlm.config.image_token_id],
+            num_beams=settings.num_beams,
+            early_stopping=settings.early_stopping,
+            length_penalty=settings.length_penalty,
+            no_repeat_ngram_size=settings.no_repeat_ngram_size or None,
+            forced_bos_token_id=settings.forced_bos_token_id,
+            forced_eos_token_id=settings.forced_eos_token_id,
+        ),
+    )[:, 1:]
+    found = vlm.generate(pixels, words, attention_mask=mask)
+    assert found.tolist() == expected.tolist()
+
+
+def test_a_row_ends_at_its_end_token_and_the_others_go_on() -> None:
+    decoder = Table(chain(3, 3, 3, 4, 2), rows=2)
+    decoder.start = torch.tensor([0, 4])
+    first, second = run(decoder, rows=2)
+    assert first.ids == (3, 4, 2)
+    assert second.ids == (2,)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_probabilities_are_those_of_the_model_before_any_rule(beams: int) -> None:
+    table = torch.log(
+        torch.tensor([[0.5, 0.3, 0.2, 0], [0.6, 0.1, 0.3, 0], [0, 0, 1.0, 0], [0] * 4])
+    )
+    rules = DecodeRules(eos=(2,), pad=1, max_new_tokens=3, num_beams=beams, no_repeat_ngram=1)
+    (row,) = run(Table(table.nan_to_num(neginf=-1e4)), rules)
+    assert row.ids == (1, 2)  # 0 stands in the history, so it may not come again
+    assert [math.exp(v) for v in row.log_probs] == pytest.approx([0.3, 0.3], abs=1e-5)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_mark_on_a_scale_counts_with_its_neighbours(beams: int) -> None:
+    table = torch.log(torch.tensor([[0.0, 0, 0.1, 0.1, 0.15, 0.3, 0.2, 0.15]] * 8) + 1e-9)
+    rules = dataclasses.replace(
+        RULES, max_new_tokens=1, num_beams=beams, scale=Scale(first=4, count=4, radius=1)
+    )
+    (row,) = run(Table(table), rules)
+    assert row.ids == (5,)
+    assert math.exp(row.log_probs[0]) == pytest.approx(0.15 + 0.3 + 0.2, abs=1e-4)
+
+
+def test_at_the_ends_of_a_scale_there_are_fewer_neighbours() -> None:
+    log_probs = torch.log(torch.tensor([[0.1, 0.2, 0.3, 0.05, 0.35]]))
+    rules = dataclasses.replace(RULES, scale=Scale(first=1, count=3, radius=1))
+    found = credited(log_probs, rules).exp()
+    torch.testing.assert_close(found, torch.tensor([[0.1, 0.5, 0.55, 0.35, 0.35]]))
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_forced_token_has_no_probability(beams: int) -> None:
+    rules = dataclasses.replace(
+        RULES, forced_first=5, forced_last=2, max_new_tokens=4, num_beams=beams
+    )
+    (row,) = run(Table(chain(3, 3, 3, 4, 3, 3)), rules)
+    assert row.ids == (5, 3, 4, 2)
+    assert [math.isnan(value) for value in row.log_probs] == [True, False, False, True]
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_suppressed_tokens_never_come_and_have_no_share_of_the_probability(beams: int) -> None:
+    table = torch.log(torch.tensor([[0.6, 0.1, 0.3]] * 3))
+    rules = dataclasses.replace(RULES, suppressed=(0,), num_beams=beams)
+    (row,) = run(Table(table), rules)
+    assert row.ids == (2,)
+    assert math.exp(row.log_probs[0]) == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_each_row_is_stopped_on_its_own_before_the_next_token(beams: int) -> None:
+    told: list[list[int]] = [[], []]
+    decoder = Table(chain(3, 3, 3, 4, 3), rows=2)
+    rules = dataclasses.replace(RULES, num_beams=beams)
+    first, second = run(
+        decoder,
+        rules,
+        rows=2,
+        stop=lambda row: STOPPED if row == 0 and decoder.steps == 3 else None,
+        tell=lambda row, ids: told[row].extend(ids),
+    )
+    assert first is STOPPED
+    assert isinstance(second, Generated)
+    assert len(second.ids) == 8
+    assert len(told[0]) <= 2
+    assert told[1] == list(second.ids)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_when_every_row_is_stopped_the_model_is_not_run_on(beams: int) -> None:
+    decoder = Table(chain(3, 3, 3, 4, 3), rows=2)
+    rules = dataclasses.replace(RULES, num_beams=beams)
+    rows = run(decoder, rules, rows=2, stop=lambda row: STOPPED if decoder.steps == 4 else None)
+    assert rows == [STOPPED, STOPPED]
+    assert decoder.steps == 4
+
+
+@pytest.mark.parametrize("beams", [2, 3, 5])
+def test_what_is_told_while_searching_is_the_beginning_of_the_answer(
+    vlm: FlorenceVLM, beams: int, ask
+) -> None:
+    vlm.settings = FlorenceSettings(num_beams=beams, max_new_tokens=16, early_stopping=True)
+    jobs = [vlm._job(0, ask("caption")), vlm._job(1, ask("detect"))]
+    with torch.inference_mode():
+        decoder, start = vlm.start(jobs)
+        told: list[list[list[int]]] = [[], []]
+        rows = decode(
+            decoder,
+            vlm.rules(jobs[0].request.params),
+            start,
+            tell=lambda row, ids: told[row].append(ids),
+        )
+    for row, parts in zip(rows, told, strict=True):
+        assert isinstance(row, Generated)
+        assert [token for part in parts for token in part] == list(row.ids)
+
+
+def test_sampling_is_repeatable_by_its_seed_and_independent_of_neighbours() -> None:
+    table = torch.zeros(50, 50)
+    rules = dataclasses.replace(RULES, temperature=1.0, max_new_tokens=20, eos=(-1,))
+    pair = run(Table(table, rows=2), rules, rows=2, seeds=[5, 6])
+    (alone,) = run(Table(table), rules, seeds=[6])
+    assert pair[1].ids == alone.ids != pair[0].ids
+
+
+def test_without_a_seed_samples_differ() -> None:
+    rules = dataclasses.replace(RULES, temperature=1.0, max_new_tokens=20, eos=(-1,))
+    table = torch.zeros(50, 50)
+    assert run(Table(table), rules)[0].ids != run(Table(table), rules)[0].ids
+
+
+def test_the_nucleus_holds_the_fewest_tokens_that_reach_top_p() -> None:
+    table = torch.log(torch.tensor([[0.4, 0.3, 0.2, 0.1]] * 4))
+    rules = dataclasses.replace(RULES, temperature=1.0, max_new_tokens=300, eos=(-1,), top_p=0.65)
+    (row,) = run(Table(table), rules, seeds=[1])
+    assert set(row.ids) == {0, 1}
+
+
+def test_a_low_temperature_sharpens() -> None:
+    table = torch.log(torch.tensor([[0.6, 0.4]] * 2))
+    rules = dataclasses.replace(RULES, temperature=0.01, max_new_tokens=50, eos=(-1,))
+    (row,) = run(Table(table), rules, seeds=[1])
+    assert set(row.ids) == {0}
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_are_an_error_of_their_own(beams: int, value: float) -> None:
+    table = torch.zeros(5, 5)
+    table[0, 3] = value
+    with pytest.raises(InferenceError) as caught:
+        run(Table(table), dataclasses.replace(RULES, num_beams=beams))
+    assert caught.value.code == ErrorCode.NAN_LOGITS
+
+
+def test_nan_in_a_row_that_has_ended_does_no_harm() -> None:
+    table = chain(3, 3, 3, 4, 3)
+    table[1] = math.nan  # what is fed to a row that has ended
+    decoder = Table(table, rows=2)
+    first, second = run(
+        decoder, rows=2, stop=lambda row: STOPPED if row == 0 and decoder.steps == 2 else None
+    )
+    assert isinstance(first, VlmError)
+    assert len(second.ids) == 8

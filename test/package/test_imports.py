@@ -1,0 +1,162 @@
+"""Who may import whom: `ros -> runtime -> models -> core`, never back."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "librobot_vlm_ros"
+SOURCES = Path(__file__).resolve().parents[2] / PACKAGE
+
+#: Room -> the rooms (or single modules of them) that it may import, besides itself.
+ALLOWED: dict[str, set[str]] = {
+    "core": set(),
+    "tensors": {"core"},
+    "bags": {"core"},
+    "models": {"core"},
+    "runtime": {"core", "models.base"},
+    "ros": {"runtime", "models", "core"},
+    "tabletop": {"core", "models", "bags"},
+    "cli": {"ros", "runtime", "models", "core", "tabletop", "bags", "tensors"},
+}
+
+#: Packages from outside that are at home in some rooms only.
+AT_HOME: dict[str, set[str]] = {
+    "torch": {"models", "tabletop"},
+    "transformers": {"models", "tabletop"},
+    "safetensors": {"models", "tabletop"},
+    "tokenizers": {"models", "tabletop"},
+    "peft": {"models"},
+    "pybullet": {"tabletop"},
+    "rclpy": {"ros", "cli"},
+    "launch": {"ros", "cli"},
+    "launch_ros": {"ros", "cli"},
+}
+
+
+def imported_names(source: str, module: str, is_package: bool) -> Iterator[str]:
+    """Full dotted names that `source`, the text of `module`, imports anywhere in it."""
+    parts = module.split(".")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                up = node.level - 1 if is_package else node.level
+                base = parts[: len(parts) - up]
+            else:
+                base = []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                yield f"{stem}.{alias.name}"
+
+
+def wrong_imports(source: str, module: str, is_package: bool = False) -> list[str]:
+    """Imports of `module` that its room may not make."""
+    room = module.split(".")[1] if "." in module else ""
+    if room not in ALLOWED:
+        return []
+    wrong = []
+    for name in imported_names(source, module, is_package):
+        parts = name.split(".")
+        if parts[0] == PACKAGE:
+            inner = ".".join(parts[1:])
+            own = [room, *ALLOWED[room]]
+            if room in ("ros", "cli"):
+                own += ["msg", "srv", "action"]
+            known = [*ALLOWED, "msg", "srv", "action"]
+            fine = any(inner == good or inner.startswith(f"{good}.") for good in own)
+            if parts[1:] and parts[1] in known and not fine:
+                wrong.append(f"{module} imports {name}")
+        elif parts[0] in AT_HOME and room not in AT_HOME[parts[0]]:
+            wrong.append(f"{module} imports {name}")
+        elif parts[0].endswith("_msgs") and room not in ("ros", "cli"):
+            wrong.append(f"{module} imports the messages {name}")
+    return wrong
+
+
+def modules() -> list[tuple[Path, str, bool]]:
+    found = []
+    for path in sorted(SOURCES.rglob("*.py")):
+        parts = [PACKAGE, *path.relative_to(SOURCES).with_suffix("").parts]
+        is_package = parts[-1] == "__init__"
+        found.append((path, ".".join(parts[:-1] if is_package else parts), is_package))
+    return found
+
+
+def test_no_import_goes_against_the_direction_of_the_rooms() -> None:
+    found = modules()
+    assert len(found) > 5
+    wrong = [
+        line
+        for path, module, is_package in found
+        for line in wrong_imports(path.read_text(encoding="utf-8"), module, is_package)
+    ]
+    assert wrong == []
+
+
+def test_every_room_has_a_rule() -> None:
+    rooms = {path.parent.name for path in SOURCES.glob("*/*.py")}
+    rooms |= {path.stem for path in SOURCES.glob("*.py")} - {"__init__"}
+    assert rooms <= set(ALLOWED), f"say in ALLOWED what {rooms - set(ALLOWED)} may import"
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("core.images", "from librobot_vlm_ros.models import create_vlm"),
+        ("core.images", "from ..runtime import engine"),
+        ("core.images", "import torch"),
+        ("models.florence", "from librobot_vlm_ros import runtime"),
+        ("models.florence", "import librobot_vlm_ros.ros.vlm_node"),
+        ("models.florence", "def f():\n    import rclpy"),
+        ("runtime.engine", "from librobot_vlm_ros.models import create_vlm"),
+        ("runtime.engine", "from librobot_vlm_ros.models.florence import Florence"),
+        ("runtime.engine", "from sensor_msgs.msg import Image"),
+        ("runtime.engine", "from librobot_vlm_ros.msg import Caption"),
+        ("ros.node", "import torch.nn"),
+        ("tabletop.train", "from librobot_vlm_ros.ros import messages"),
+    ],
+)
+def test_a_wrong_arrow_is_found(module: str, line: str) -> None:
+    assert len(wrong_imports(line, f"{PACKAGE}.{module}")) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("core.images", "from .errors import ImageError"),
+        ("core.images", "import numpy as np"),
+        ("models.florence", "from librobot_vlm_ros.core import Frame"),
+        ("models.florence", "import torch"),
+        ("runtime.engine", "from librobot_vlm_ros.models.base import VlmBackend"),
+        ("runtime.engine", "from ..core.errors import ErrorCode"),
+        ("ros.node", "from librobot_vlm_ros.msg import Caption"),
+        ("cli.main", "from librobot_vlm_ros.ros.vlm_node import main"),
+    ],
+)
+def test_a_right_arrow_passes(module: str, line: str) -> None:
+    assert wrong_imports(line, f"{PACKAGE}.{module}") == []
+
+
+@pytest.mark.parametrize(
+    ("module", "unwanted"),
+    [
+        ("librobot_vlm_ros", ["torch", "transformers", "rclpy", "numpy", "cv2"]),
+        ("librobot_vlm_ros.core", ["torch", "transformers", "rclpy"]),
+        ("librobot_vlm_ros.models", ["torch", "transformers", "rclpy"]),
+        ("librobot_vlm_ros.runtime", ["torch", "transformers", "rclpy"]),
+        ("librobot_vlm_ros.bags", ["torch", "transformers", "rclpy"]),
+        ("librobot_vlm_ros.tabletop", ["pybullet", "rclpy"]),
+    ],
+)
+def test_importing_a_room_loads_nothing_heavy(module: str, unwanted: list[str]) -> None:
+    script = f"import sys, {module}; print([name for name in {unwanted!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr or done.stdout

@@ -1,0 +1,189 @@
+"""Loading, switching and rolling back, without a thread."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+
+from librobot_vlm_ros.core import ErrorCode, InferenceError, ModelError, VlmError
+from librobot_vlm_ros.runtime.loader import Loader, LoadJob, available_memory_bytes
+
+
+class Shelf:
+    """A factory that remembers what it made, and fails for the names it is told to."""
+
+    def __init__(self, script):
+        self.script = script
+        self.made = []
+        self.failing = {}
+        self.alive_when_making = []
+
+    def __call__(self, name, *, should_cancel, **options):
+        self.alive_when_making.append([one.name for one in self.made if not one.closed])
+        error = self.failing.get(name)
+        if callable(error):
+            error = error()
+        if error is not None:
+            raise error
+        backend = self.script(name)
+        self.made.append(backend)
+        return backend
+
+
+@pytest.fixture
+def shelf(script):
+    return Shelf(script)
+
+
+def load(loader, name, **fields):
+    job = LoadJob(name, {}, **fields)
+    return loader.perform(job, lambda: not job.cancelled)
+
+
+def test_a_model_is_loaded_warm_and_described(shelf):
+    loader = Loader(shelf)
+    report = load(loader, "a")
+    assert (report.model, report.revision, report.memory_bytes) == ("a", "a-r1", 1000)
+    assert "caption" in report.tasks
+    assert loader.backend is shelf.made[0]
+    assert shelf.made[0].threads  # warmed up
+
+
+def test_the_old_model_is_kept_until_the_new_one_is_ready_when_memory_allows(shelf):
+    loader = Loader(shelf, free_memory=lambda: 1300)
+    load(loader, "a")
+    assert load(loader, "b").beside
+    assert shelf.alive_when_making == [[], ["a"]]
+    assert [one.closed for one in shelf.made] == [True, False]
+
+
+@pytest.mark.parametrize(("free", "required"), [(1100, None), (None, None), (5000, 5000)])
+def test_the_old_model_is_closed_first_when_memory_does_not_allow_both(shelf, free, required):
+    loader = Loader(shelf, free_memory=lambda: free)
+    load(loader, "a")
+    assert not load(loader, "b", required_bytes=required).beside
+    assert shelf.alive_when_making == [[], []]
+
+
+def test_on_a_device_whose_memory_nobody_knows_the_old_model_is_closed_first(shelf):
+    loader = Loader(shelf)
+    load(loader, "a")
+    shelf.made[0].device = "cuda:0"
+    assert not load(loader, "b").beside
+
+
+def test_after_a_failed_switch_the_old_model_is_still_there(shelf):
+    loader = Loader(shelf, free_memory=lambda: 10**9)
+    load(loader, "a")
+    shelf.failing["b"] = ModelError(ErrorCode.WEIGHTS_NOT_FOUND, "none")
+    with pytest.raises(ModelError, match="WEIGHTS_NOT_FOUND"):
+        load(loader, "b")
+    assert loader.backend is shelf.made[0]
+    assert not shelf.made[0].closed
+
+
+def test_after_a_failed_switch_that_closed_the_old_model_it_is_loaded_again(shelf):
+    loader = Loader(shelf)
+    load(loader, "a")
+    shelf.failing["b"] = ModelError(ErrorCode.WEIGHTS_CORRUPT, "torn")
+    with pytest.raises(ModelError, match="WEIGHTS_CORRUPT"):
+        load(loader, "b", beside=False)
+    assert loader.backend is shelf.made[1]
+    assert (loader.backend.name, loader.backend.closed) == ("a", False)
+
+
+def test_a_model_that_does_not_fit_beside_the_old_one_after_all_is_loaded_alone(shelf):
+    loader = Loader(shelf, free_memory=lambda: 10**9)
+    load(loader, "a")
+    full = InferenceError(ErrorCode.OUT_OF_MEMORY, "full")
+    shelf.failing["b"] = lambda: full if not shelf.made[0].closed else None
+    assert not load(loader, "b").beside
+    assert loader.backend.name == "b"
+
+
+def test_when_the_old_model_cannot_be_loaded_again_there_is_none(shelf, caplog):
+    loader = Loader(shelf)
+    load(loader, "a")
+    shelf.failing = dict.fromkeys("ab", ModelError(ErrorCode.WEIGHTS_NOT_FOUND, "gone"))
+    with pytest.raises(ModelError):
+        load(loader, "b", beside=False)
+    assert loader.backend is None
+    assert "cannot be loaded again" in caplog.text
+    shelf.failing = {}
+    load(loader, "a")
+    assert loader.backend.name == "a"
+
+
+def test_a_model_that_fails_to_warm_up_is_closed(shelf, script, monkeypatch):
+    def out_of_memory(self):
+        raise MemoryError
+
+    monkeypatch.setattr(script, "warm_up", out_of_memory)
+    with pytest.raises(VlmError, match="OUT_OF_MEMORY"):
+        load(Loader(shelf), "a")
+    assert shelf.made[0].closed
+    assert load(Loader(shelf, warm_up=False), "a").model == "a"
+
+
+def test_a_load_cancelled_at_the_last_moment_leaves_nothing(shelf):
+    loader = Loader(shelf)
+    with pytest.raises(ModelError, match="LOAD_CANCELLED"):
+        loader.perform(LoadJob("a", {}), lambda: False)
+    assert shelf.made[0].closed
+    assert loader.backend is None
+
+
+def test_a_load_cancelled_before_it_began_asks_nobody(shelf):
+    with pytest.raises(ModelError, match="LOAD_CANCELLED"):
+        load(Loader(shelf), "a", cancelled=True)
+    assert shelf.made == []
+
+
+def test_a_failed_load_leaves_nothing_allocated(script):
+    class Weights:
+        pass
+
+    watched = []
+
+    def factory(name, *, should_cancel, **options):
+        weights = Weights()
+        weights.itself = weights
+        watched.append(weakref.ref(weights))
+        raise ValueError("shape")
+
+    with pytest.raises(VlmError, match="INTERNAL") as caught:
+        load(Loader(factory), "a")
+    error = caught.value
+    assert watched[0]() is None
+    assert isinstance(error.__cause__, ValueError)
+
+
+def test_nothing_is_restored_when_no_model_is_wanted_any_more(shelf):
+    loader = Loader(shelf)
+    load(loader, "a")
+    job = LoadJob("b", {}, beside=False)
+
+    def given_up():
+        job.roll_back = False
+        return False
+
+    with pytest.raises(ModelError, match="LOAD_CANCELLED"):
+        loader.perform(job, given_up)
+    assert loader.backend is None
+    assert [one.closed for one in shelf.made] == [True, True]
+
+
+def test_closing_a_model_that_cannot_close_is_logged_and_done(shelf, script, monkeypatch, caplog):
+    loader = Loader(shelf)
+    load(loader, "a")
+    monkeypatch.setattr(script, "close", lambda self: 1 / 0)
+    loader.unload()
+    assert loader.backend is None
+    assert "closing model a failed" in caplog.text
+    loader.unload()
+
+
+def test_this_machine_tells_its_memory():
+    free = available_memory_bytes()
+    assert free is None or free > 2**20

@@ -1,0 +1,107 @@
+"""Rewrites the generated parts of README.md from the one place each fact is declared in.
+
+    tools/run python tools/readme.py           rewrite
+    tools/run python tools/readme.py --check   say which part is out of date, exit 1
+
+A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+FIGURES = ROOT / "librobot_vlm_ros/models/weights/florence_2_tabletop/evaluation.json"
+_PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.S)
+
+
+def parameters() -> str:
+    """The node's parameters."""
+    from librobot_vlm_ros.ros.parameter import parameter_table
+    from librobot_vlm_ros.ros.settings import PARAMETERS
+
+    return parameter_table(PARAMETERS)
+
+
+def models() -> str:
+    """The registered models."""
+    from librobot_vlm_ros.models import list_vlms, model_info
+
+    rows = ["| model | parameters | licence | weights from | tasks |", "| --- " * 5 + "|"]
+    for name in list_vlms():
+        info = model_info(name)
+        size = f"{info.parameters / 1e6:,.1f} M" if info.parameters else "none"
+        source = f"`{info.default_pretrained}`" if info.default_pretrained else "in the package"
+        tasks = ", ".join(info.tasks)
+        rows.append(f"| `{name}` | {size} | {info.licence} | {source} | {tasks} |")
+    return "\n".join(rows) + "\n"
+
+
+def errors() -> str:
+    """The error codes, by hundreds."""
+    from librobot_vlm_ros.core import ErrorCode
+
+    groups = {
+        1: "the image", 2: "the request", 3: "the model and its weights", 4: "inference",
+        5: "the engine", 6: "bags and files", 7: "the node", 9: "a defect of ours",
+    }  # fmt: skip
+    rows = ["| about | codes |", "| --- | --- |"]
+    for hundred, about in groups.items():
+        codes = [code for code in ErrorCode if code // 100 == hundred]
+        rows.append(f"| {about} | " + ", ".join(f"`{c.name}` {c.value}" for c in codes) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def quality() -> str:
+    """What `make evaluate` measured of the embedded model that ships."""
+    figures = json.loads(FIGURES.read_text())
+    wanted = {
+        "precision": ("detection precision, IoU ≥ 0.5 and label correct", 0.90),
+        "recall": ("detection recall, likewise", 0.90),
+        "mean_iou": ("mean IoU of the matches", 0.80),
+        "grounding_hit": ("phrase grounding hit rate", 0.92),
+        "caption_exact": ("captions that name exactly the objects there", 0.85),
+    }
+    rows = [
+        f"`make evaluate SEED={figures['seed']} FRAMES={figures['frames']}`, "
+        f"{figures['objects']} objects in {figures['frames']} frames never trained on:",
+        "",
+        "| measure | measured | aimed at |",
+        "| --- | --- | --- |",
+    ]
+    rows += [f"| {what} | {figures[key]:.3f} | {aim:.2f} |" for key, (what, aim) in wanted.items()]
+    return "\n".join(rows) + "\n"
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "parameters": parameters,
+    "models": models,
+    "errors": errors,
+    "quality": quality,
+}
+
+
+def rendered(text: str) -> str:
+    """The README's text with every generated part as it should be."""
+    return _PART.sub(lambda match: match[1] + PARTS[match[2]]() + match[3], text)
+
+
+def main() -> int:
+    """Rewrite or check."""
+    text = README.read_text(encoding="utf-8")
+    fresh = rendered(text)
+    if "--check" in sys.argv[1:]:
+        if fresh != text:
+            print("README.md is out of date: run `tools/run python tools/readme.py`")
+        return int(fresh != text)
+    README.write_text(fresh, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
