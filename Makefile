@@ -12,12 +12,11 @@ SET_UP := $(PYTHON) tools/set_up.py
 RUN := bash tools/run
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test torture lint format setup evaluate clean distclean python
+.PHONY: help demo test lint format setup evaluate clean distclean python
 
 help:
 	@echo "make demo       set up what is missing, run the demo, leave build/demo/report.html"
 	@echo "make test       set up what is missing, run the whole test suite (ARGS=... go to pytest)"
-	@echo "make torture    hostile input and faults (ARGS=\"--row NAME\"), leaves build/torture/summary.json"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff rewrite the sources"
 	@echo "make evaluate   score the embedded model on renders of its world: SEED=1 FRAMES=200"
@@ -37,9 +36,6 @@ demo: setup
 
 test: setup
 	@LIBROBOT_VLM_REQUIRE_ROS=1 $(RUN) python -m pytest $(ARGS)
-
-torture: setup
-	@$(RUN) python test/torture/run.py $(ARGS)
 
 lint: setup
 	@$(RUN) ruff check .
