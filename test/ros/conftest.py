@@ -99,6 +99,13 @@ class Vlm:
     def state(self) -> str:
         from lifecycle_msgs.srv import GetState
 
+        # DDS may lose a request or its answer on a busy machine, and reading changes nothing: a
+        # client asks again. A node that has stopped answering fails all three.
+        for _ in range(2):
+            try:
+                return str(self.call(GetState, "get_state").current_state.label)
+            except AssertionError:
+                continue
         return str(self.call(GetState, "get_state").current_state.label)
 
     def change_state(self, label: str, timeout_s: float = 15.0) -> bool:
