@@ -1,0 +1,110 @@
+"""The figures of `node_check` from what was heard, and the limits they are held to."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Answer", "Ask", "limits", "misses", "summary"]
+
+_SHARE = 1.1
+_MARGIN_S = 0.02
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One result of a standing task."""
+
+    camera: str
+    stamp_ns: int
+    age_s: float
+    """From the frame's arrival to publication, as the node says it."""
+    end_to_end_s: float
+    """From the camera's publishing to the result's arrival, as seen from outside."""
+    error_code: int = 0
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One query: seconds until its answer, and the answer's error code."""
+
+    seconds: float
+    error_code: int = 0
+
+
+def stale(answers: Iterable[Answer]) -> int:
+    """Results of a frame that is not newer than the one answered before for the same camera."""
+    newest: dict[str, int] = {}
+    count = 0
+    for answer in answers:
+        if answer.stamp_ns <= newest.get(answer.camera, -1):
+            count += 1
+        newest[answer.camera] = max(answer.stamp_ns, newest.get(answer.camera, -1))
+    return count
+
+
+def summary(
+    answers: Sequence[Answer],
+    asks: Sequence[Ask],
+    *,
+    names: Sequence[str],
+    sent: int,
+    received: Mapping[str, int],
+    cpu_share: float,
+    percentile: Callable[[Iterable[float], float], float],
+) -> dict[str, Any]:
+    """All figures; times in seconds, `cpu_share` in parts of one core. NaN becomes None."""
+    counts = Counter(dict.fromkeys(names, 0))
+    counts.update(answer.camera for answer in answers)
+    fewest = min(counts.values())
+    figures: dict[str, Any] = {
+        "frames_sent": sent,
+        "frames_in": sum(received.values()),
+        "lost_frames": sent - sum(received.values()),
+        "results": len(answers),
+        "result_errors": sum(1 for answer in answers if answer.error_code),
+        "stale_results": stale(answers),
+        "age_p50_s": percentile((answer.age_s for answer in answers), 50),
+        "age_p99_s": percentile((answer.age_s for answer in answers), 99),
+        "end_to_end_p99_s": percentile((answer.end_to_end_s for answer in answers), 99),
+        "per_camera": dict(counts),
+        "per_camera_share": max(counts.values()) / fewest if fewest else math.inf,
+        "queries": len(asks),
+        "query_errors": sum(1 for ask in asks if ask.error_code),
+        "query_p99_s": percentile((ask.seconds for ask in asks), 99),
+        "cpu_share": cpu_share,
+    }
+    return {
+        key: (round(value, 6) if math.isfinite(value) else None)
+        if isinstance(value, float)
+        else value
+        for key, value in figures.items()
+    }
+
+
+def limits(latency_s: float, rate_hz: float) -> dict[str, float]:
+    """The most that a figure may be.
+
+    The age of a result: the model is busy with another camera's frame, then with this one; a newer
+    frame may have come just after this one was taken.
+    """
+    return {
+        "lost_frames": 0,
+        "stale_results": 0,
+        "result_errors": 0,
+        "query_errors": 0,
+        "age_p99_s": 2 * latency_s + 1 / rate_hz + _MARGIN_S,
+        "per_camera_share": _SHARE,
+    }
+
+
+def misses(figures: Mapping[str, Any], limits: Mapping[str, float]) -> list[str]:
+    """Each figure that is outside its limit, in words."""
+    return [
+        f"{name} is {figures[name]}, expected at most {limit:g}"
+        for name, limit in limits.items()
+        if figures[name] is None or figures[name] > limit
+    ]
