@@ -15,9 +15,9 @@ from librobot_vlm_ros import __version__
 
 __all__ = ["COMMANDS", "main"]
 
-#: Subcommands in the order of the help; each is a module of this folder with `SUMMARY`,
-#: `configure(parser)` and `main(args) -> exit code`.
-COMMANDS = ("run", "demo", "replay", "query", "models")
+#: Subcommands in the order of the help; each is a module of this folder (`_` for `-`) with
+#: `SUMMARY`, `configure(parser)` and `main(args) -> exit code`.
+COMMANDS = ("run", "demo", "replay", "query", "models", "example-policy")
 
 _DESCRIPTION = """\
 Vision-language perception for ROS 2: cameras and instructions in, captions, grounded regions and
@@ -84,7 +84,7 @@ def _parser(words: Sequence[str]) -> tuple[argparse.ArgumentParser, dict[str, An
     wanted = next((word for word in words if not word.startswith("-")), None)
     modules: dict[str, Any] = {}
     for name in COMMANDS:
-        module = importlib.import_module(f"{__package__}.{name}")
+        module = importlib.import_module(f"{__package__}.{name.replace('-', '_')}")
         child = commands.add_parser(
             name,
             help=module.SUMMARY,

@@ -21,7 +21,7 @@ def test_help_names_every_command_and_the_exit_codes(capsys: Captured) -> None:
     shown = capsys.readouterr().out
     assert ended.value.code == 0
     for command in COMMANDS:
-        assert f"\n    {command} " in shown
+        assert f"\n    {command}" in shown
     assert "Exit codes" in shown
 
 
