@@ -38,7 +38,7 @@ from librobot_vlm_ros.models.base import OnToken, ShouldStop, stop_reason
 from librobot_vlm_ros.models.decode import Decoder, DecodeRules, Generated, decode
 from librobot_vlm_ros.models.detokenize import TextStream
 from librobot_vlm_ros.models.frame_cache import FrameCache, FrameEntry
-from librobot_vlm_ros.models.placement import dtype_name
+from librobot_vlm_ros.models.placement import dtype_name, free_bytes
 from librobot_vlm_ros.models.registry import models_with_task
 
 __all__ = ["Answering", "Job"]
@@ -158,6 +158,18 @@ class Answering(nn.Module, ABC):
         self.frames.clear()
         if isinstance(entry, VlmError):
             raise entry
+
+    def free_caches(self) -> None:
+        """Give back what is only kept to be quick: features of frames, and on a GPU the memory
+        that torch holds for the next request. Answers stay the same.
+        """
+        self.frames.clear()
+        if self.module is not None and self.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+
+    def free_memory(self) -> int | None:
+        """Bytes free where the weights lie; None where that is not known, and once closed."""
+        return None if self.module is None else free_bytes(self.torch_device)
 
     def close(self) -> None:
         """Free the weights; requests get MODEL_NOT_LOADED from here on."""

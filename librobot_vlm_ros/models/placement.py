@@ -13,7 +13,7 @@ import torch
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
 
-__all__ = ["ATTENTIONS", "Placement", "dtype_name", "place", "resolve_dtype"]
+__all__ = ["ATTENTIONS", "Placement", "dtype_name", "free_bytes", "place", "resolve_dtype"]
 
 _DTYPES = {
     "float32": torch.float32,
@@ -57,6 +57,16 @@ def place(
 def dtype_name(dtype: torch.dtype) -> str:
     """``float16`` for torch.float16."""
     return str(dtype).removeprefix("torch.")
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that a model could still take on a GPU: free on the device, and what torch keeps for
+    itself there without using it. None for other devices: their memory is not torch's to tell.
+    """
+    if device.type != "cuda":
+        return None
+    free, _total = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _resolve_device(device: str | torch.device) -> torch.device:

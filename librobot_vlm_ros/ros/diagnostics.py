@@ -48,6 +48,7 @@ def model_status(
             "device": stats.device,
             "dtype": stats.dtype,
             "memory_bytes": stats.memory_bytes,
+            "free_memory_bytes": "" if stats.free_bytes is None else stats.free_bytes,
         }
     trouble = list(problems)
     if trouble:

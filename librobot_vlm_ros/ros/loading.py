@@ -16,7 +16,7 @@ from .live_parameters import LiveParameters
 from .settings import Settings
 from .standing import load_options
 
-__all__ = ["create_backend", "load_model", "loaded_text", "switch_model"]
+__all__ = ["create_backend", "load_model", "loaded_text", "required_bytes", "switch_model"]
 
 
 def create_backend(name: str, **options: Any) -> Any:
@@ -46,6 +46,14 @@ def loaded_text(report: LoadReport) -> str:
     )
 
 
+def required_bytes(wanted: Settings, present: LoadReport | None) -> int | None:
+    """Memory that the weights of the `wanted` model take; None where the catalogue cannot say."""
+    dtype = wanted.quantization if wanted.quantization != "none" else wanted.dtype
+    if dtype == "auto":  # float32 on a CPU, half precision elsewhere: as what is loaded now
+        dtype = present.dtype if present is not None else "float32"
+    return model_info(wanted.model).memory_bytes(dtype) or None
+
+
 def switch_model(
     engine: Engine,
     parameters: LiveParameters,
@@ -67,8 +75,12 @@ def switch_model(
         "device": asked["device"] or now.device,
         "dtype": asked["dtype"] or now.dtype,
     }
-    options = load_options(now.changed(**values))
-    loading = engine.switch(values["model"], **options)
+    wanted = now.changed(**values)
+    loading = engine.switch(
+        values["model"],
+        required_bytes=required_bytes(wanted, engine.loaded),
+        **load_options(wanted),
+    )
     answer: Future[LoadReport] = Future()
 
     def done(finished: Future[LoadReport]) -> None:

@@ -45,6 +45,7 @@ def _stats(shared: Shared) -> EngineStats:
         in_flight=meter.in_flight,
         busy_s=max(0.0, to_s(now_ns - started_ns)) if started_ns is not None else 0.0,
         memory_bytes=meter.memory_bytes,
+        free_bytes=meter.free_bytes,
         consecutive_failures=meter.consecutive_failures,
         last_error=str(meter.last_error) if meter.last_error is not None else "",
         last_error_age_s=(

@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from librobot_vlm_ros.core import (
     ErrorCode,
@@ -39,6 +39,14 @@ class BackendFactory(Protocol):
         self, name: str, *, should_cancel: Callable[[], bool], **options: Any
     ) -> VlmBackend:
         """Give the loaded model; once `should_cancel()` is true, LOAD_CANCELLED may be raised."""
+
+
+@runtime_checkable
+class KnowsFreeMemory(Protocol):
+    """A backend that can tell how much memory is left where it lives."""
+
+    def free_memory(self) -> int | None:
+        """Free bytes; None where that is not known."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,9 +149,15 @@ class Loader:
         """Is there memory for both?"""
         if job.beside is not None:
             return job.beside
-        if self._free_memory is None and not old.device.startswith("cpu"):
-            return False  # nobody can say what is free there
-        free = (self._free_memory or available_memory_bytes)()
+        if self._free_memory is not None:
+            free = self._free_memory()
+        elif _elsewhere(job.options.get("device"), old.device):
+            # The old one is in nobody's way there; should it not fit, OUT_OF_MEMORY says so.
+            return True
+        elif str(job.options.get("device")) == "cpu":
+            free = available_memory_bytes()
+        else:
+            free = free_memory_of(old)
         required = job.required_bytes if job.required_bytes is not None else old.memory_bytes()
         return free is not None and required * HEADROOM <= free
 
@@ -205,6 +219,30 @@ class Loader:
 def load_cancelled(name: str) -> ModelError:
     """Somebody gave up waiting for it."""
     return ModelError(ErrorCode.LOAD_CANCELLED, f"loading of {name!r} was cancelled")
+
+
+def _elsewhere(asked: object, present: str) -> bool:
+    """Whether a model asked onto a device goes where the present one is not: another GPU, or a GPU
+    from a CPU. "auto" takes the same device again.
+    """
+    if asked in (None, "", "auto"):
+        return False
+    name, _, number = str(asked).partition(":")
+    present_name, _, present_number = present.partition(":")
+    return name != "cpu" and (name, number or "0") != (present_name, present_number or "0")
+
+
+def free_memory_of(backend: VlmBackend) -> int | None:
+    """Free bytes where the backend lives; None where nobody can say."""
+    if isinstance(backend, KnowsFreeMemory):
+        try:
+            free = backend.free_memory()
+        except Exception as exc:  # a driver that cannot tell is no reason to give up a switch
+            logger.warning("free memory is not known: %s", as_vlm_error(exc))
+            return None
+        if free is not None:
+            return free
+    return available_memory_bytes() if backend.device.startswith("cpu") else None
 
 
 def available_memory_bytes() -> int | None:

@@ -16,7 +16,7 @@ from librobot_vlm_ros.core import (
 
 from .batching import BatchPlanner
 from .config import to_ns
-from .loader import Loader, LoadJob, UnloadJob
+from .loader import Loader, LoadJob, UnloadJob, free_memory_of
 from .requests import Ticket
 from .runner import Run, run_batch
 from .selection import Batch, Selector
@@ -149,11 +149,13 @@ class ModelThread:
         backend = self._loader.backend
         try:
             held = backend.memory_bytes() if backend is not None else 0
+            free = free_memory_of(backend) if backend is not None else None
         except Exception as exc:
             logger.warning("the model cannot tell its memory: %s", as_vlm_error(exc))
             return
         with self._shared.lock:
             self._shared.meter.memory_bytes = held
+            self._shared.meter.free_bytes = free
 
     # -- loading and freeing -----------------------------------------------------------------
 

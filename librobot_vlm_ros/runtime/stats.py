@@ -67,6 +67,9 @@ class EngineStats:
     busy_s: float
     """How long the present run has taken so far."""
     memory_bytes: int
+    """Held by the model's weights."""
+    free_bytes: int | None
+    """Free where the model lives; None = not known, or no model."""
     consecutive_failures: int
     last_error: str
     last_error_age_s: float
@@ -123,6 +126,7 @@ class Meter:
         self.run_started_ns: int | None = None
         self.in_flight = 0
         self.memory_bytes = 0
+        self.free_bytes: int | None = None
         self._ages: dict[str, Window] = {}
         self._arrivals: dict[str, Window] = {}
         self._times = Window(window_s)

@@ -56,6 +56,29 @@ def same(one: ModelAnswer, other: ModelAnswer) -> bool:
     return (one.text, one.regions, one.malformed) == (other.text, other.regions, other.malformed)
 
 
+def test_giving_back_caches_changes_no_answer(vlm: FlorenceVLM, ask: Ask) -> None:
+    request = ask("caption")
+    before = vlm.run([request])[0]
+    assert len(vlm.frames) > 0
+    vlm.free_caches()
+    assert len(vlm.frames) == 0
+    after = vlm.run([request])[0]
+    assert isinstance(before, ModelAnswer)
+    assert isinstance(after, ModelAnswer)
+    assert same(before, after)
+
+
+def test_free_memory_of_a_gpu_counts_what_torch_keeps_unused(
+    vlm: FlorenceVLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert vlm.free_memory() is None  # on a CPU the system knows better
+    monkeypatch.setattr(type(vlm), "torch_device", torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 9000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 200)
+    assert vlm.free_memory() == 1100
+
+
 def test_it_is_a_backend_that_says_what_it_is(vlm: FlorenceVLM) -> None:
     assert isinstance(vlm, VlmBackend)
     assert (vlm.name, vlm.device, vlm.dtype) == ("florence-2-base", "cpu", "float32")

@@ -25,6 +25,19 @@ from librobot_vlm_ros.ros.settings import PARAMETERS, Settings
 from librobot_vlm_ros.ros.standing import engine_config, standing_tasks
 
 
+def test_a_switch_asks_for_the_memory_of_the_model_that_is_wanted() -> None:
+    from librobot_vlm_ros.models import model_info
+
+    pytest.importorskip("rclpy")
+    from librobot_vlm_ros.ros.loading import required_bytes
+
+    info = model_info("florence-2-base")
+    wanted = Settings(model="florence-2-base")
+    assert required_bytes(wanted, None) == info.memory_bytes("float32")
+    assert required_bytes(wanted.changed(dtype="float16"), None) == info.memory_bytes("float16")
+    assert required_bytes(Settings(model="fake"), None) is None  # as much as the present one
+
+
 def code_of(**values: Any) -> ErrorCode:
     with pytest.raises(VlmError) as caught:
         Settings(**values)

@@ -73,6 +73,43 @@ def test_on_a_device_whose_memory_nobody_knows_the_old_model_is_closed_first(she
     assert not load(loader, "b").beside
 
 
+@pytest.mark.parametrize(("free", "beside"), [(1300, True), (1100, False), (None, False)])
+def test_a_backend_that_knows_its_devices_memory_decides_it(shelf, free, beside):
+    loader = Loader(shelf)
+    load(loader, "a")
+    shelf.made[0].device = "cuda:0"
+    shelf.made[0].free_memory = lambda: free
+    assert load(loader, "b").beside is beside
+
+
+def test_a_device_that_cannot_tell_after_all_is_one_that_nobody_knows(shelf, caplog):
+    loader = Loader(shelf)
+    load(loader, "a")
+    shelf.made[0].device = "cuda:0"
+    shelf.made[0].free_memory = lambda: 1 / 0
+    assert not load(loader, "b").beside
+    assert "free memory is not known" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("present", "asked", "beside"),
+    [
+        ("cuda:0", "cuda:1", True),
+        ("cpu", "cuda", True),
+        ("cuda:0", "cuda", False),
+        ("cuda:0", "auto", False),
+        ("cuda:0", "cpu", True),  # a thousand bytes are always free
+    ],
+)
+def test_a_model_for_another_gpu_leaves_the_old_one_alone(shelf, present, asked, beside):
+    loader = Loader(shelf)
+    load(loader, "a")
+    shelf.made[0].device = present
+    shelf.made[0].free_memory = lambda: None
+    job = LoadJob("b", {"device": asked})
+    assert loader.perform(job, lambda: True).beside is beside
+
+
 def test_after_a_failed_switch_the_old_model_is_still_there(shelf):
     loader = Loader(shelf, free_memory=lambda: 10**9)
     load(loader, "a")
