@@ -1,66 +1,142 @@
-"""`librobot-vlm models`: what this installation knows."""
+"""`librobot-vlm models`: what this installation knows, and whether it is what it claims to be."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
+import sys
+from typing import TYPE_CHECKING, Any
 
-SUMMARY = "list the models, their size, tasks and where their weights come from"
+if TYPE_CHECKING:
+    from librobot_vlm_ros.models.base import ModelInfo
+    from librobot_vlm_ros.models.conformance import Conformance
+
+SUMMARY = "list the models with size, tasks, memory, licence and weights; --check tries each"
+
+_EPILOG = """\
+Memory is that of the weights alone; pictures and answers come on top. The list loads neither torch
+nor weights.
+
+--check tries each model, or those named, at tiny size without any download: the full-size
+configuration is counted, a tiny checkpoint in the official layout is loaded and compared with the
+original arithmetic, our pixels are compared with the reference processor's, every task is run.
+Exit code 1 when one of them is not as it should be.
+
+Examples:
+  librobot-vlm models
+  librobot-vlm models --check florence-2-base paligemma-3b
+  librobot-vlm models --check --json
+"""
+_DTYPES = ("float32", "float16", "int8", "nf4")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments and help."""
-    parser.epilog = "Neither torch nor weights are loaded for this."
-    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    parser.epilog = _EPILOG
+    parser.add_argument("names", nargs="*", metavar="NAME", help="only these models (default: all)")
+    parser.add_argument("--check", action="store_true", help="try the models at tiny size")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print the registry."""
+    """Print the registry, or what the check found; 1 when a model is not as it should be."""
     from librobot_vlm_ros.models import list_vlms, model_info
+
+    named = [model_info(name) for name in args.names or list_vlms()]
+    infos = list(dict.fromkeys(named))  # a name and its alias are one model
+    return _check(infos, args.json) if args.check else _list(infos, args.json)
+
+
+def _list(infos: list[ModelInfo], as_json: bool) -> int:
     from librobot_vlm_ros.ros.weights_here import weights_present
 
     from .console import table
 
-    infos = [model_info(name) for name in list_vlms()]
-    if args.json:
-        listed = [
-            {
-                "name": info.name,
-                "family": info.family,
-                "parameters": info.parameters,
-                "memory_bytes": {
-                    dtype: info.memory_bytes(dtype) for dtype in ("float32", "float16")
-                },
-                "tasks": list(info.tasks),
-                "licence": info.licence,
-                "weights": info.default_pretrained or info.shipped_folder or "",
-                "revision": info.pinned_revision or "",
-                "weights_present": weights_present(info),
-                "aliases": list(info.aliases),
-                "description": info.description,
-            }
-            for info in infos
-        ]
-        print(json.dumps(listed, indent=2))
+    if as_json:
+        print(json.dumps([_as_dict(info, weights_present(info)) for info in infos], indent=2))
         return 0
     rows = [
         (
             info.name,
             _count(info.parameters),
-            _bytes(info.memory_bytes()),
+            *(_bytes(info.memory_bytes(dtype)) for dtype in _DTYPES),
             info.licence,
-            info.default_pretrained
-            or ("ships with the package" if info.shipped_folder else "none"),
+            _source(info),
             "yes" if weights_present(info) else "no",
         )
         for info in infos
     ]
-    header = ("model", "parameters", "fp16 memory", "licence", "weights", "here")
-    print(table(rows, header=header, right="lrrlll"))
-    print()
+    header = ("model", "parameters", *_DTYPES, "licence", "weights from", "here")
+    print(table(rows, header=header, right="lrrrrrlll"))
+    print("\nMemory of the weights by dtype. Tasks:")
     for info in infos:
         print(f"{info.name}: {', '.join(info.tasks)}")
     return 0
+
+
+def _as_dict(info: ModelInfo, here: bool) -> dict[str, Any]:
+    return {
+        "name": info.name,
+        "family": info.family,
+        "parameters": info.parameters,
+        "memory_bytes": {dtype: info.memory_bytes(dtype) for dtype in _DTYPES},
+        "tasks": list(info.tasks),
+        "licence": info.licence,
+        "weights": info.default_pretrained or info.shipped_folder or "",
+        "revision": info.pinned_revision or "",
+        "weights_present": here,
+        "aliases": list(info.aliases),
+        "description": info.description,
+    }
+
+
+def _check(infos: list[ModelInfo], as_json: bool) -> int:
+    from librobot_vlm_ros.models.conformance import check_model
+
+    from .console import table
+
+    found: list[Conformance] = []
+    for info in infos:
+        print(f"checking {info.name}", file=sys.stderr)
+        # What a library prints must not stand inside the JSON.
+        with contextlib.redirect_stdout(sys.stderr):
+            found.append(check_model(info.name))
+    if as_json:
+        print(json.dumps([dataclasses.asdict(one) for one in found], indent=2))
+    else:
+        rows = [
+            (
+                one.name,
+                "-" if one.parameters is None else f"{one.parameters:,}",
+                _difference(one.conversion_max_abs_diff),
+                _difference(one.preprocess_max_abs_diff),
+                str(len(one.tasks)),
+                "ok" if one.ok else "NOT OK",
+            )
+            for one in found
+        ]
+        header = ("model", "parameters", "conversion", "pixels", "tasks", "")
+        print(table(rows, header=header, right="lrrrrl"))
+        print(
+            f"\nLargest differences. Allowed: conversion {found[0].conversion_tolerance:g}, "
+            f"pixels {found[0].preprocess_tolerance:g}; - where there is nothing to compare."
+        )
+    bad = [one for one in found if not one.ok]
+    for one in bad:
+        print(f"{one.name}: {one.error}", file=sys.stderr)
+    return 1 if bad else 0
+
+
+def _source(info: ModelInfo) -> str:
+    if info.default_pretrained:
+        return info.default_pretrained
+    return "ships with the package" if info.shipped_folder else "none"
+
+
+def _difference(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1e}"
 
 
 def _count(parameters: int) -> str:

@@ -1,13 +1,14 @@
-"""`librobot-vlm models` lists the registry."""
+"""`librobot-vlm models` lists the registry, and checks it."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 
 from librobot_vlm_ros.cli.main import main
-from librobot_vlm_ros.models import list_vlms, model_info
+from librobot_vlm_ros.models import conformance, list_vlms, model_info
 
 
 def test_every_model_is_listed_with_its_tasks(capsys: pytest.CaptureFixture[str]) -> None:
@@ -15,6 +16,7 @@ def test_every_model_is_listed_with_its_tasks(capsys: pytest.CaptureFixture[str]
     shown = capsys.readouterr().out
     for name in list_vlms():
         assert f"{name}: {', '.join(model_info(name).tasks)}" in shown
+        assert model_info(name).licence in shown
 
 
 def test_the_list_as_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -23,4 +25,45 @@ def test_the_list_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert sorted(listed) == list_vlms()
     base = listed["florence-2-base"]
     assert base["parameters"] == model_info("florence-2-base").parameters > 0
-    assert base["memory_bytes"]["float32"] == 2 * base["memory_bytes"]["float16"]
+    memory = base["memory_bytes"]
+    assert memory["float32"] == 2 * memory["float16"] == 4 * memory["int8"] == 8 * memory["nf4"]
+
+
+def test_the_check_as_json_is_one_document(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = conformance.check_model
+
+    def chatty(name: str) -> object:
+        print("a library says something")
+        return right(name)
+
+    monkeypatch.setattr(conformance, "check_model", chatty)
+    assert main(["models", "--check", "fake", "tabletop", "--json"]) == 0
+    fake, tabletop = json.loads(capsys.readouterr().out)
+    assert fake["tasks"] == list(model_info("fake").tasks)
+    assert (fake["conversion_max_abs_diff"], fake["preprocess_max_abs_diff"]) == (None, None)
+    assert tabletop["name"] == "florence-2-tabletop"
+    assert tabletop["parameters"] == model_info("tabletop").parameters
+    assert tabletop["preprocess_max_abs_diff"] <= tabletop["preprocess_tolerance"]
+    assert fake["ok"] is tabletop["ok"] is True
+
+
+def test_a_model_that_is_not_ok_gives_exit_code_1(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = conformance.check_model
+    monkeypatch.setattr(
+        conformance,
+        "check_model",
+        lambda name: dataclasses.replace(right(name), ok=False, error="something is off"),
+    )
+    assert main(["models", "--check", "fake"]) == 1
+    shown = capsys.readouterr()
+    assert "NOT OK" in shown.out
+    assert "fake: something is off" in shown.err
+
+
+def test_an_unknown_model_is_a_coded_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "--check", "florence-3"]) == 1
+    assert "UNKNOWN_MODEL(300)" in capsys.readouterr().err
