@@ -22,12 +22,12 @@ from librobot_vlm_ros.core import (
     RequestError,
 )
 from librobot_vlm_ros.models.answering import Job
+from librobot_vlm_ros.models.causal_images import Seen
 from librobot_vlm_ros.models.causal_tensors import CausalParts, CausalTensors
 from librobot_vlm_ros.models.checkpoint import LoadPlan, build_random
 from librobot_vlm_ros.models.decode import Decoder, DecodeRules
 from librobot_vlm_ros.models.frame_cache import FrameEntry
 from librobot_vlm_ros.models.placement import place
-from librobot_vlm_ros.models.preprocess import ImageSettings, normalise
 from librobot_vlm_ros.models.quantize import quantize, refuse_unknown
 from librobot_vlm_ros.models.registry import model_info
 from librobot_vlm_ros.models.weights import find_weights
@@ -117,7 +117,7 @@ class CausalVLM(CausalTensors):
 
     @staticmethod
     @abstractmethod
-    def _default_images(config: Any) -> ImageSettings:
+    def _default_images(config: Any) -> Any:
         """Image settings where a folder states none."""
 
     @staticmethod
@@ -153,11 +153,17 @@ class CausalVLM(CausalTensors):
     def prepare(self, request: InferenceRequest) -> tuple[FrameEntry, tuple[int, ...]]:
         """See `AbstractVLM.prepare`; one token of the prompt stands for the image."""
         prompt: list[int] = []
+        answer = 0
         if request.task != "embed":
             text = self._clean(request.prompt, request.spec.needs_text)
             prompt = self._prompt(self._question(request.task, text, request))
             answer = self.rules(request.params).max_new_tokens
-            length = self.image_tokens + len(prompt) - 1 + answer
+        entry = self.frames.entry(request.frame)
+        if entry.features is None and entry.pixels is None:
+            entry.pixels = self._pixels(request.frame.pixels)
+        if prompt:
+            image = len(entry.features) if entry.pixels is None else self._count(entry.pixels)
+            length = image + len(prompt) - 1 + answer
             room = self.config.text_config.max_position_embeddings
             if length > room:
                 raise RequestError(
@@ -165,31 +171,30 @@ class CausalVLM(CausalTensors):
                     f"image, prompt and answer may take {length} tokens, {self.name} has {room}",
                     "shorten the prompt, or ask for fewer tokens (max_new_tokens)",
                 )
-        entry = self.frames.entry(request.frame)
-        if entry.features is None and entry.pixels is None:
-            entry.pixels = self._pixels(request.frame.pixels)
         return entry, tuple(prompt)
 
     def start(self, jobs: Sequence[Job]) -> tuple[Decoder, Tensor]:
         """See `AbstractVLM.start`."""
-        return self._start(self.embed(jobs), [list(job.prompt) for job in jobs])
+        return self._start(self._look_at(jobs), [list(job.prompt) for job in jobs])
 
     def embed(self, jobs: Sequence[Job]) -> list[Tensor]:
         """Projected vision features [N, D] of each job's frame, computed once a frame."""
+        return [seen.vectors for seen in self._look_at(jobs)]
+
+    def _look_at(self, jobs: Sequence[Job]) -> list[Seen]:
         new = {
             id(job.frame): job.frame
             for job in jobs
-            if job.frame.features is None or job.frame.features.dtype != self.torch_dtype
+            if not job.frame.has_features(self.torch_dtype) or job.frame.seen is None
         }
         if new:
-            arrays = [
+            prepared = [
                 self._pixels(entry.frame.pixels) if entry.pixels is None else entry.pixels
                 for entry in new.values()
             ]
-            pixels = normalise(arrays, self.images, self.torch_device, self.torch_dtype)
-            for entry, features in zip(new.values(), self._see(pixels), strict=True):
-                entry.features, entry.pixels = features, None
-        return [job.frame.features for job in jobs]
+            for entry, seen in zip(new.values(), self._look(prepared), strict=True):
+                entry.seen, entry.features, entry.pixels = seen, seen.vectors, None
+        return [job.frame.seen for job in jobs]
 
     def rules(self, params: GenerationParams) -> DecodeRules:
         """Greedy, or what `params` asks for; sampling means one beam."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,28 +10,46 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from librobot_vlm_ros.core import ErrorCode, RequestError
+from librobot_vlm_ros.models.causal_images import Seen
 
-__all__ = ["CausalDecoder", "embed_row", "pad_rows", "weave"]
+__all__ = ["CausalDecoder", "deep_inputs", "embed_row", "pad_places", "pad_rows", "weave"]
 
 
-def weave(ids: Sequence[int], count: int, image_token: int, begin_token: int | None) -> list[int]:
-    """Where each place of a row comes from: an index into `ids`, or -1 for a vector of the image.
+def weave(
+    ids: Sequence[int], counts: Sequence[int], image_token: int, begin_token: int | None
+) -> list[int]:
+    """Where each place of a row comes from: an index into `ids`, or -1 for a vector of an image.
 
-    An image of `count` vectors stands where `ids` has its token, once or `count` times in a row;
-    without one, at the front behind the begin token. Raises RequestError BAD_PARAMETER.
+    Images of `counts` vectors stand where `ids` has their token: once for all of them, once an
+    image, or once a vector, those of an image in a row. Without one they stand at the front,
+    behind the begin token. Raises RequestError BAD_PARAMETER.
     """
+    total = sum(counts)
     places = [index for index, token in enumerate(ids) if token == image_token]
-    if places:
-        first, last = places[0], places[-1] + 1
+    if not places:
+        front = 1 if total and ids and ids[0] == begin_token else 0
+        return [*range(front), *[-1] * total, *range(front, len(ids))]
+    if total and len(places) == 1:
+        runs = {places[0]: total}
+    elif total and len(places) == len(counts):
+        runs = dict(zip(places, counts, strict=True))
     else:
-        first = last = 1 if count and ids and ids[0] == begin_token else 0
-    if places and (len(places) not in {1, count} or last - first != len(places) or not count):
-        raise RequestError(
-            ErrorCode.BAD_PARAMETER,
-            f"the prompt has {len(places)} image tokens, the image gives {count} vectors",
-            "write one image token, as many in a row as there are vectors, or none",
-        )
-    return [*range(first), *[-1] * count, *range(last, len(ids))]
+        begins = [sum(counts[:image]) for image in range(len(counts))]
+        blocks = [places[begin : begin + n] for begin, n in zip(begins, counts, strict=True)]
+        torn = any(block and block[-1] - block[0] != len(block) - 1 for block in blocks)
+        if len(places) != total or torn:
+            sizes = " and ".join(map(str, counts)) or "no"
+            raise RequestError(
+                ErrorCode.BAD_PARAMETER,
+                f"the prompt has {len(places)} image tokens, the image gives {sizes} vectors",
+                "write one image token, as many in a row as there are vectors, or none",
+            )
+        runs = dict.fromkeys(places, 1)
+    return [
+        place
+        for index in range(len(ids))
+        for place in ([-1] * runs[index] if index in runs else [index])
+    ]
 
 
 def embed_row(
@@ -56,11 +74,36 @@ def pad_rows(rows: Sequence[Tensor], side: str) -> tuple[Tensor, Tensor]:
     )
 
 
+def pad_places(rows: Sequence[Tensor], side: str) -> Tensor:
+    """Numbers [T, A] of the places of each row as [A, B, T], padded with zeros at `side`."""
+    padded: Tensor = pad_sequence(list(rows), batch_first=True, padding_side=side)
+    return padded.permute(2, 0, 1)
+
+
+def deep_inputs(
+    orders: Sequence[Sequence[int]],
+    seen: Sequence[Seen] | None,
+    side: str,
+    device: torch.device,
+) -> dict[str, Any]:
+    """What a language model is given that takes image features behind its first layers, too."""
+    if not seen or not seen[0].deep:
+        return {}
+    holes = [torch.tensor([place < 0 for place in order], device=device) for order in orders]
+    return {
+        "visual_pos_masks": pad_sequence(holes, batch_first=True, padding_side=side),
+        "deepstack_visual_embeds": [
+            torch.cat(layer) for layer in zip(*(row.deep for row in seen), strict=True)
+        ],
+    }
+
+
 class CausalDecoder:
     """A `decode.Decoder` over prompts as rows of vectors [T, D], padded on the left.
 
     `first_place`: number of the first position. `prefix`: every place of a prompt sees all of it,
-    and the model is told so by `token_type_ids`.
+    and the model is told so by `token_type_ids`. `places`: numbers int64 [T, A] of a row's places
+    on A axes; the answer goes on from the highest. `extra`: given to the model with the prompts.
     """
 
     def __init__(
@@ -71,6 +114,8 @@ class CausalDecoder:
         *,
         first_place: int = 0,
         prefix: bool = False,
+        places: Sequence[Tensor] | None = None,
+        extra: Mapping[str, Any] | None = None,
     ) -> None:
         from transformers import DynamicCache
 
@@ -81,19 +126,27 @@ class CausalDecoder:
         self._head = head
         self._inputs, self._mask = pad_rows(rows, "left")
         self._cache = DynamicCache()
-        self._place = self._mask.sum(dim=1)
+        self._extra = dict(extra or {})
+        if places is None:
+            # Padding takes place 0 too; nothing looks at it.
+            self._places = (self._mask.cumsum(dim=1) - 1).clamp(min=0)
+            self._place = self._mask.sum(dim=1)
+        else:
+            self._places = pad_places(places, "left")
+            self._place = self._places.amax(dim=(0, 2)) + 1
 
     def first(self) -> Tensor:
         """See `decode.Decoder`."""
         inputs, self._inputs = self._inputs, self._inputs[:, :0]
-        # Padding takes place 0 too; nothing looks at it.
-        types = {"token_type_ids": torch.zeros_like(self._mask)} if self._prefix else {}
-        return self._step(inputs, (self._mask.cumsum(dim=1) - 1).clamp(min=0), **types)
+        extra, self._extra = self._extra, {}
+        if self._prefix:
+            extra["token_type_ids"] = torch.zeros_like(self._mask)
+        return self._step(inputs, self._places, **extra)
 
     def next(self, tokens: Tensor) -> Tensor:
         """See `decode.Decoder`."""
         self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], dim=1)
-        place = self._place[:, None]
+        place = self._place[:, None].expand(*self._places.shape[:-2], -1, 1)
         self._place = self._place + 1
         return self._step(self._model.get_input_embeddings()(tokens[:, None]), place)
 
@@ -103,14 +156,14 @@ class CausalDecoder:
         self._mask = self._mask.index_select(0, rows)
         self._place = self._place.index_select(0, rows)
 
-    def _step(self, inputs: Tensor, places: Tensor, **types: Tensor) -> Tensor:
+    def _step(self, inputs: Tensor, places: Tensor, **extra: Any) -> Tensor:
         output = self._model(
             inputs_embeds=inputs,
             attention_mask=self._mask,
             position_ids=places + self._first_place,
             past_key_values=self._cache,
             use_cache=True,
-            **types,
+            **extra,
         )
         logits: Tensor = self._head(output.last_hidden_state[:, -1])
         return logits

@@ -5,12 +5,10 @@ Encoding, forward with a loss, generate: what is the same for all such families.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -19,18 +17,20 @@ from torch.nn.utils.rnn import pad_sequence
 from librobot_vlm_ros.core import (
     ErrorCode,
     GenerationParams,
-    ImageError,
-    InferenceRequest,
-    ModelError,
     RequestError,
-    clean_prompt,
-    get_task,
 )
-from librobot_vlm_ros.models.abstract import AbstractVLM
-from librobot_vlm_ros.models.causal_decoder import CausalDecoder, embed_row, pad_rows, weave
+from librobot_vlm_ros.models.causal_decoder import (
+    CausalDecoder,
+    deep_inputs,
+    embed_row,
+    pad_places,
+    pad_rows,
+    weave,
+)
+from librobot_vlm_ros.models.causal_images import Seen
 from librobot_vlm_ros.models.causal_tokenizer import CausalTokenizer
+from librobot_vlm_ros.models.causal_words import CausalWords
 from librobot_vlm_ros.models.decode import Decoder, Generated, decode
-from librobot_vlm_ros.models.preprocess import ImageSettings, as_pixels, to_views
 
 __all__ = ["CausalParts", "CausalTensors"]
 
@@ -40,11 +40,12 @@ class CausalParts:
     """Everything that such a model is made of."""
 
     module: Any
-    images: ImageSettings
+    #: How an image is prepared: `ImageSettings`, or a class of the family's own.
+    images: Any
     tokenizer: CausalTokenizer | None = None
 
 
-class CausalTensors(AbstractVLM):
+class CausalTensors(CausalWords):
     """The learner's side of such a model; `CausalVLM` adds the robot's.
 
     The transformers model has `.model.language_model`, `.model.vision_tower` and `.lm_head`.
@@ -67,42 +68,20 @@ class CausalTensors(AbstractVLM):
 
     # What a family fills in.
 
-    @abstractmethod
-    def _pixels(self, pixels: Any) -> Any:
-        """uint8 [H, W, 3] of any size to [images.height, images.width, 3]."""
+    def _order(self, row: Sequence[int], counts: Sequence[int]) -> list[int]:
+        """Where each place of a row comes from (see `weave`)."""
+        text = self.config.text_config
+        begin = None if self.image_leads else getattr(text, "bos_token_id", None)
+        return weave(row, counts, self.config.image_token_id, begin)
 
-    @abstractmethod
-    def _see(self, pixels: Tensor) -> Tensor:
-        """[B, 3, H, W] to projected features [B, N, D]."""
+    def _places(self, order: Sequence[int], seen: Seen | None) -> Tensor | None:
+        """Numbers of a row's places, int64 [T, A] for A axes; None counts 0, 1, 2 ...
 
-    @abstractmethod
-    def _question(self, task: str, text: str, request: InferenceRequest | None) -> str:
-        """A task's words around the user's. `request` has the region and the frame's size."""
-
-    @abstractmethod
-    def _prompt(self, words: str) -> list[int]:
-        """Ids of a whole prompt, one token standing for the image."""
-
-    @property
-    @abstractmethod
-    def image_tokens(self) -> int:
-        """Vectors N that an image becomes."""
+        The answer goes on from the highest.
+        """
+        return None
 
     # The learner's side.
-
-    def encode_image(self, images: Any) -> Tensor:
-        """[B, N, D]; of several views the tokens stand one view after the other."""
-        views = self._views(images)
-        height, width = views.shape[-2:]
-        if (height, width) != (self.images.height, self.images.width):
-            raise ImageError(
-                ErrorCode.BAD_IMAGE,
-                f"normalised images are {height}x{width}",
-                f"{self.name} takes {self.images.height}x{self.images.width}; uint8 images of any "
-                "size are resized",
-            )
-        features = self._see(views.flatten(0, 1))
-        return features.unflatten(0, views.shape[:2]).flatten(1, 2)
 
     def encode_text(self, text: Any) -> Tensor:
         """The language model's last states of words alone, [B, T, D], padded at the end."""
@@ -134,9 +113,9 @@ class CausalTensors(AbstractVLM):
                 f"labels are {list(labels.shape)}, expected the shape of input_ids",
             )
         rows = self._ids(source, attention_mask, seeing=images is not None)
-        features = list(self.encode_image(images)) if images is not None else None
+        seen = self._seen(images) if images is not None else None
         learnt = None if labels is None else self._kept(labels, attention_mask)
-        hidden, orders = self._read_rows(features, rows, learnt)
+        hidden, orders = self._read_rows(seen, rows, learnt)
         logits = self._loaded().lm_head(hidden)
         result = {"embeddings": hidden, "logits": logits}
         if learnt is not None:
@@ -175,12 +154,12 @@ class CausalTensors(AbstractVLM):
         rules = self.rules(GenerationParams(max_new_tokens, num_beams, temperature, top_p, seed))
         words = text if text is not None else input_ids
         with self._answering():
-            features = list(self.encode_image(images)) if images is not None else None
+            seen = self._seen(images) if images is not None else None
             if task is not None:
-                rows = self._task_ids(task, words, len(features) if features is not None else 1)
+                rows = self._task_ids(task, words, len(seen) if seen is not None else 1)
             else:
-                rows = self._ids(words, attention_mask, seeing=features is not None)
-            decoder, history = self._start(features, rows)
+                rows = self._ids(words, attention_mask, seeing=seen is not None)
+            decoder, history = self._start(seen, rows)
             seeds = [None if seed is None else seed + row for row in range(len(rows))]
             generated = decode(decoder, rules, history, seeds=seeds)
         ids = [torch.tensor(g.ids) for g in generated if isinstance(g, Generated)]
@@ -210,109 +189,48 @@ class CausalTensors(AbstractVLM):
 
     # Inside.
 
-    def _words(self) -> CausalTokenizer:
-        if self.tokenizer is None:
-            raise ModelError(
-                ErrorCode.TOKENIZER_MISMATCH,
-                f"{self.name} was built from a config and has no tokenizer",
-                "pass token ids, or load it from a folder with a tokenizer",
-            )
-        return self.tokenizer
-
-    def _views(self, images: Any) -> Tensor:
-        return to_views(self._fitted(images), self.images, self.torch_device, self.torch_dtype)
-
-    def _fitted(self, images: Any) -> Any:
-        """The same lists of images, all of those in uint8 brought to the model's size."""
-        if isinstance(images, Tensor) and images.is_floating_point():
-            return images
-        many = isinstance(images, (Tensor, np.ndarray)) and images.ndim > 3
-        if many or isinstance(images, (list, tuple)):
-            return [self._fitted(image) for image in images]
-        return self._pixels(as_pixels(images))
-
-    def _suppressed(self) -> list[int]:
-        """Rows of the vocabulary that are no words: the image token, and padding behind it."""
-        size = int(self.config.text_config.vocab_size)
-        image = int(self.config.image_token_id)
-        first = size if self.tokenizer is None else min(size, self.tokenizer.size)
-        return sorted({image, *range(first, size)})
-
-    def _clean(self, text: str, required: bool) -> str:
-        control = self._words().control_tokens
-        return clean_prompt(text, required=required, limits=self.limits, control_tokens=control)
-
-    def _kept(self, rows: Any, attention_mask: Tensor | None) -> list[list[int]]:
-        lists: list[list[int]] = torch.as_tensor(rows).tolist()
-        if attention_mask is None:
-            return lists
-        masks = attention_mask.tolist()
-        return [
-            [token for token, keep in zip(row, mask, strict=True) if keep]
-            for row, mask in zip(lists, masks, strict=True)
-        ]
-
-    def _ids(
-        self, text: Any, attention_mask: Tensor | None, *, seeing: bool = True
-    ) -> list[list[int]]:
-        """Rows of ids: strings as questions in the family's chat, ids without padding.
-
-        Not `seeing`, a question has no place for an image.
-        """
-        if isinstance(text, str):
-            text = [text]
-        if text is None or len(text) == 0:
-            raise RequestError(ErrorCode.EMPTY_PROMPT, "neither text nor input_ids were given")
-        if isinstance(text[0], str):
-            rows = [self._prompt(self._clean(row, True)) for row in text]
-            image = None if seeing else self.config.image_token_id
-            return [[token for token in row if token != image] for row in rows]
-        return self._kept(text, attention_mask)
-
-    def _task_ids(self, task: str, words: Any, count: int) -> list[list[int]]:
-        name = get_task(task).name
-        if name not in self.tasks or name == "embed" or get_task(name).needs_region:
-            raise RequestError(
-                ErrorCode.TASK_NOT_SUPPORTED,
-                f"{self.name} cannot {task!r} here, it can: {', '.join(sorted(self.tasks))}",
-            )
-        texts = [words or ""] * count if words is None or isinstance(words, str) else list(words)
-        if not all(isinstance(row, str) for row in texts):
-            raise RequestError(
-                ErrorCode.BAD_PARAMETER, "with a task the prompts are strings, not ids"
-            )
-        return [self._prompt(self._question(name, self._clean(r, False), None)) for r in texts]
-
     def _rows(
-        self, features: Sequence[Tensor] | None, rows: Sequence[Sequence[int]]
+        self, seen: Sequence[Seen] | None, rows: Sequence[Sequence[int]]
     ) -> tuple[list[Tensor], list[list[int]]]:
         """Vectors [T, D] of each row, and where each comes from (see `weave`)."""
-        if features is not None and len(features) != len(rows):
+        if seen is not None and len(seen) != len(rows):
             raise RequestError(
-                ErrorCode.BAD_PARAMETER, f"{len(features)} images for {len(rows)} prompts"
+                ErrorCode.BAD_PARAMETER, f"{len(seen)} images for {len(rows)} prompts"
             )
         table = self._loaded().get_input_embeddings()
-        image = self.config.image_token_id
-        begin = None if self.image_leads else self.config.text_config.bos_token_id
-        seen: list[Tensor | None] = [None] * len(rows) if features is None else [*features]
-        counts = [0 if found is None else len(found) for found in seen]
-        orders = [weave(row, n, image, begin) for row, n in zip(rows, counts, strict=True)]
+        found: list[Seen | None] = [None] * len(rows) if seen is None else [*seen]
+        orders = [
+            self._order(row, () if one is None else one.counts)
+            for row, one in zip(rows, found, strict=True)
+        ]
         vectors = [
-            embed_row(table, row, order, found)
-            for row, order, found in zip(rows, orders, seen, strict=True)
+            embed_row(table, row, order, None if one is None else one.vectors)
+            for row, order, one in zip(rows, orders, found, strict=True)
         ]
         return vectors, orders
 
+    def _numbered(
+        self, orders: Sequence[Sequence[int]], seen: Sequence[Seen] | None
+    ) -> list[Tensor] | None:
+        """`_places` of every row."""
+        found: Sequence[Seen | None] = [None] * len(orders) if seen is None else seen
+        places = [self._places(order, one) for order, one in zip(orders, found, strict=True)]
+        known = [row.to(self.torch_device) for row in places if row is not None]
+        return known if len(known) == len(places) else None
+
     def _read_rows(
         self,
-        features: Sequence[Tensor] | None,
+        seen: Sequence[Seen] | None,
         rows: Sequence[Sequence[int]],
         labels: Sequence[Sequence[int]] | None = None,
     ) -> tuple[Tensor, list[list[int]]]:
         """Last states [B, T, D], padded at the end, and where each place comes from."""
-        vectors, orders = self._rows(features, rows)
+        vectors, orders = self._rows(seen, rows)
         inputs, mask = pad_rows(vectors, "right")
-        types = {}
+        types: dict[str, Any] = deep_inputs(orders, seen, "right", mask.device)
+        places = self._numbered(orders, seen)
+        if places is not None:
+            types["position_ids"] = pad_places(places, "right")
         if self.prefix_attention:
             # 0 is read as a whole, 1 in order: from the first label on, or a model would see it.
             kinds = torch.zeros_like(mask)
@@ -324,9 +242,9 @@ class CausalTensors(AbstractVLM):
         return output.last_hidden_state, orders
 
     def _start(
-        self, features: Sequence[Tensor] | None, rows: Sequence[Sequence[int]]
+        self, seen: Sequence[Seen] | None, rows: Sequence[Sequence[int]]
     ) -> tuple[Decoder, Tensor]:
-        vectors, _ = self._rows(features, rows)
+        vectors, orders = self._rows(seen, rows)
         history = torch.zeros((len(rows), 0), dtype=torch.int64, device=self.torch_device)
         decoder = CausalDecoder(
             self._reader,
@@ -334,6 +252,8 @@ class CausalTensors(AbstractVLM):
             vectors,
             first_place=self.first_place,
             prefix=self.prefix_attention,
+            places=self._numbered(orders, seen),
+            extra=deep_inputs(orders, seen, "left", self.torch_device),
         )
         return decoder, history
 

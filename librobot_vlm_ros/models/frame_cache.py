@@ -23,6 +23,8 @@ class FrameEntry:
     frame: Frame
     pixels: Any = None
     features: Any = None
+    #: Of families whose images differ in size: the features with what belongs to them.
+    seen: Any = None
 
     def has_features(self, dtype: Any) -> bool:
         """Whether its features are there, and not those of a dtype that was given up since."""
