@@ -31,6 +31,17 @@ _FLORENCE_TASKS = (
 
 _LLAVA_TASKS = ("answer", "caption", "detailed_caption", "embed", "ground", "region_caption")
 
+_QWEN_TASKS = (
+    "answer",
+    "caption",
+    "detailed_caption",
+    "detect",
+    "embed",
+    "ground",
+    "ocr",
+    "open_vocabulary_detect",
+)
+
 CATALOG: tuple[ModelInfo, ...] = (
     ModelInfo(
         name="fake",
@@ -127,5 +138,57 @@ CATALOG: tuple[ModelInfo, ...] = (
         aliases=("google/paligemma-3b-pt-224", "paligemma"),
         embedding_dim=2048,
         description="Google PaliGemma 3B at 224 pixels: captions, boxes of named things, OCR.",
+    ),
+    ModelInfo(
+        name="qwen2-vl-2b",
+        module="qwen2",
+        family="qwen2-vl",
+        parameters=2_208_985_600,
+        tasks=_QWEN_TASKS,
+        licence="Apache-2.0",
+        default_pretrained="Qwen/Qwen2-VL-2B-Instruct",
+        pinned_revision="895c3a49bc3fa70a340399125c650a463535e71c",
+        aliases=("qwen/qwen2-vl-2b-instruct",),
+        embedding_dim=1536,
+        description="Qwen2-VL 2B: questions, captions, boxes, OCR, images of any size.",
+    ),
+    ModelInfo(
+        name="qwen2-vl-7b",
+        module="qwen2",
+        family="qwen2-vl",
+        parameters=8_291_375_616,
+        tasks=_QWEN_TASKS,
+        licence="Apache-2.0",
+        default_pretrained="Qwen/Qwen2-VL-7B-Instruct",
+        pinned_revision="eed13092ef92e448dd6875b2a00151bd3f7db0ac",
+        aliases=("qwen/qwen2-vl-7b-instruct",),
+        embedding_dim=3584,
+        description="Qwen2-VL 7B: as 2b, stronger and slower.",
+    ),
+    ModelInfo(
+        name="qwen3-vl-4b",
+        module="qwen3",
+        family="qwen3-vl",
+        parameters=4_437_815_808,
+        tasks=_QWEN_TASKS,
+        licence="Apache-2.0",
+        default_pretrained="Qwen/Qwen3-VL-4B-Instruct",
+        pinned_revision="ebb281ec70b05090aa6165b016eac8ec08e71b17",
+        aliases=("qwen/qwen3-vl-4b-instruct",),
+        embedding_dim=2560,
+        description="Qwen3-VL 4B: questions, captions, boxes, OCR, images of any size.",
+    ),
+    ModelInfo(
+        name="qwen3-vl-8b",
+        module="qwen3",
+        family="qwen3-vl",
+        parameters=8_767_123_696,
+        tasks=_QWEN_TASKS,
+        licence="Apache-2.0",
+        default_pretrained="Qwen/Qwen3-VL-8B-Instruct",
+        pinned_revision="0c351dd01ed87e9c1b53cbc748cba10e6187ff3b",
+        aliases=("qwen/qwen3-vl-8b-instruct", "qwen3-vl-7b"),
+        embedding_dim=4096,
+        description="Qwen3-VL 8B: as 4b, stronger and slower. qwen3-vl-7b is an alias of this 8B.",
     ),
 )

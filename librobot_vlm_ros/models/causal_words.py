@@ -56,6 +56,10 @@ class CausalWords(CausalImages):
         first = size if self.tokenizer is None else min(size, self.tokenizer.size)
         return sorted({image, *range(first, size)})
 
+    def _image_marks(self) -> set[int]:
+        """Tokens of a prompt that make no sense without an image."""
+        return {int(self.config.image_token_id)}
+
     def _clean(self, text: str, required: bool) -> str:
         control = self._words().control_tokens
         return clean_prompt(text, required=required, limits=self.limits, control_tokens=control)
@@ -83,8 +87,8 @@ class CausalWords(CausalImages):
             raise RequestError(ErrorCode.EMPTY_PROMPT, "neither text nor input_ids were given")
         if isinstance(text[0], str):
             rows = [self._prompt(self._clean(row, True)) for row in text]
-            image = None if seeing else self.config.image_token_id
-            return [[token for token in row if token != image] for row in rows]
+            marks = set() if seeing else self._image_marks()
+            return [[token for token in row if token not in marks] for row in rows]
         return self._kept(text, attention_mask)
 
     def _task_ids(self, task: str, words: Any, count: int) -> list[list[int]]:

@@ -1,0 +1,163 @@
+"""Images as Qwen-VL takes them: any size, rounded to its grid, cut into patches.
+
+The arithmetic of the published image processor, without torchvision: both sides become multiples of
+`factor`, the area stays within bounds, proportions are kept as well as that allows. A still image
+fills each patch's stretch of time with itself.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from librobot_vlm_ros.core import ErrorCode, ImageError, ModelError
+from librobot_vlm_ros.models.preprocess import normalise
+
+__all__ = ["QwenImages", "patches", "qwen_images", "resized", "smart_size"]
+
+#: Longest side over the shortest; beyond it the published processor refuses an image.
+_MAX_RATIO = 200
+
+
+@dataclass(frozen=True)
+class QwenImages:
+    """How an image becomes patches."""
+
+    patch: int
+    merge: int
+    frames: int
+    #: Bounds of the resized image's area, pixels.
+    min_pixels: int
+    max_pixels: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resample: Image.Resampling = Image.Resampling.BICUBIC
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_pixels <= self.max_pixels or self.max_pixels < self.factor**2:
+            raise ModelError(
+                ErrorCode.BAD_CONFIG,
+                f"min_pixels {self.min_pixels} and max_pixels {self.max_pixels} are no bounds",
+                f"expected 0 < min_pixels <= max_pixels, max_pixels at least {self.factor**2}",
+            )
+
+    @property
+    def factor(self) -> int:
+        """Pixels of a side that become one vector."""
+        return self.patch * self.merge
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as preprocessor_config.json holds them."""
+        return {
+            "do_resize": True,
+            "size": {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels},
+            "min_pixels": self.min_pixels,
+            "max_pixels": self.max_pixels,
+            "patch_size": self.patch,
+            "merge_size": self.merge,
+            "temporal_patch_size": self.frames,
+            "resample": int(self.resample),
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+            "image_processor_type": "Qwen2VLImageProcessor",
+        }
+
+
+def qwen_images(config: dict[str, Any], default: QwenImages) -> QwenImages:
+    """The settings of a preprocessor_config.json. Raises ModelError BAD_CONFIG."""
+    size = config.get("size") or {}
+    try:
+        found = QwenImages(
+            patch=int(config.get("patch_size", default.patch)),
+            merge=int(config.get("merge_size", default.merge)),
+            frames=int(config.get("temporal_patch_size", default.frames)),
+            min_pixels=int(
+                config.get("min_pixels") or size.get("shortest_edge") or default.min_pixels
+            ),
+            max_pixels=int(
+                config.get("max_pixels") or size.get("longest_edge") or default.max_pixels
+            ),
+            mean=_three(config.get("image_mean", default.mean)),
+            std=_three(config.get("image_std", default.std)),
+            resample=Image.Resampling(int(config.get("resample", default.resample))),
+        )
+        if min(found.std) <= 0:
+            raise ValueError(f"image_std {found.std}")
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ModelError(
+            ErrorCode.BAD_CONFIG,
+            f"preprocessor_config.json cannot be used: {type(error).__name__} {error}",
+            "it needs min_pixels and max_pixels, image_mean and image_std of three numbers each",
+        ) from error
+    grid = ("patch", "merge", "frames")
+    if any(getattr(found, name) != getattr(default, name) for name in grid):
+        raise ModelError(
+            ErrorCode.BAD_CONFIG,
+            "preprocessor_config.json and config.json state different patches",
+            "use the files that came with the weights",
+        )
+    return found
+
+
+def _three(values: Any) -> tuple[float, float, float]:
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue
+
+
+def smart_size(height: int, width: int, images: QwenImages) -> tuple[int, int]:
+    """Height and width that an image is resized to. Raises ImageError BAD_IMAGE for a strip."""
+    if min(height, width) < 1 or max(height, width) / min(height, width) > _MAX_RATIO:
+        raise ImageError(
+            ErrorCode.BAD_IMAGE,
+            f"an image of {width}x{height} pixels is too narrow for the model",
+            f"its longer side may be {_MAX_RATIO} times the shorter one; cut or pad it",
+        )
+    factor, area = images.factor, height * width
+    # Python rounds halves to even, and so does the published processor.
+    rows, columns = (round(side / factor) * factor for side in (height, width))
+    if rows * columns > images.max_pixels:
+        shrink = math.sqrt(area / images.max_pixels)
+        rows, columns = (
+            max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width)
+        )
+    elif rows * columns < images.min_pixels:
+        grow = math.sqrt(images.min_pixels / area)
+        rows, columns = (math.ceil(side * grow / factor) * factor for side in (height, width))
+    return rows, columns
+
+
+def resized(pixels: npt.NDArray[np.uint8], images: QwenImages) -> npt.NDArray[np.uint8]:
+    """uint8 [H, W, 3] of any size to the size that fits the grid."""
+    height, width = smart_size(*pixels.shape[:2], images)
+    pixels = np.ascontiguousarray(pixels)
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize((width, height), images.resample))
+
+
+def patches(image: Any, images: QwenImages, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Patches [rows * columns, 3 * frames * patch * patch] of one prepared image.
+
+    `image`: uint8 [H, W, 3] from `resized`, or float [3, H, W] normalised already. Patches that
+    become one vector stand together.
+    """
+    if isinstance(image, Tensor):
+        values = image.to(device, torch.float32)
+    else:
+        values = normalise([image], images, device, torch.float32)[0]
+    side, merge = images.patch, images.merge
+    rows, columns = values.shape[1] // (side * merge), values.shape[2] // (side * merge)
+    cells = values.reshape(3, rows, merge, side, columns, merge, side)
+    cells = cells.permute(1, 4, 2, 5, 0, 3, 6).unsqueeze(5)
+    cells = cells.expand(*cells.shape[:5], images.frames, side, side)
+    return cells.reshape(rows * columns * merge**2, -1).to(dtype)

@@ -1,0 +1,149 @@
+"""What Qwen-VL is asked and what it answers: sentences, and boxes from 0 to 1000.
+
+Qwen2-VL (Wang et al., 2024, arXiv:2409.12191) writes the label between ``<|object_ref_start|>`` and
+``<|object_ref_end|>``, then ``<|box_start|>(x1,y1),(x2,y2)<|box_end|>``; Qwen3-VL a JSON list of
+``bbox_2d`` and ``label``.
+Both count in thousandths of the image's width and height, whatever size it was resized to.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from librobot_vlm_ros.core import ErrorCode, Region, RequestError
+
+__all__ = ["QWEN2_TASKS", "QWEN3_TASKS", "parse_json_boxes", "parse_token_boxes", "question"]
+
+SCALE = 1000
+_COMMON = {
+    "answer": "{text}",
+    "caption": "Describe the image in one sentence.",
+    "detailed_caption": "Describe the image in detail.",
+    "ocr": "Read all the text in the image.",
+}
+#: A task's question; `{text}` stands for the user's words.
+QWEN2_TASKS: Mapping[str, str] = {
+    **_COMMON,
+    "detect": "Detect all objects in the image and give their labels and bounding boxes.",
+    "ground": "Detect the bounding box of {text}.",
+    "open_vocabulary_detect": "Detect the bounding boxes of every {text}.",
+}
+QWEN3_TASKS: Mapping[str, str] = {
+    **_COMMON,
+    "detect": "Locate every object in the image. Report bbox coordinates and label in JSON format.",
+    "ground": "Locate {text}. Report bbox coordinates and label in JSON format.",
+    "open_vocabulary_detect": (
+        'Locate every instance that belongs to the following categories: "{text}". '
+        "Report bbox coordinates in JSON format."
+    ),
+}
+
+_NUMBER = r"\s*(\d{1,5}(?:\.\d{1,6})?)\s*"
+_PAIRS = rf"\({_NUMBER},{_NUMBER}\)\s*,\s*\({_NUMBER},{_NUMBER}\)"
+_PIECE = re.compile(
+    r"<\|object_ref_start\|>(?P<label>.*?)<\|object_ref_end\|>"
+    r"|<\|box_start\|>(?P<box>(?:(?!<\|(?:box|object_ref)_).)*)(?:<\|box_end\|>)?"
+    rf"|(?P<bare>{_PAIRS})",
+    re.S,
+)
+_BOX = re.compile(rf"\s*{_PAIRS}\s*")
+
+Score = Callable[[Sequence[tuple[int, int]]], float]
+
+
+def question(tasks: Mapping[str, str], task: str, text: str) -> str:
+    """A task's question. Raises RequestError EMPTY_PROMPT or BAD_PARAMETER."""
+    sentence = tasks[task]
+    if "{text}" in sentence:
+        if not text:
+            raise RequestError(ErrorCode.EMPTY_PROMPT, f"{task} needs a text")
+        return sentence.replace("{text}", text)
+    if text:
+        raise RequestError(
+            ErrorCode.BAD_PARAMETER,
+            f"{task} takes no text, but got {text[:80]!r}",
+            "leave the prompt empty, or use the task answer",
+        )
+    return sentence
+
+
+def _region(
+    numbers: Sequence[Any], label: str, score: float, width: int, height: int
+) -> Region | None:
+    """A box in source pixels, None for what is no box of the image."""
+    if len(numbers) != 4 or any(
+        isinstance(n, bool) or not isinstance(n, (int, float)) for n in numbers
+    ):
+        return None
+    x_min, y_min, x_max, y_max = numbers
+    if not (0 <= x_min <= x_max <= SCALE and 0 <= y_min <= y_max <= SCALE):
+        return None
+    across, down = width / SCALE, height / SCALE
+    return Region(label, score, x_min * across, y_min * down, x_max * across, y_max * down)
+
+
+def parse_token_boxes(
+    text: str,
+    width: int,
+    height: int,
+    label: str = "",
+    score: Score = lambda stretches: math.nan,
+) -> tuple[tuple[Region, ...], int]:
+    """Regions in pixels of a width x height image, and how many pieces are no box.
+
+    Qwen2-VL's notation. A box belongs to the label before it, and to `label` where there is none.
+    An answer without any box counts as one that is none.
+    """
+    regions: list[Region] = []
+    pieces = 0
+    for found in _PIECE.finditer(text):
+        if found["label"] is not None:
+            label = found["label"].strip() or label
+            continue
+        pieces += 1
+        box = _BOX.fullmatch(found["bare"] or found["box"] or "")
+        numbers = [float(number) for number in box.groups()] if box else []
+        region = _region(numbers, label, score([found.span()]), width, height)
+        if region is not None:
+            regions.append(region)
+    return tuple(regions), max(1, pieces) - len(regions)
+
+
+def parse_json_boxes(
+    text: str,
+    width: int,
+    height: int,
+    label: str = "",
+    score: Score = lambda stretches: math.nan,
+) -> tuple[tuple[Region, ...], int]:
+    """Regions in pixels of a width x height image, and how many objects are no box.
+
+    Qwen3-VL's notation, also of a list that was cut off. `label` names boxes that come without one.
+    An empty list is a good answer; one without any object counts as one that is none.
+    """
+    regions: list[Region] = []
+    pieces, place = 0, 0
+    decoder = json.JSONDecoder()
+    while (begin := text.find("{", place)) >= 0:
+        pieces += 1
+        try:
+            found, place = decoder.raw_decode(text, begin)
+        except (ValueError, RecursionError):
+            place = begin + 1  # cut off or damaged: a good one may stand inside or behind
+            continue
+        numbers, name = found.get("bbox_2d"), found.get("label")
+        region = _region(
+            numbers if isinstance(numbers, list) else (),
+            name.strip() if isinstance(name, str) and name.strip() else label,
+            score([(begin, place)]),
+            width,
+            height,
+        )
+        if region is not None:
+            regions.append(region)
+    empty = re.fullmatch(r"\s*(?:```(?:json)?)?\s*\[\s*\]\s*(?:```)?\s*", text)
+    return tuple(regions), (0 if empty else max(1, pieces)) - len(regions)
