@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from librobot_vlm_ros import __version__
+
+from . import signals
 
 __all__ = ["COMMANDS", "main"]
 
@@ -37,10 +38,6 @@ Exit codes: 0 done, 1 failed (the error says why), 2 wrong usage, 130 Ctrl-C, 14
 """
 
 
-class Terminated(BaseException):
-    """SIGTERM came; raised so that every `finally` on the way out is run."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (without the program's name); the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -52,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     module = modules[args.command]
     if hasattr(sys.stdout, "reconfigure"):  # a terminal without Unicode must not end a run
         sys.stdout.reconfigure(errors="replace")
-    before = _raise_on_sigterm()
+    let_signals_go = signals.catch()
     try:
         code = int(module.main(args))
         sys.stdout.flush()  # here, where a reader that has gone is still expected
@@ -60,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    except Terminated:
+    except signals.Terminated:
         return 143
     except BrokenPipeError:  # `librobot-vlm models | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -68,8 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         return _report(args.command, error)
     finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+        let_signals_go()
 
 
 def _parser(words: Sequence[str]) -> tuple[argparse.ArgumentParser, dict[str, Any]]:
@@ -95,16 +91,6 @@ def _parser(words: Sequence[str]) -> tuple[argparse.ArgumentParser, dict[str, An
             module.configure(child)
         modules[name] = module
     return parser, modules
-
-
-def _raise_on_sigterm() -> Any:
-    def raise_it(_number: int, _frame: object) -> NoReturn:
-        raise Terminated
-
-    try:
-        return signal.signal(signal.SIGTERM, raise_it)
-    except ValueError:  # not in the main thread: whoever runs us there handles signals
-        return None
 
 
 def _report(command: str, error: Exception) -> int:

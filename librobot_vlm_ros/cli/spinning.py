@@ -9,6 +9,8 @@ from typing import Any
 
 from librobot_vlm_ros.core import EngineError, ErrorCode
 
+from . import signals
+
 __all__ = ["Session", "resolve"]
 
 
@@ -56,13 +58,17 @@ class Session:
 
         What is ready is handled even when the time is over already.
         """
-        self._executor.spin_once(0.0)
+        self._spin_once(0.0)
         while not done():
             left_s = until_s - time.monotonic()
             if left_s <= 0:
                 return False
-            self._executor.spin_once(min(left_s, 0.1))
+            self._spin_once(min(left_s, 0.1))
         return True
+
+    def _spin_once(self, timeout_s: float) -> None:
+        with signals.held():
+            self._executor.spin_once(timeout_s)
 
     def call(self, client: Any, request: Any, timeout_s: float) -> Any:
         """A service's answer. Raises `EngineError` DEADLINE_EXCEEDED when none comes in time."""

@@ -5,6 +5,7 @@ DDS.
 from __future__ import annotations
 
 import array
+import contextlib
 import itertools
 import json
 import threading
@@ -59,6 +60,18 @@ class Robot:
         """Call a service and give its response."""
         return self.call_later(service_type, name, **fields)(timeout_s)
 
+    def read(self, service_type: Any, name: str, **fields: Any) -> Any:
+        """Call a service that changes nothing, and ask again when no answer comes.
+
+        The first answer to a new client may be lost: the node can take the request before it knows
+        who reads the answer (https://github.com/ros2/rmw_fastrtps/issues/842). In all the node
+        still has 10 s.
+        """
+        for timeout_s in (2.0, 3.0):
+            with contextlib.suppress(AssertionError):
+                return self.call(service_type, name, timeout_s, **fields)
+        return self.call(service_type, name, 5.0, **fields)
+
     def call_later(self, service_type: Any, name: str, **fields: Any) -> Callable[..., Any]:
         """Send a request now; what comes back waits for the response."""
         client = self._clients.get(name)
@@ -86,6 +99,9 @@ class Vlm:
     def call(self, service_type: Any, name: str, timeout_s: float = 10.0, **fields: Any) -> Any:
         return self.robot.call(service_type, f"{self.name}/{name}", timeout_s, **fields)
 
+    def read(self, service_type: Any, name: str, **fields: Any) -> Any:
+        return self.robot.read(service_type, f"{self.name}/{name}", **fields)
+
     def call_later(self, service_type: Any, name: str, **fields: Any) -> Callable[..., Any]:
         return self.robot.call_later(service_type, f"{self.name}/{name}", **fields)
 
@@ -99,14 +115,7 @@ class Vlm:
     def state(self) -> str:
         from lifecycle_msgs.srv import GetState
 
-        # DDS may lose a request or its answer on a busy machine, and reading changes nothing: a
-        # client asks again. A node that has stopped answering fails all three.
-        for _ in range(2):
-            try:
-                return str(self.call(GetState, "get_state").current_state.label)
-            except AssertionError:
-                continue
-        return str(self.call(GetState, "get_state").current_state.label)
+        return str(self.read(GetState, "get_state").current_state.label)
 
     def change_state(self, label: str, timeout_s: float = 15.0) -> bool:
         return self.change_state_later(label)(timeout_s).success
@@ -135,7 +144,7 @@ class Vlm:
         from rcl_interfaces.srv import GetParameters
         from rclpy.parameter import parameter_value_to_python
 
-        (value,) = self.call(GetParameters, "get_parameters", names=[name]).values
+        (value,) = self.read(GetParameters, "get_parameters", names=[name]).values
         return parameter_value_to_python(value)
 
     def log(self) -> str:

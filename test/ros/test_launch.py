@@ -101,7 +101,7 @@ def test_a_launched_node_runs_with_its_arguments_and_ends_with_ctrl_c(
     process = start_process(["python", "-c", LAUNCHER, LAUNCH_FILE, *words], "launch")
     process.wait_for_output("activate done", 60.0)
     name = "/launched/vlm"
-    assert robot.call(GetState, f"{name}/get_state").current_state.label == "active"
+    assert robot.read(GetState, f"{name}/get_state").current_state.label == "active"
     names = ["tasks", "queue_size", "model"]
     tasks, queue_size, model = robot.call(
         GetParameters, f"{name}/get_parameters", names=names

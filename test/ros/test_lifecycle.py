@@ -106,7 +106,7 @@ def test_a_model_that_breaks_again_and_again_sends_the_node_to_unconfigured_and_
         camera.send()
         return bool(vlm.state == "unconfigured")
 
-    vlm.wait_for(send_and_see, 60.0, "error processing")
+    vlm.wait_for(send_and_see, 15.0, "error processing")
     assert "INFERENCE_FAILED" in vlm.log() or "INTERNAL" in vlm.log()
     assert vlm.set_parameters(model_config="") == []
     assert vlm.change_state("configure"), vlm.log()

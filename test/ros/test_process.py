@@ -110,6 +110,6 @@ def test_a_name_space_is_taken(run: Callable[..., Any], robot: Any) -> None:
     from lifecycle_msgs.srv import GetState
 
     process = run("model:=fake", "namespace:=left/arm", "autostart:=false", "log_level:=warn")
-    state = robot.call(GetState, "/left/arm/vlm/get_state").current_state.label
+    state = robot.read(GetState, "/left/arm/vlm/get_state").current_state.label
     assert state == "unconfigured"
     assert end(process, signal.SIGINT) < 5.0
