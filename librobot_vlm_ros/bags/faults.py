@@ -19,7 +19,8 @@ _SQLITE_MAGIC = b"SQLite format 3\0"
 _STORAGE = (".mcap", ".db3")
 _MEND = (
     "Copy it again if it was being copied; a recording cut off by a crash can be mended with "
-    "`mcap recover` (.mcap) or `sqlite3 FILE .recover` (.db3), then `ros2 bag reindex`."
+    "`mcap recover` (.mcap) or `sqlite3 FILE .recover` (.db3), then `ros2 bag reindex`; "
+    "--salvage reads what is whole."
 )
 
 

@@ -21,6 +21,7 @@ from librobot_vlm_ros.core import BagError, ErrorCode, VlmError
 
 from .faults import check_path, explain
 from .quality import BagQos, from_recorded
+from .salvage import SalvageReader
 from .typestore import extended_typestore
 
 __all__ = ["BagMessage", "BagReader", "BagTopic"]
@@ -58,24 +59,41 @@ class BagReader:
 
     Used as a context manager. Raises `BagError` on opening: FILE_NOT_FOUND, PERMISSION_DENIED,
     BAG_UNREADABLE (no bag, or a damaged one), BAG_TRUNCATED (a recording that was cut off).
+    With `salvage` a recording that was cut off is opened all the same: what is whole in it is read,
+    and `lost` says what is not; only one in which nothing is whole is BAG_TRUNCATED.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, *, salvage: bool = False) -> None:
         self.path = Path(path)
         self.topics: tuple[BagTopic, ...] = ()
-        self._reader: Reader | None = None
+        self.lost = ""
+        self._salvage = salvage
+        self._reader: Reader | SalvageReader | None = None
         self._types: Typestore | None = None
 
     def __enter__(self) -> BagReader:
-        check_path(self.path)
+        cut_off = self._is_cut_off()
+        reader: Reader | SalvageReader
         try:
-            reader = Reader(self.path)
+            reader = SalvageReader(self.path) if cut_off else Reader(self.path)
             reader.open()
         except Exception as error:
             raise explain(self.path, error) from error
         self._reader = reader
         self.topics = tuple(_topics(reader.connections))
+        if isinstance(reader, SalvageReader):
+            self.lost = "; ".join(reader.lost)
         return self
+
+    def _is_cut_off(self) -> bool:
+        """Whether it is cut off and shall be read all the same."""
+        try:
+            check_path(self.path)
+        except BagError as error:
+            if not self._salvage or error.code != ErrorCode.BAG_TRUNCATED:
+                raise
+            return True
+        return False
 
     def __exit__(
         self,
@@ -88,7 +106,7 @@ class BagReader:
             self._reader = None
 
     @property
-    def _open(self) -> Reader:
+    def _open(self) -> Reader | SalvageReader:
         if self._reader is None:
             raise VlmError(ErrorCode.INTERNAL, f"{self.path} is read outside `with BagReader(...)`")
         return self._reader
@@ -131,6 +149,23 @@ class BagReader:
                 f"topic {name} of {self.path} holds {topic.type}, expected {type_name}",
             )
         return topic
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """What its writer noted in metadata.yaml (rosbag2's custom data)."""
+        storage = getattr(self._open, "storage", None)
+        return dict(getattr(getattr(storage, "metadata", None), "custom", None) or {})
+
+    def definition(self, name: str) -> tuple[str, str]:
+        """(definition, `RIHS01_...`) of a topic as recorded; ("", "") where the bag has none."""
+        connection = next(c for c in self._open.connections if c.topic == name)
+        text = str(connection.msgdef.data)
+        written_idl = text.startswith("=" * 80 + "\nIDL: ")
+        if connection.msgdef.format == MessageDefinitionFormat.NONE or not text:
+            return "", ""
+        if connection.msgdef.format == MessageDefinitionFormat.IDL and not written_idl:
+            return "", ""  # rosbags would take it for the other language
+        return text, self.type_hash(name)
 
     def type_hash(self, name: str) -> str:
         """`RIHS01_...` of the definition a topic was recorded with; "" where the bag has none."""

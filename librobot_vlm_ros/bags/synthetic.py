@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from .camera_bag import Pixels, write_camera_bag
 from .truth import TruthObject
-from .writer import BagSummary, Pixels, write_camera_bag
+from .writer import BagSummary
 
 __all__ = ["rectangle_frames", "write_rectangle_bag"]
 

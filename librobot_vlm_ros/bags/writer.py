@@ -5,34 +5,27 @@ A bag is complete when its `metadata.yaml` is there: that is written last.
 
 from __future__ import annotations
 
-import io
+import contextlib
+import errno
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 from rosbags.interfaces import Connection
 from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
 from rosbags.typesys.store import Typestore
 
-from librobot_vlm_ros.core import BagError, Box, ErrorCode, VlmError, as_vlm_error
+from librobot_vlm_ros.core import BagError, ErrorCode, VlmError, as_vlm_error
 
 from .quality import BagQos, to_recorded
-from .truth import TRUTH_TOPIC, FrameTruth, TruthObject
 from .typestore import extended_typestore
 
-__all__ = ["BagSummary", "BagWriter", "Storage", "write_camera_bag"]
+__all__ = ["BagSummary", "BagWriter", "Storage", "disk_full", "is_disk_full"]
 
 Storage = Literal["mcap", "db3"]
-Pixels = npt.NDArray[np.uint8]
-
-#: An object of a frame: a `TruthObject`, a (label, box) pair, or {"label": ..., "box": ...}.
-AnyObject = TruthObject | tuple[str, Sequence[float]] | Mapping[str, Any]
-
 _PLUGINS = {"mcap": StoragePlugin.MCAP, "db3": StoragePlugin.SQLITE3}
 _VERSION: Literal[9] = 9  # of metadata.yaml; what Jazzy writes
 
@@ -106,15 +99,30 @@ class BagWriter:
         if writer is None:
             return
         if error is not None:
-            writer.abort()
+            with contextlib.suppress(Exception):  # what ended it says more than closing can
+                writer.abort()
             return
         try:
             writer.close()
         except Exception as failure:
             raise _explain(self.path, failure) from failure
 
-    def add_topic(self, name: str, type_name: str, qos: BagQos | None = None) -> None:
-        """Declare a topic; needed before writing to it. Twice with the same type is fine."""
+    def note(self, key: str, value: str) -> None:
+        """Keep a text in metadata.yaml (rosbag2's custom data)."""
+        self._open.set_custom_data(key, value)
+
+    def add_topic(
+        self,
+        name: str,
+        type_name: str,
+        qos: BagQos | None = None,
+        definition: tuple[str, str] = ("", ""),
+    ) -> None:
+        """Declare a topic; needed before writing to it. Twice with the same type is fine.
+
+        `definition` is what `BagReader.definition` gives, to copy a topic as it was recorded;
+        without it the type must be one of `types`.
+        """
         known = self._connections.get(name)
         if known is not None:
             if known.msgtype != type_name:
@@ -122,7 +130,9 @@ class BagWriter:
                     ErrorCode.WRONG_TYPE, f"topic {name} holds {known.msgtype}, not {type_name}"
                 )
             return
-        if type_name not in self.types.fielddefs:
+        text, digest = definition
+        recorded = bool(text and digest)
+        if not recorded and type_name not in self.types.fielddefs:
             raise BagError(
                 ErrorCode.WRONG_TYPE,
                 f"the definition of {type_name} (topic {name}) is not known",
@@ -133,6 +143,8 @@ class BagWriter:
                 name,
                 type_name,
                 typestore=self.types,
+                msgdef=text if recorded else None,
+                rihs01=digest if recorded else None,
                 offered_qos_profiles=[to_recorded(qos or BagQos())],
             )
         except Exception as error:
@@ -178,101 +190,6 @@ class BagWriter:
         return BagSummary(self.path, dict(self.counts), size)
 
 
-def write_camera_bag(
-    path: Path | str,
-    frames: Iterable[tuple[int, Pixels, Iterable[AnyObject]]],
-    instructions: Iterable[tuple[int, str]] = (),
-    *,
-    frame_id: str = "camera",
-    raw_topic: str | None = "/camera/image_raw",
-    jpeg_topic: str | None = "/camera_jpeg/image_raw/compressed",
-    instruction_topic: str = "/instruction",
-    truth_topic: str | None = TRUTH_TOPIC,
-    storage: Storage = "mcap",
-    compress: bool = True,
-    jpeg_quality: int = 95,
-    overwrite: bool = False,
-) -> BagSummary:
-    """Write a camera's recording with its ground truth.
-
-    `frames` gives (stamp in ns, RGB uint8 [H, W, 3], objects in view) in order of time; each
-    becomes an Image, a CompressedImage (JPEG) of the same pixels and stamp, and a `/ground_truth`
-    string. `instructions` gives (time in ns, text). A topic of None is left out. All is recorded
-    at its own stamp. Raises `BagError` as `BagWriter` does, WRONG_TYPE for pixels of another kind.
-    """
-    with BagWriter(path, storage=storage, compress=compress, overwrite=overwrite) as bag:
-        if raw_topic:
-            bag.add_topic(raw_topic, "sensor_msgs/msg/Image")
-        if jpeg_topic:
-            bag.add_topic(jpeg_topic, "sensor_msgs/msg/CompressedImage")
-        if truth_topic:
-            bag.add_topic(truth_topic, "std_msgs/msg/String")
-        waiting = sorted(instructions)
-        if waiting:
-            bag.add_topic(instruction_topic, "std_msgs/msg/String")
-        for stamp_ns, pixels, objects in frames:
-            while waiting and waiting[0][0] <= stamp_ns:
-                _write_text(bag, instruction_topic, *waiting.pop(0))
-            _check_pixels(pixels)
-            header = bag.header(stamp_ns, frame_id)
-            if truth_topic:
-                truth = FrameTruth(stamp_ns, tuple(_truth_object(item) for item in objects))
-                _write_text(bag, truth_topic, stamp_ns, truth.to_json())
-            if raw_topic:
-                bag.write_message(raw_topic, stamp_ns, _image(bag, header, pixels))
-            if jpeg_topic:
-                image = _jpeg(bag, header, pixels, jpeg_quality)
-                bag.write_message(jpeg_topic, stamp_ns, image)
-        for stamp_ns, text in waiting:
-            _write_text(bag, instruction_topic, stamp_ns, text)
-    return bag.summary()
-
-
-def _write_text(bag: BagWriter, topic: str, stamp_ns: int, text: str) -> None:
-    bag.write_message(topic, stamp_ns, bag.make("std_msgs/msg/String", data=text))
-
-
-def _check_pixels(pixels: Pixels) -> None:
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
-        raise BagError(
-            ErrorCode.WRONG_TYPE,
-            f"a frame is {pixels.dtype}{list(pixels.shape)}, expected uint8[H, W, 3] in RGB",
-        )
-
-
-def _image(bag: BagWriter, header: Any, pixels: Pixels) -> Any:
-    height, width = pixels.shape[:2]
-    return bag.make(
-        "sensor_msgs/msg/Image",
-        header=header,
-        height=height,
-        width=width,
-        encoding="rgb8",
-        is_bigendian=0,
-        step=3 * width,
-        data=np.ascontiguousarray(pixels).reshape(-1),
-    )
-
-
-def _jpeg(bag: BagWriter, header: Any, pixels: Pixels, quality: int) -> Any:
-    from PIL import Image  # only here: copying bags needs no image library
-
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, subsampling=0)
-    data = np.frombuffer(buffer.getvalue(), dtype=np.uint8)
-    described = "rgb8; jpeg compressed bgr8"  # as compressed_image_transport writes it
-    return bag.make("sensor_msgs/msg/CompressedImage", header=header, format=described, data=data)
-
-
-def _truth_object(item: AnyObject) -> TruthObject:
-    if isinstance(item, TruthObject):
-        return item
-    label, box = (item["label"], item["box"]) if isinstance(item, Mapping) else item
-    x_min, y_min, x_max, y_max = (float(value) for value in box)
-    checked: Box = (x_min, y_min, x_max, y_max)
-    return TruthObject(str(label), checked)
-
-
 def _remove_bag(path: Path) -> None:
     """Remove an older bag; refuse to remove anything that does not look like one."""
     if not path.exists():
@@ -296,5 +213,26 @@ def _explain(path: Path, error: Exception) -> VlmError:
     if known.code != ErrorCode.INTERNAL:
         return known
     text = str(error) or type(error).__name__
-    code = ErrorCode.DISK_FULL if "disk is full" in text else ErrorCode.BAG_UNREADABLE
-    return BagError(code, f"{path} cannot be written: {text}")
+    if is_disk_full(error):
+        return disk_full(path, error)
+    return BagError(ErrorCode.BAG_UNREADABLE, f"{path} cannot be written: {text}")
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a file could not grow: no space, a quota, a limit on the size of files.
+
+    SQLite reports the latter as "disk I/O error".
+    """
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    text = str(error)
+    return "disk is full" in text or "disk I/O error" in text
+
+
+def disk_full(path: Path, error: BaseException, hint: str = "") -> BagError:
+    """The coded error for it."""
+    return BagError(
+        ErrorCode.DISK_FULL,
+        f"{path} cannot grow: {error}",
+        hint or "Free space on that disk (or raise the limit on file sizes) and try again.",
+    )

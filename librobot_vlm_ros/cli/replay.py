@@ -71,6 +71,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     topics.add_argument(
         "--strict", action="store_true", help="refuse the bag if any topic cannot be played"
     )
+    topics.add_argument(
+        "--salvage", action="store_true", help="play what is whole of a bag that is cut off"
+    )
     waiting = parser.add_argument_group("waiting")
     waiting.add_argument(
         "--wait",
@@ -100,7 +103,12 @@ def main(args: argparse.Namespace) -> int:
 
     console = Console()
     options = _options(args)
-    with BagReader(args.bag) as reader, Session("librobot_vlm_replay") as session:
+    with (
+        BagReader(args.bag, salvage=args.salvage) as reader,
+        Session("librobot_vlm_replay") as session,
+    ):
+        if reader.lost:
+            console.warn(f"{args.bag} is cut off, lost is {reader.lost}")
         link = None
         if args.lock_step:
             link = NodeLink(session, args.node)

@@ -1,0 +1,165 @@
+"""`librobot-vlm annotate`: bags in, one bag with the originals and the model's results out."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .argument_types import count, positive
+
+if TYPE_CHECKING:
+    from .annotate_job import Job
+
+SUMMARY = "run a model over recorded bags: originals and results into a new bag"
+
+_EPILOG = """\
+Every frame of the image topics, raw or compressed, is given to the model, batched and without ROS
+in between. The new bag holds the original topics and, at each frame's time, the messages that the
+live node would publish: /vlm/caption, /vlm/grounding, /vlm/embedding under the frame's own header.
+
+Tasks are written as for the node: [camera:]task[@rate in Hz][=prompt], no rate meaning every frame.
+Those that need text and have none follow the instruction topic of the bag.
+
+Whatever ends a run, what was done is kept in OUT_BAG.partial. The same command goes on where it
+stopped; no frame is lost or doubled. OUT_BAG appears when it is complete.
+
+Examples:
+  librobot-vlm annotate my_bag out --tasks caption detect --model florence-2-tabletop
+  librobot-vlm annotate a.mcap b.mcap out --tasks 'ground=red cube' --rate 2 --workers 2
+  librobot-vlm annotate my_bag out --tasks front:detect --topics front=/front/image_raw/compressed
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments and help."""
+    parser.epilog = _EPILOG
+    parser.usage = "librobot-vlm annotate IN_BAG [IN_BAG ...] OUT_BAG --tasks TASK [TASK ...]"
+    parser.add_argument(
+        "bags", type=Path, nargs="+", metavar="BAG", help="bags to read, and last the one to write"
+    )
+    parser.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="what to ask")
+    frames = parser.add_argument_group("frames")
+    frames.add_argument(
+        "--topics",
+        nargs="+",
+        default=(),
+        metavar="T",
+        help="image topics, as /topic or camera=/topic (default: all; of a raw topic and its "
+        "compressed twin the raw one)",
+    )
+    fewer = frames.add_mutually_exclusive_group()
+    fewer.add_argument(
+        "--every", type=_at_least_one, default=1, metavar="N", help="each N-th frame of a camera"
+    )
+    fewer.add_argument(
+        "--rate",
+        type=positive,
+        default=0.0,
+        metavar="HZ",
+        help="at most HZ frames of a camera per second of its stamps",
+    )
+    frames.add_argument("--instruction", default="", help="what tasks look for from the beginning")
+    frames.add_argument(
+        "--instruction-topic",
+        metavar="T",
+        help="std_msgs/String in the bag that changes it (default: NODE/instruction or "
+        "/instruction, where the bag has one; '' for none)",
+    )
+    frames.add_argument(
+        "--salvage", action="store_true", help="read what is whole of a bag that is cut off"
+    )
+    _configure_model(parser.add_argument_group("model"))
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--storage", choices=("mcap", "db3"), help="of the new bag (default: as the first bag's)"
+    )
+    output.add_argument("--node", default="/vlm", help="names the result topics (default /vlm)")
+    output.add_argument(
+        "--overwrite", action="store_true", help="begin anew and replace OUT_BAG if there is one"
+    )
+    output.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with an unfinished run (also the default); fine when it is finished",
+    )
+    output.add_argument("--json", action="store_true", help="print the summary as JSON")
+
+
+def _configure_model(model: Any) -> None:
+    model.add_argument("--model", default="florence-2-base", help="default florence-2-base")
+    model.add_argument("--weights", default="", help="folder or hub id (default: the model's own)")
+    model.add_argument("--model-config", default="", metavar="JSON", help="the model's settings")
+    model.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps, xpu")
+    model.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16")
+    model.add_argument("--quantization", default="none", help="none, int8, nf4")
+    model.add_argument(
+        "--batch", type=_at_least_one, default=8, metavar="N", help="frames at once (default 8)"
+    )
+    model.add_argument("--max-new-tokens", type=count, default=0, metavar="N", help="length limit")
+    model.add_argument("--num-beams", type=count, default=0, metavar="N", help="of the decoding")
+    model.add_argument(
+        "--min-score", type=float, default=0.0, metavar="P", help="leave out regions below P"
+    )
+    model.add_argument("--allow-depth", action="store_true", help="take depth images as grey ones")
+    model.add_argument(
+        "--workers",
+        type=_at_least_one,
+        default=1,
+        metavar="N",
+        help="processes, each with the model (default 1)",
+    )
+
+
+def _at_least_one(text: str) -> int:
+    value = count(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("expected a whole number of at least 1")
+    return value
+
+
+def main(args: argparse.Namespace) -> int:
+    """Annotate; 1 when no frame got an answer."""
+    from .annotate_run import annotate
+
+    if len(args.bags) < 2:
+        argparse.ArgumentParser(prog="librobot-vlm annotate").error(
+            "expected at least one bag to read and last the one to write"
+        )
+    return annotate(args)
+
+
+def make_job(args: argparse.Namespace, types: dict[str, str]) -> tuple[Job, dict[str, str]]:
+    """(the job, compressed topics left out -> their raw twins) of the arguments and the topics of
+    the bags. Raises `VlmError` for what does not fit.
+    """
+    from .annotate_job import Job, find_cameras, find_instruction_topic
+
+    node = "/" + args.node.strip("/")
+    cameras, twins = find_cameras(types, args.topics)
+    values = {
+        "model": args.model,
+        "weights": args.weights,
+        "model_config": args.model_config,
+        "device": args.device,
+        "dtype": args.dtype,
+        "quantization": args.quantization,
+        "tasks": tuple(args.tasks),
+        "instruction": args.instruction,
+        "max_batch": args.batch,
+        "max_new_tokens": args.max_new_tokens,
+        "num_beams": args.num_beams,
+        "min_score": args.min_score,
+        "allow_depth": args.allow_depth,
+    }
+    job = Job(
+        bags=tuple(args.bags[:-1]),
+        salvage=args.salvage,
+        values=values,
+        cameras=cameras,
+        instruction_topic=find_instruction_topic(types, args.instruction_topic, node),
+        node=node,
+        every=args.every,
+        rate_hz=args.rate,
+    )
+    return job, twins
