@@ -31,7 +31,15 @@ from librobot_vlm_ros.models.florence_convert import plan_for
 from librobot_vlm_ros.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, normalise, squash
 from librobot_vlm_ros.models.tiny import word_tokenizer
 
-__all__ = ["added_parameters", "difference", "full_size", "pixels", "write_official"]
+__all__ = [
+    "added_parameters",
+    "difference",
+    "full_size",
+    "official_config",
+    "pixels",
+    "random_weights",
+    "write_official",
+]
 
 SIDE, POSITIONS, FFN, MAX_POSITIONS = 768, 20, 40, 150
 
@@ -46,7 +54,7 @@ def added_parameters(module: Any) -> int:
     return int(module.config.text_config.d_model)
 
 
-def _config(vocab_size: int) -> dict[str, Any]:
+def official_config(vocab_size: int) -> dict[str, Any]:
     """A config.json with the official fields, small numbers in them."""
     return {
         "architectures": ["Florence2ForConditionalGeneration"],
@@ -158,7 +166,8 @@ def _official_shapes(vocab_size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield from norm(f"{name}.final_layer_norm", D_MODEL)
 
 
-def _random_weights(vocab_size: int) -> Weights:
+def random_weights(vocab_size: int) -> Weights:
+    """Every official tensor, the same ones at each call."""
     random = torch.Generator().manual_seed(7)
     weights = {}
     for name, shape in _official_shapes(vocab_size):
@@ -176,8 +185,8 @@ def write_official(folder: Path) -> None:
     tokenizer = word_tokenizer(added=())  # the location and task tokens are added while loading
     vocab_size = tokenizer.get_vocab_size() + 1024
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "config.json").write_text(json.dumps(_config(vocab_size)))
-    save_file(_random_weights(vocab_size), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(official_config(vocab_size)))
+    save_file(random_weights(vocab_size), folder / "model.safetensors")
     images = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD, "resample": 3}
     images["size"] = {"height": 56, "width": 56}
     (folder / "preprocessor_config.json").write_text(json.dumps(images))

@@ -22,11 +22,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from librobot_vlm_ros.models.conformance_parts import (
+    encoder_weights,
+    heads,
+    layer_norm,
+    projection_sizes,
+    turned,
+)
 from librobot_vlm_ros.models.llava import CLIP_MEAN, CLIP_STD
 from librobot_vlm_ros.models.llava_prompts import BEFORE_IMAGE, LLAVA_TASKS
 from librobot_vlm_ros.models.preprocess import normalise
 
-__all__ = ["difference", "pixels", "write_official"]
+__all__ = ["difference", "original_logits", "pixels", "read_weights", "write_official"]
 
 SIDE = 336
 VISION: dict[str, Any] = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3}
@@ -84,7 +91,7 @@ def _config(words: int) -> dict[str, Any]:
 
 
 def _clip_weights(normal: Callable[..., Tensor]) -> dict[str, Tensor]:
-    width, inner, base = VISION["hidden_size"], VISION["intermediate_size"], "vision_model."
+    width, base = VISION["hidden_size"], "vision_model."
     state = {
         f"{base}embeddings.class_embedding": normal(width),
         f"{base}embeddings.position_ids": torch.arange(PATCHES + 1)[None],
@@ -97,15 +104,7 @@ def _clip_weights(normal: Callable[..., Tensor]) -> dict[str, Tensor]:
         "logit_scale": normal(),
     }
     norms = [f"{base}pre_layrnorm", f"{base}post_layernorm"]
-    for layer in range(VISION["num_hidden_layers"]):
-        at = f"{base}encoder.layers.{layer}."
-        norms += [f"{at}layer_norm1", f"{at}layer_norm2"]
-        sizes = {f"self_attn.{n}_proj": (width, width) for n in ("q", "k", "v", "out")}
-        for name, size in {**sizes, "mlp.fc1": (inner, width), "mlp.fc2": (width, inner)}.items():
-            state[f"{at}{name}.weight"], state[f"{at}{name}.bias"] = normal(*size), normal(size[0])
-    for norm in norms:
-        state[f"{norm}.weight"], state[f"{norm}.bias"] = 1 + normal(width), normal(width)
-    return state
+    return state | encoder_weights(normal, base, VISION, norms)
 
 
 def _llama_weights(normal: Callable[..., Tensor], words: int) -> dict[str, Tensor]:
@@ -123,15 +122,7 @@ def _llama_weights(normal: Callable[..., Tensor], words: int) -> dict[str, Tenso
     for layer in range(TEXT["num_hidden_layers"]):
         at = f"model.layers.{layer}."
         state[f"{at}self_attn.rotary_emb.inv_freq"] = torch.ones(4)
-        for name, size in {
-            "self_attn.q_proj": (width, width),
-            "self_attn.o_proj": (width, width),
-            "self_attn.k_proj": (kv, width),
-            "self_attn.v_proj": (kv, width),
-            "mlp.gate_proj": (inner, width),
-            "mlp.up_proj": (inner, width),
-            "mlp.down_proj": (width, inner),
-        }.items():
+        for name, size in projection_sizes(width, inner, kv).items():
             state[f"{at}{name}.weight"] = normal(*size)
         for norm in ("input_layernorm", "post_attention_layernorm"):
             state[f"{at}{norm}.weight"] = 1 + normal(width)
@@ -168,7 +159,7 @@ def write_official(folder: Path) -> None:
 def difference(folder: Path, module: Any) -> float:
     """Largest difference of a logit between the converted module and the original arithmetic."""
     image = torch.randn(3, 28, 28, generator=torch.Generator().manual_seed(1))
-    expected = _original_logits(_weights(folder), image, IDS, at=1)
+    expected = original_logits(read_weights(folder), image, IDS, at=1)
     words = expected.shape[1]
     ids = torch.tensor([[IDS[0], *[module.config.image_token_id] * PATCHES, *IDS[1:]]])
     with torch.no_grad():
@@ -196,15 +187,12 @@ def pixels(vlm: Any, image: npt.NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
     return ours, theirs
 
 
-def _weights(folder: Path) -> dict[str, Tensor]:
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of such a folder by their official names."""
     state = {}
     for shard in ("a.bin", "b.bin"):
         state |= torch.load(folder / shard, weights_only=True)
     return state | load_file(folder / "vision_tower" / "model.safetensors")
-
-
-def _heads(x: Tensor, count: int) -> Tensor:
-    return x.unflatten(-1, (count, -1)).transpose(0, 1)
 
 
 def _clip_features(state: dict[str, Tensor], image: Tensor) -> Tensor:
@@ -214,10 +202,7 @@ def _clip_features(state: dict[str, Tensor], image: Tensor) -> Tensor:
         return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
 
     def norm(x: Tensor, name: str) -> Tensor:
-        scaled = (x - x.mean(-1, keepdim=True)) / (
-            x.var(-1, correction=0, keepdim=True) + EPS
-        ).sqrt()
-        return scaled * state[f"{name}.weight"] + state[f"{name}.bias"]
+        return layer_norm(state, name, x, EPS)
 
     base, count = "vision_model.", VISION["num_attention_heads"]
     kernel = state[f"{base}embeddings.patch_embedding.weight"].flatten(1)
@@ -227,7 +212,7 @@ def _clip_features(state: dict[str, Tensor], image: Tensor) -> Tensor:
     for layer in range(VISION["num_hidden_layers"] - 1):
         at = f"{base}encoder.layers.{layer}."
         y = norm(x, f"{at}layer_norm1")
-        q, k, v = (_heads(linear(y, f"{at}self_attn.{n}_proj"), count) for n in "qkv")
+        q, k, v = (heads(linear(y, f"{at}self_attn.{n}_proj"), count) for n in "qkv")
         mixed = (q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])).softmax(-1) @ v
         x = x + linear(mixed.transpose(0, 1).flatten(1), f"{at}self_attn.out_proj")
         y = linear(norm(x, f"{at}layer_norm2"), f"{at}mlp.fc1")
@@ -235,7 +220,7 @@ def _clip_features(state: dict[str, Tensor], image: Tensor) -> Tensor:
     return x[1:]
 
 
-def _original_logits(state: dict[str, Tensor], image: Tensor, ids: list[int], at: int) -> Tensor:
+def original_logits(state: dict[str, Tensor], image: Tensor, ids: list[int], at: int) -> Tensor:
     """Logits [T, words] of `ids` with the image in front of ids[at]."""
 
     def norm(x: Tensor, name: str) -> Tensor:
@@ -249,23 +234,16 @@ def _original_logits(state: dict[str, Tensor], image: Tensor, ids: list[int], at
     x = torch.cat([words[:at], seen, words[at:]])
     count, groups = TEXT["num_attention_heads"], TEXT["num_key_value_heads"]
     size, length = TEXT["hidden_size"] // count, len(x)
-    angles = torch.arange(length)[:, None] * 10000.0 ** (-torch.arange(0, size, 2) / size)
-    turn = torch.polar(torch.ones_like(angles), angles)
-
-    def rotate(y: Tensor) -> Tensor:
-        pairs = torch.complex(y[..., : size // 2], y[..., size // 2 :]) * turn
-        return torch.cat([pairs.real, pairs.imag], dim=-1)
-
     hidden_future = torch.full((length, length), -math.inf).triu(1)
     for layer in range(TEXT["num_hidden_layers"]):
         base = f"model.layers.{layer}."
         y = norm(x, f"{base}input_layernorm")
         q, k, v = (
-            _heads(y @ state[f"{base}self_attn.{n}_proj.weight"].T, c)
+            heads(y @ state[f"{base}self_attn.{n}_proj.weight"].T, c)
             for n, c in (("q", count), ("k", groups), ("v", groups))
         )
-        k, v = (t.repeat_interleave(count // groups, dim=0) for t in (rotate(k), v))
-        weights = (rotate(q) @ k.transpose(1, 2) / math.sqrt(size) + hidden_future).softmax(-1)
+        k, v = (t.repeat_interleave(count // groups, dim=0) for t in (turned(k), v))
+        weights = (turned(q) @ k.transpose(1, 2) / math.sqrt(size) + hidden_future).softmax(-1)
         mixed = (weights @ v).transpose(0, 1).flatten(1)
         x = x + mixed @ state[f"{base}self_attn.o_proj.weight"].T
         y = norm(x, f"{base}post_attention_layernorm")

@@ -20,9 +20,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from librobot_vlm_ros.models.conformance_parts import (
+    encoder_weights,
+    heads,
+    layer_norm,
+    projection_sizes,
+    turned,
+)
 from librobot_vlm_ros.models.preprocess import normalise
 
-__all__ = ["difference", "pixels", "write_official"]
+__all__ = ["difference", "original_logits", "pixels", "write_official"]
 
 SIDE = 224
 VISION: dict[str, Any] = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
@@ -56,20 +63,11 @@ def _published_weights(words: int) -> dict[str, Tensor]:
         return torch.randn(size, generator=random) * 0.2
 
     state = {}
-    width, inner, base = VISION["hidden_size"], VISION["intermediate_size"], "vision_tower."
-    base += "vision_model."
+    width, base = VISION["hidden_size"], "vision_tower.vision_model."
     state[f"{base}embeddings.patch_embedding.weight"] = normal(width, 3, 14, 14) * 0.3
     state[f"{base}embeddings.patch_embedding.bias"] = normal(width)
     state[f"{base}embeddings.position_embedding.weight"] = normal(PATCHES, width)
-    norms = [f"{base}post_layernorm"]
-    for layer in range(VISION["num_hidden_layers"]):
-        at = f"{base}encoder.layers.{layer}."
-        norms += [f"{at}layer_norm1", f"{at}layer_norm2"]
-        sizes = {f"self_attn.{n}_proj": (width, width) for n in ("q", "k", "v", "out")}
-        for name, size in {**sizes, "mlp.fc1": (inner, width), "mlp.fc2": (width, inner)}.items():
-            state[f"{at}{name}.weight"], state[f"{at}{name}.bias"] = normal(*size), normal(size[0])
-    for norm in norms:
-        state[f"{norm}.weight"], state[f"{norm}.bias"] = 1 + normal(width), normal(width)
+    state |= encoder_weights(normal, base, VISION, [f"{base}post_layernorm"])
     hidden, inner = TEXT["hidden_size"], TEXT["intermediate_size"]
     state["multi_modal_projector.linear.weight"] = normal(hidden, width)
     state["multi_modal_projector.linear.bias"] = normal(hidden)
@@ -78,15 +76,7 @@ def _published_weights(words: int) -> dict[str, Tensor]:
     kv = TEXT["head_dim"] * TEXT["num_key_value_heads"]
     for layer in range(TEXT["num_hidden_layers"]):
         at = f"language_model.model.layers.{layer}."
-        for name, size in {
-            "self_attn.q_proj": (hidden, hidden),
-            "self_attn.o_proj": (hidden, hidden),
-            "self_attn.k_proj": (kv, hidden),
-            "self_attn.v_proj": (kv, hidden),
-            "mlp.gate_proj": (inner, hidden),
-            "mlp.up_proj": (inner, hidden),
-            "mlp.down_proj": (hidden, inner),
-        }.items():
+        for name, size in projection_sizes(hidden, inner, kv).items():
             state[f"{at}{name}.weight"] = normal(*size)
         for norm in ("input_layernorm", "post_attention_layernorm"):
             state[f"{at}{norm}.weight"] = normal(hidden)
@@ -120,7 +110,7 @@ def difference(folder: Path, module: Any) -> float:
     """Largest difference of a logit between the loaded module and the original arithmetic."""
     image = torch.randn(3, 28, 28, generator=torch.Generator().manual_seed(1))
     state, prefix = load_file(folder / "model.safetensors"), 4
-    expected = _original_logits(state, image, IDS, prefix)
+    expected = original_logits(state, image, IDS, prefix)
     ids = torch.tensor([[*[module.config.image_token_id] * PATCHES, *IDS]])
     suffix = torch.zeros_like(ids)
     suffix[:, PATCHES + prefix :] = 1
@@ -148,10 +138,6 @@ def pixels(vlm: Any, image: npt.NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
     return ours, theirs
 
 
-def _heads(x: Tensor, count: int) -> Tensor:
-    return x.unflatten(-1, (count, -1)).transpose(0, 1)
-
-
 def _gelu(x: Tensor) -> Tensor:
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
@@ -161,9 +147,7 @@ def _siglip_features(state: dict[str, Tensor], image: Tensor) -> Tensor:
         return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
 
     def norm(x: Tensor, name: str) -> Tensor:
-        spread = x.var(-1, correction=0, keepdim=True)
-        scaled = (x - x.mean(-1, keepdim=True)) / (spread + EPS).sqrt()
-        return scaled * state[f"{name}.weight"] + state[f"{name}.bias"]
+        return layer_norm(state, name, x, EPS)
 
     base, count = "vision_tower.vision_model.", VISION["num_attention_heads"]
     kernel = state[f"{base}embeddings.patch_embedding.weight"].flatten(1)
@@ -174,7 +158,7 @@ def _siglip_features(state: dict[str, Tensor], image: Tensor) -> Tensor:
     for layer in range(VISION["num_hidden_layers"]):
         at = f"{base}encoder.layers.{layer}."
         y = norm(x, f"{at}layer_norm1")
-        q, k, v = (_heads(linear(y, f"{at}self_attn.{n}_proj"), count) for n in "qkv")
+        q, k, v = (heads(linear(y, f"{at}self_attn.{n}_proj"), count) for n in "qkv")
         mixed = (q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])).softmax(-1) @ v
         x = x + linear(mixed.transpose(0, 1).flatten(1), f"{at}self_attn.out_proj")
         y = _gelu(linear(norm(x, f"{at}layer_norm2"), f"{at}mlp.fc1"))
@@ -182,9 +166,7 @@ def _siglip_features(state: dict[str, Tensor], image: Tensor) -> Tensor:
     return linear(norm(x, f"{base}post_layernorm"), "multi_modal_projector.linear")
 
 
-def _original_logits(
-    state: dict[str, Tensor], image: Tensor, ids: list[int], prefix: int
-) -> Tensor:
+def original_logits(state: dict[str, Tensor], image: Tensor, ids: list[int], prefix: int) -> Tensor:
     """Logits [4 + len(ids), words]; image and the first `prefix` ids see one another."""
 
     def norm(x: Tensor, name: str) -> Tensor:
@@ -195,21 +177,14 @@ def _original_logits(
     words = table[ids] * math.sqrt(TEXT["hidden_size"])
     x = torch.cat([_siglip_features(state, image), words])
     count, size, length = TEXT["num_attention_heads"], TEXT["head_dim"], len(x)
-    angles = torch.arange(length)[:, None] * 10000.0 ** (-torch.arange(0, size, 2) / size)
-    turn = torch.polar(torch.ones_like(angles), angles)
-
-    def rotate(y: Tensor) -> Tensor:
-        pairs = torch.complex(y[..., : size // 2], y[..., size // 2 :]) * turn
-        return torch.cat([pairs.real, pairs.imag], dim=-1)
-
     unseen = torch.full((length, length), -math.inf).triu(1)
     unseen[: PATCHES + prefix, : PATCHES + prefix] = 0.0
     for layer in range(TEXT["num_hidden_layers"]):
         at = f"{base}layers.{layer}."
         y = norm(x, f"{at}input_layernorm")
-        q = rotate(_heads(y @ state[f"{at}self_attn.q_proj.weight"].T, count))
-        k = rotate(_heads(y @ state[f"{at}self_attn.k_proj.weight"].T, 1))
-        v = _heads(y @ state[f"{at}self_attn.v_proj.weight"].T, 1)
+        q = turned(heads(y @ state[f"{at}self_attn.q_proj.weight"].T, count))
+        k = turned(heads(y @ state[f"{at}self_attn.k_proj.weight"].T, 1))
+        v = heads(y @ state[f"{at}self_attn.v_proj.weight"].T, 1)
         mixed = (q @ k.transpose(1, 2) / math.sqrt(size) + unseen).softmax(-1) @ v
         x = x + mixed.transpose(0, 1).flatten(1) @ state[f"{at}self_attn.o_proj.weight"].T
         y = norm(x, f"{at}post_attention_layernorm")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ def test_help_names_every_command_and_the_exit_codes(capsys: Captured) -> None:
     shown = capsys.readouterr().out
     assert ended.value.code == 0
     for command in COMMANDS:
-        assert f"\n    {command}" in shown
+        assert re.search(rf"\n    {command}\s", shown)
     assert "Exit codes" in shown
 
 

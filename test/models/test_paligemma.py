@@ -1,15 +1,8 @@
-"""PaliGemma from published checkpoints, against the original arithmetic written here.
-
-`original_logits` follows the papers (SigLIP: Zhai et al. 2023; Gemma: Mesnard et al. 2024; the
-prefix that sees all of itself: Beyer et al. 2024). It reads tensors by the names they were
-published under and knows nothing of transformers.
-"""
+"""PaliGemma, published, against the original arithmetic (`conformance_paligemma`)."""
 
 from __future__ import annotations
 
-import json
 import math
-import string
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PaliGemmaForConditionalGeneration
@@ -25,6 +17,13 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from librobot_vlm_ros.core import ErrorCode, GenerationParams, ModelError, RequestError, VlmError
 from librobot_vlm_ros.models import create_vlm, load_module, model_info
+from librobot_vlm_ros.models.conformance_paligemma import (
+    IDS,
+    PATCHES,
+    TEXT,
+    original_logits,
+    write_official,
+)
 from librobot_vlm_ros.models.decode import Generated
 from librobot_vlm_ros.models.paligemma import PaliGemmaConfig, PaliGemmaVLM
 from librobot_vlm_ros.models.paligemma_prompts import (
@@ -34,170 +33,18 @@ from librobot_vlm_ros.models.paligemma_prompts import (
 )
 from librobot_vlm_ros.models.preprocess import ImageSettings, normalise, squash
 
-VISION = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
-VISION |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 8}
-PATCHES, EPS = 4, 1e-6
-LETTERS = "▁\n" + string.ascii_letters + string.digits + string.punctuation
-
-
-def tokenizer() -> Tokenizer:
-    """Letters for words, and PaliGemma's added tokens."""
-    names = ["<pad>", "<eos>", "<bos>", "<unk>", *LETTERS]
-    made = Tokenizer(models.BPE({t: i for i, t in enumerate(names)}, [], unk_token="<unk>"))
-    made.normalizer = normalizers.Replace(" ", "▁")
-    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
-    added = [f"<loc{i:04}>" for i in range(1024)] + [f"<seg{i:03}>" for i in range(128)]
-    special = ["<pad>", "<eos>", "<bos>", *added, "<image>"]
-    made.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
-    return made
-
-
-def published_weights(words: int) -> dict[str, Tensor]:
-    random = torch.Generator().manual_seed(7)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=random) * 0.2
-
-    state = {}
-    width, inner, base = VISION["hidden_size"], VISION["intermediate_size"], "vision_tower."
-    base += "vision_model."
-    state[f"{base}embeddings.patch_embedding.weight"] = normal(width, 3, 14, 14) * 0.3
-    state[f"{base}embeddings.patch_embedding.bias"] = normal(width)
-    state[f"{base}embeddings.position_embedding.weight"] = normal(PATCHES, width)
-    norms = [f"{base}post_layernorm"]
-    for layer in range(VISION["num_hidden_layers"]):
-        at = f"{base}encoder.layers.{layer}."
-        norms += [f"{at}layer_norm1", f"{at}layer_norm2"]
-        sizes = {f"self_attn.{n}_proj": (width, width) for n in ("q", "k", "v", "out")}
-        for name, size in {**sizes, "mlp.fc1": (inner, width), "mlp.fc2": (width, inner)}.items():
-            state[f"{at}{name}.weight"], state[f"{at}{name}.bias"] = normal(*size), normal(size[0])
-    for norm in norms:
-        state[f"{norm}.weight"], state[f"{norm}.bias"] = 1 + normal(width), normal(width)
-    hidden, inner = TEXT["hidden_size"], TEXT["intermediate_size"]
-    state["multi_modal_projector.linear.weight"] = normal(hidden, width)
-    state["multi_modal_projector.linear.bias"] = normal(hidden)
-    state["language_model.model.embed_tokens.weight"] = normal(words, hidden)
-    state["language_model.model.norm.weight"] = normal(hidden)
-    kv = TEXT["head_dim"] * TEXT["num_key_value_heads"]
-    for layer in range(TEXT["num_hidden_layers"]):
-        at = f"language_model.model.layers.{layer}."
-        for name, size in {
-            "self_attn.q_proj": (hidden, hidden),
-            "self_attn.o_proj": (hidden, hidden),
-            "self_attn.k_proj": (kv, hidden),
-            "self_attn.v_proj": (kv, hidden),
-            "mlp.gate_proj": (inner, hidden),
-            "mlp.up_proj": (inner, hidden),
-            "mlp.down_proj": (hidden, inner),
-        }.items():
-            state[f"{at}{name}.weight"] = normal(*size)
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            state[f"{at}{norm}.weight"] = normal(hidden)
-    return state
-
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder laid out as google/paligemma-3b-pt-224; read only."""
-    folder = tmp_path_factory.mktemp("paligemma")
-    made = tokenizer()
-    made.save(str(folder / "tokenizer.json"))
-    image = made.token_to_id("<image>")
-    words = image + 3  # padding behind the image token, as in the published table
-    config = {
-        "architectures": ["PaliGemmaForConditionalGeneration"],
-        "model_type": "paligemma",
-        "bos_token_id": 2,
-        "eos_token_id": 1,
-        "pad_token_id": 0,
-        "hidden_size": TEXT["hidden_size"],
-        "projection_dim": TEXT["hidden_size"],
-        "image_token_index": image,
-        "text_config": {**TEXT, "model_type": "gemma", "vocab_size": words},
-        "vision_config": {**VISION, "model_type": "siglip_vision_model", "vision_use_head": False},
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(published_weights(words), folder / "model.safetensors")
+    folder = tmp_path_factory.mktemp("paligemma") / "published"
+    write_official(folder)
     return folder
 
 
 @pytest.fixture
 def vlm3b(published: Path) -> PaliGemmaVLM:
     return create_vlm("paligemma-3b", pretrained=str(published), device="cpu")
-
-
-def heads(x: Tensor, count: int) -> Tensor:
-    return x.unflatten(-1, (count, -1)).transpose(0, 1)
-
-
-def gelu(x: Tensor) -> Tensor:
-    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-
-def siglip_features(state: dict[str, Tensor], image: Tensor) -> Tensor:
-    def linear(x: Tensor, name: str) -> Tensor:
-        return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
-
-    def norm(x: Tensor, name: str) -> Tensor:
-        spread = x.var(-1, correction=0, keepdim=True)
-        scaled = (x - x.mean(-1, keepdim=True)) / (spread + EPS).sqrt()
-        return scaled * state[f"{name}.weight"] + state[f"{name}.bias"]
-
-    base, count = "vision_tower.vision_model.", VISION["num_attention_heads"]
-    kernel = state[f"{base}embeddings.patch_embedding.weight"].flatten(1)
-    cells = [image[:, y : y + 14, x : x + 14].flatten() for y in (0, 14) for x in (0, 14)]
-    x = torch.stack([kernel @ cell for cell in cells])
-    x = x + state[f"{base}embeddings.patch_embedding.bias"]
-    x = x + state[f"{base}embeddings.position_embedding.weight"]
-    for layer in range(VISION["num_hidden_layers"]):
-        at = f"{base}encoder.layers.{layer}."
-        y = norm(x, f"{at}layer_norm1")
-        q, k, v = (heads(linear(y, f"{at}self_attn.{n}_proj"), count) for n in "qkv")
-        mixed = (q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])).softmax(-1) @ v
-        x = x + linear(mixed.transpose(0, 1).flatten(1), f"{at}self_attn.out_proj")
-        y = gelu(linear(norm(x, f"{at}layer_norm2"), f"{at}mlp.fc1"))
-        x = x + linear(y, f"{at}mlp.fc2")
-    return linear(norm(x, f"{base}post_layernorm"), "multi_modal_projector.linear")
-
-
-def original_logits(state: dict[str, Tensor], image: Tensor, ids: list[int], prefix: int) -> Tensor:
-    """Logits [4 + len(ids), words]; image and the first `prefix` ids see one another."""
-
-    def norm(x: Tensor, name: str) -> Tensor:
-        scaled = x * (x.pow(2).mean(-1, keepdim=True) + EPS).rsqrt()
-        return scaled * (1 + state[f"{name}.weight"])
-
-    base, table = "language_model.model.", state["language_model.model.embed_tokens.weight"]
-    words = table[ids] * math.sqrt(TEXT["hidden_size"])
-    x = torch.cat([siglip_features(state, image), words])
-    count, size, length = TEXT["num_attention_heads"], TEXT["head_dim"], len(x)
-    angles = torch.arange(length)[:, None] * 10000.0 ** (-torch.arange(0, size, 2) / size)
-    turn = torch.polar(torch.ones_like(angles), angles)
-
-    def rotate(y: Tensor) -> Tensor:
-        pairs = torch.complex(y[..., : size // 2], y[..., size // 2 :]) * turn
-        return torch.cat([pairs.real, pairs.imag], dim=-1)
-
-    unseen = torch.full((length, length), -math.inf).triu(1)
-    unseen[: PATCHES + prefix, : PATCHES + prefix] = 0.0
-    for layer in range(TEXT["num_hidden_layers"]):
-        at = f"{base}layers.{layer}."
-        y = norm(x, f"{at}input_layernorm")
-        q = rotate(heads(y @ state[f"{at}self_attn.q_proj.weight"].T, count))
-        k = rotate(heads(y @ state[f"{at}self_attn.k_proj.weight"].T, 1))
-        v = heads(y @ state[f"{at}self_attn.v_proj.weight"].T, 1)
-        mixed = (q @ k.transpose(1, 2) / math.sqrt(size) + unseen).softmax(-1) @ v
-        x = x + mixed.transpose(0, 1).flatten(1) @ state[f"{at}self_attn.o_proj.weight"].T
-        y = norm(x, f"{at}post_attention_layernorm")
-        gate = gelu(y @ state[f"{at}mlp.gate_proj.weight"].T)
-        up = y @ state[f"{at}mlp.up_proj.weight"].T
-        x = x + (gate * up) @ state[f"{at}mlp.down_proj.weight"].T
-    return norm(x, f"{base}norm") @ table.T
-
-
-IDS = [2, 30, 31, 40, 21, 35, 50]
 
 
 def picture(seed: int) -> Tensor:
