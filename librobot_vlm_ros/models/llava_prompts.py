@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from librobot_vlm_ros.core import ErrorCode, Region, RequestError
+from librobot_vlm_ros.models import questions
 
 __all__ = [
     "BEFORE_IMAGE",
@@ -58,18 +59,8 @@ def question(
     task: str, text: str, region: tuple[float, ...] | None, width: int, height: int
 ) -> str:
     """A task's question. Raises RequestError EMPTY_PROMPT, BAD_REGION or BAD_PARAMETER."""
-    sentence = LLAVA_TASKS[task]
-    if "{text}" in sentence:
-        if not text:
-            raise RequestError(ErrorCode.EMPTY_PROMPT, f"{task} needs a text")
-        return sentence.replace("{text}", text)
-    if text:
-        raise RequestError(
-            ErrorCode.BAD_PARAMETER,
-            f"{task} takes no text, but got {text[:80]!r}",
-            "leave the prompt empty, or use the task answer",
-        )
-    if "{region}" not in sentence:
+    sentence = questions.question(LLAVA_TASKS, task, text)
+    if "{region}" not in LLAVA_TASKS[task]:
         return sentence
     if region is None:
         raise RequestError(

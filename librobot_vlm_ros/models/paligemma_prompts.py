@@ -12,7 +12,8 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from librobot_vlm_ros.core import ErrorCode, Region, RequestError
+from librobot_vlm_ros.core import Region
+from librobot_vlm_ros.models import questions
 
 __all__ = ["PALIGEMMA_TASKS", "parse_locations", "question"]
 
@@ -35,20 +36,9 @@ Score = Callable[[Sequence[tuple[int, int]]], float]
 
 def question(task: str, text: str) -> str:
     """A task's prefix. Raises RequestError EMPTY_PROMPT or BAD_PARAMETER."""
-    sentence = PALIGEMMA_TASKS[task]
-    if "{text}" not in sentence:
-        if text:
-            raise RequestError(
-                ErrorCode.BAD_PARAMETER,
-                f"{task} takes no text, but got {text[:80]!r}",
-                "leave the prompt empty, or use the task answer",
-            )
-        return sentence
-    if sentence.startswith("detect"):
+    if PALIGEMMA_TASKS[task].startswith("detect"):
         text = " ; ".join(part for part in _LISTED.split(text) if part)
-    if not text:
-        raise RequestError(ErrorCode.EMPTY_PROMPT, f"{task} needs a text")
-    return sentence.replace("{text}", text)
+    return questions.question(PALIGEMMA_TASKS, task, text)
 
 
 def parse_locations(

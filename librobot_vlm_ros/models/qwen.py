@@ -24,9 +24,9 @@ from librobot_vlm_ros.models.causal_tokenizer import CausalTokenizer
 from librobot_vlm_ros.models.checkpoint import load_module
 from librobot_vlm_ros.models.decode import Generated
 from librobot_vlm_ros.models.detokenize import TokenSpans, geometric_mean
+from librobot_vlm_ros.models.questions import question
 from librobot_vlm_ros.models.qwen_config import QwenVLConfig, plan_for
 from librobot_vlm_ros.models.qwen_images import QwenImages, patches, qwen_images, resized
-from librobot_vlm_ros.models.qwen_prompts import question
 from librobot_vlm_ros.models.shards import read_json
 
 __all__ = ["QwenVLM"]

@@ -14,9 +14,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from librobot_vlm_ros.core import ErrorCode, Region, RequestError
+from librobot_vlm_ros.core import Region
 
-__all__ = ["QWEN2_TASKS", "QWEN3_TASKS", "parse_json_boxes", "parse_token_boxes", "question"]
+__all__ = ["QWEN2_TASKS", "QWEN3_TASKS", "parse_json_boxes", "parse_token_boxes"]
 
 SCALE = 1000
 _COMMON = {
@@ -53,22 +53,6 @@ _PIECE = re.compile(
 _BOX = re.compile(rf"\s*{_PAIRS}\s*")
 
 Score = Callable[[Sequence[tuple[int, int]]], float]
-
-
-def question(tasks: Mapping[str, str], task: str, text: str) -> str:
-    """A task's question. Raises RequestError EMPTY_PROMPT or BAD_PARAMETER."""
-    sentence = tasks[task]
-    if "{text}" in sentence:
-        if not text:
-            raise RequestError(ErrorCode.EMPTY_PROMPT, f"{task} needs a text")
-        return sentence.replace("{text}", text)
-    if text:
-        raise RequestError(
-            ErrorCode.BAD_PARAMETER,
-            f"{task} takes no text, but got {text[:80]!r}",
-            "leave the prompt empty, or use the task answer",
-        )
-    return sentence
 
 
 def _region(

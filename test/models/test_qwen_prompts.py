@@ -7,12 +7,12 @@ import json
 import pytest
 
 from librobot_vlm_ros.core import ErrorCode, RequestError
+from librobot_vlm_ros.models.questions import question
 from librobot_vlm_ros.models.qwen_prompts import (
     QWEN2_TASKS,
     QWEN3_TASKS,
     parse_json_boxes,
     parse_token_boxes,
-    question,
 )
 
 REF = "<|object_ref_start|>{}<|object_ref_end|>"
