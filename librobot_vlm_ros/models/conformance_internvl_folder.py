@@ -165,7 +165,7 @@ def write_official(
     text: dict[str, Any] | None = None,
     **top: Any,
 ) -> None:
-    """A folder laid out as OpenGVLab/InternVL2-8B; `vision`, `text` and `top` change config.json."""
+    """A folder laid out as OpenGVLab/InternVL2-8B; the rest changes its config.json."""
     import sentencepiece
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """InternVL2 configurations: ours, those of the official checkpoints, and transformers' own.
 
-The official ones (OpenGVLab/InternVL2-*, ``internvl_chat``) have an InternViT and, in the sizes that
-are known here, an InternLM2: a Llama whose queries, keys and values lie in one matrix.
+The official ones (OpenGVLab/InternVL2-*, ``internvl_chat``) have an InternViT and, in the sizes
+that are known here, an InternLM2: a Llama whose queries, keys and values lie in one matrix.
 """
 
 from __future__ import annotations
