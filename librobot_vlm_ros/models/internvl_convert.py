@@ -18,6 +18,9 @@ from librobot_vlm_ros.models.native_keys import DERIVED, native_tensors, renamed
 __all__ = ["plan_for"]
 
 _TOWER, _READER = "model.vision_tower.", "model.language_model."
+_SEEN = r"^vision_model\.encoder\.layers\.(\d+)\."
+_READ = r"^language_model\.model\.layers\.(\d+)\."
+_SEES, _READS = rf"{_TOWER}encoder.layer.\1.", rf"{_READER}layers.\1."
 _OFFICIAL = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -30,65 +33,29 @@ _OFFICIAL = tuple(
             r"^vision_model\.embeddings\.patch_embedding\.",
             f"{_TOWER}embeddings.patch_embeddings.projection.",
         ),
-        (
-            r"^vision_model\.encoder\.layers\.(\d+)\.ls([12])$",
-            rf"{_TOWER}encoder.layer.\1.lambda_\2",
-        ),
-        (
-            r"^vision_model\.encoder\.layers\.(\d+)\.norm1\.",
-            rf"{_TOWER}encoder.layer.\1.layernorm_before.",
-        ),
-        (
-            r"^vision_model\.encoder\.layers\.(\d+)\.norm2\.",
-            rf"{_TOWER}encoder.layer.\1.layernorm_after.",
-        ),
-        (
-            r"^vision_model\.encoder\.layers\.(\d+)\.attn\.proj\.",
-            rf"{_TOWER}encoder.layer.\1.attention.projection_layer.",
-        ),
-        (
-            r"^vision_model\.encoder\.layers\.(\d+)\.attn\.([qk])_norm\.",
-            rf"{_TOWER}encoder.layer.\1.attention.\2_norm.",
-        ),
-        (
-            r"^vision_model\.encoder\.layers\.(\d+)\.mlp\.(fc[12])\.",
-            rf"{_TOWER}encoder.layer.\1.mlp.\2.",
-        ),
+        (rf"{_SEEN}ls([12])$", rf"{_SEES}lambda_\2"),
+        (rf"{_SEEN}norm1\.", f"{_SEES}layernorm_before."),
+        (rf"{_SEEN}norm2\.", f"{_SEES}layernorm_after."),
+        (rf"{_SEEN}attn\.proj\.", f"{_SEES}attention.projection_layer."),
+        (rf"{_SEEN}attn\.([qk])_norm\.", rf"{_SEES}attention.\2_norm."),
+        (rf"{_SEEN}mlp\.(fc[12])\.", rf"{_SEES}mlp.\2."),
         (r"^mlp1\.0\.", "model.multi_modal_projector.layer_norm."),
         (r"^mlp1\.1\.", "model.multi_modal_projector.linear_1."),
         (r"^mlp1\.3\.", "model.multi_modal_projector.linear_2."),
         (r"^language_model\.model\.tok_embeddings\.", f"{_READER}embed_tokens."),
         (r"^language_model\.model\.norm\.", f"{_READER}norm."),
         (r"^language_model\.output\.", "lm_head."),
-        (
-            r"^language_model\.model\.layers\.(\d+)\.attention\.wo\.",
-            rf"{_READER}layers.\1.self_attn.o_proj.",
-        ),
-        (
-            r"^language_model\.model\.layers\.(\d+)\.feed_forward\.w1\.",
-            rf"{_READER}layers.\1.mlp.gate_proj.",
-        ),
-        (
-            r"^language_model\.model\.layers\.(\d+)\.feed_forward\.w3\.",
-            rf"{_READER}layers.\1.mlp.up_proj.",
-        ),
-        (
-            r"^language_model\.model\.layers\.(\d+)\.feed_forward\.w2\.",
-            rf"{_READER}layers.\1.mlp.down_proj.",
-        ),
-        (
-            r"^language_model\.model\.layers\.(\d+)\.attention_norm\.",
-            rf"{_READER}layers.\1.input_layernorm.",
-        ),
-        (
-            r"^language_model\.model\.layers\.(\d+)\.ffn_norm\.",
-            rf"{_READER}layers.\1.post_attention_layernorm.",
-        ),
+        (rf"{_READ}attention\.wo\.", f"{_READS}self_attn.o_proj."),
+        (rf"{_READ}feed_forward\.w1\.", f"{_READS}mlp.gate_proj."),
+        (rf"{_READ}feed_forward\.w3\.", f"{_READS}mlp.up_proj."),
+        (rf"{_READ}feed_forward\.w2\.", f"{_READS}mlp.down_proj."),
+        (rf"{_READ}attention_norm\.", f"{_READS}input_layernorm."),
+        (rf"{_READ}ffn_norm\.", f"{_READS}post_attention_layernorm."),
     )
 )
 #: Queries, keys and values in one: of the tower one after the other, of the reader by groups.
-_VISION_PACKED = re.compile(r"^vision_model\.encoder\.layers\.(\d+)\.attn\.qkv\.(weight|bias)$")
-_TEXT_PACKED = re.compile(r"^language_model\.model\.layers\.(\d+)\.attention\.wqkv\.(weight|bias)$")
+_VISION_PACKED = re.compile(rf"{_SEEN}attn\.qkv\.(weight|bias)$")
+_TEXT_PACKED = re.compile(rf"{_READ}attention\.wqkv\.(weight|bias)$")
 
 
 def plan_for(config: Any) -> LoadPlan:

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from librobot_vlm_ros.core import ErrorCode, ModelError
+from librobot_vlm_ros.core import ErrorCode, ImageError, ModelError
 from librobot_vlm_ros.models.preprocess import IMAGENET_MEAN, IMAGENET_STD
 
 __all__ = ["InternVLImages", "float_tiles", "grid", "internvl_images", "tiles"]
@@ -147,8 +147,11 @@ def grid(width: int, height: int, images: InternVLImages) -> tuple[int, int]:
     """Columns and rows of the tiles that a width x height image becomes, no thumbnail counted.
 
     Among grids of equal proportions a larger one is taken where the image has more than half of
-    its pixels. Compared as floats, like the original.
+    its pixels. Compared as floats, like the original. Raises ImageError BAD_IMAGE for an image
+    without pixels.
     """
+    if min(width, height) < 1:
+        raise ImageError(ErrorCode.BAD_IMAGE, f"an image of {width}x{height} pixels has none")
     wanted = width / height
     best, smallest = (1, 1), float("inf")
     for columns, rows in _grids(images.min_tiles, images.max_tiles):

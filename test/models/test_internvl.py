@@ -298,6 +298,19 @@ def test_images_of_any_size_and_several_views(official: Path, internvl: InternVL
     assert torch.allclose(floats[1, :TILE], tile, atol=1e-4)
     with pytest.raises(VlmError, match="expected"):
         internvl.encode_image(torch.randn(1, 2, 30, 30))
+    with pytest.raises(VlmError, match="has none"):
+        internvl.encode_image(torch.zeros(1, 3, 0, 30))
+
+
+def test_many_tiles_are_looked_at_in_parts(
+    internvl: InternVLVLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [noise(30, 130), noise(200, 90, 1)]
+    with torch.no_grad():
+        together = internvl.encode_image(images)
+        monkeypatch.setattr("librobot_vlm_ros.models.internvl._AT_ONCE", 2)
+        in_parts = internvl.encode_image(images)
+    assert torch.allclose(together, in_parts, atol=1e-5)
 
 
 def test_images_up_to_4k_and_a_limit_of_tiles(official: Path) -> None:
