@@ -286,7 +286,7 @@ def test_the_chat_is_the_published_one(qwen: QwenVLM, ask) -> None:
         "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>why<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    assert not {*qwen._ids(["why"], None, seeing=False)[0]} & qwen._image_marks()
+    assert not {*qwen._ids(["why"], None, None)[0]} & qwen._image_marks()
 
 
 @pytest.mark.parametrize("name", sorted(TINY))
