@@ -209,8 +209,12 @@ class Answering(nn.Module, ABC):
         training = self.training
         if training:
             self.eval()
+        # A quantised layer may pack its weights anew while it answers; made in inference mode, they
+        # could not be trained through afterwards.
+        parameters = () if self.module is None else self.module.parameters()
+        whole = all(parameter.is_floating_point() for parameter in parameters)
         try:
-            with torch.inference_mode():
+            with torch.inference_mode() if whole else torch.no_grad():
                 yield
         finally:
             if training:

@@ -21,8 +21,8 @@ from librobot_vlm_ros.models import create_vlm, load_module, model_info
 from librobot_vlm_ros.models.causal_images import Seen
 from librobot_vlm_ros.models.conformance_qwen import original_logits, pixels
 from librobot_vlm_ros.models.conformance_qwen_folder import IDS, SECOND, THIRD
-from librobot_vlm_ros.models.qwen import QwenVLM
 from librobot_vlm_ros.models.qwen_images import QwenImages, patches, smart_size
+from librobot_vlm_ros.models.qwen_vl import QwenVLM
 
 GENERATIONS = {"qwen2-vl-2b": SECOND, "qwen3-vl-4b": THIRD}
 TEXT: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
