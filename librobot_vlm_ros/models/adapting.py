@@ -12,6 +12,7 @@ from librobot_vlm_ros.models.answering import Answering
 from librobot_vlm_ros.models.model_config import ModelConfig
 from librobot_vlm_ros.models.placement import missing_for_flash
 from librobot_vlm_ros.models.quantize import quantize, refuse_unknown
+from librobot_vlm_ros.models.registry import model_info
 from librobot_vlm_ros.models.weights import folder_digest
 
 __all__ = ["Adapting", "quantization_for"]
@@ -76,7 +77,8 @@ class Adapting(Answering):
     def save_adapter(self, folder: str | Path) -> None:
         """Write the adapter alone, in safetensors; peft's PeftModel reads the folder, too."""
         self._need_adapter()
-        adapters.write_adapter(Path(folder), self._loaded(), self.name)
+        base = model_info(self.name).default_pretrained or self.name
+        adapters.write_adapter(Path(folder), self._loaded(), base)
 
     def load_adapter(self, folder: str | Path) -> None:
         """Put the adapter of a folder in, in place of one that is there; it can be trained further.
