@@ -163,8 +163,8 @@ class Adapting(Answering):
             self.freeze_vision()
         if freeze_language:
             self.freeze_language()
-        if adapter is not None:
-            self.load_adapter(adapter)
+        if (folder := adapter if adapter is not None else config.adapter) is not None:
+            self.load_adapter(folder)
         elif config.use_lora or config.use_qlora:
             self.add_adapter(
                 rank=config.lora_rank,

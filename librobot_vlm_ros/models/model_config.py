@@ -36,6 +36,8 @@ class ModelConfig:
     #: expression of whole paths. None takes every linear layer of the language model: the
     #: projections of attention and MLP.
     lora_target_modules: tuple[str, ...] | list[str] | str | None = None
+    #: Folder of an adapter to put in, in place of a new one.
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         rank, alpha, dropout = self.lora_rank, self.lora_alpha, self.lora_dropout

@@ -50,6 +50,8 @@ class PaliGemmaConfig(ModelConfig):
     vision_config: Mapping[str, Any] = field(default_factory=dict)
     text_config: Mapping[str, Any] = field(default_factory=dict)
     image_token_id: int = 257152
+    #: File with the decoder of masks; None takes that of the weights' folder, if there is one.
+    mask_decoder: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
