@@ -128,6 +128,7 @@ def attach(module: nn.Module, config: Any) -> None:
             )
         for parameter in adapter_parameters(module).values():
             parameter.data = parameter.data.float()
+        module.train(module.training)  # or the dropout of new layers is at work while answering
 
 
 def wrapped_layers(module: nn.Module) -> list[tuple[str, nn.Module, str, Any]]:

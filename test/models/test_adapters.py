@@ -76,6 +76,19 @@ def test_a_new_adapter_is_in_the_language_model_and_changes_no_answer(
     assert layers[0].scaling == {"default": 2.0}
 
 
+def test_dropout_is_at_work_while_training_alone(
+    load_family: Load, batch: dict[str, Any], tmp_path: Path
+) -> None:
+    vlm = shaken(load_family(config={"use_lora": True, "lora_dropout": 0.5}))
+    vlm.save_adapter(tmp_path)
+    for model in (vlm, load_family(adapter=tmp_path)):
+        assert not any(part.training for part in model.module.modules())
+        assert torch.equal(logits(model, batch), logits(vlm, batch))
+        model.train()
+        assert not torch.equal(logits(model, batch), logits(model, batch))
+        model.eval()
+
+
 def test_saved_and_loaded_the_logits_are_identical(
     adapted: AbstractVLM, load_family: Load, batch: dict[str, Any], tmp_path: Path
 ) -> None:
