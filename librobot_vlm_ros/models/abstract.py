@@ -150,7 +150,11 @@ class AbstractVLM(Adapting):
         """Compute activations again in the backward pass instead of keeping them."""
         module = self._loaded()
         # Renamed in transformers 5.23; the old name warns there, the new one is unknown before.
-        getattr(module, "activation_checkpointing_enable", module.gradient_checkpointing_enable)()
+        enable = getattr(
+            module, "activation_checkpointing_enable", module.gradient_checkpointing_enable
+        )
+        # The other kind gives no gradient behind frozen inputs, such as the words of an adapter's.
+        enable({"use_reentrant": False})
 
 
 def _size(parameter: nn.Parameter) -> int:

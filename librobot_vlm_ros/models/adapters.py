@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
-from librobot_vlm_ros.models.shards import iterate_tensors, read_json
+from librobot_vlm_ros.models.adapter_config import (
+    CONFIG,
+    WEIGHTS,
+    base_name,
+    load_peft,
+    read_config,
+)
+from librobot_vlm_ros.models.shards import iterate_tensors
 
 __all__ = [
     "adapter_parameters",
@@ -34,42 +41,6 @@ __all__ = [
 
 _NAME = "default"
 _PREFIX = "base_model.model."
-_CONFIG, _WEIGHTS, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-#: Fields of an adapter_config.json that say what the adapter computes.
-_TAKEN = (
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "rank_pattern",
-    "alpha_pattern",
-    "use_rslora",
-    "use_dora",
-    "lora_bias",
-)
-#: Fields that say how it came about, or nothing by themselves.
-_IGNORED = (
-    "auto_mapping",
-    "base_model_name_or_path",
-    "corda_config",
-    "ensure_weight_tying",
-    "eva_config",
-    "inference_mode",
-    "init_lora_weights",
-    "loftq_config",
-    "lora_ga_config",
-    "megatron_core",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "task_type",
-)
-#: Ways to begin that leave the base weights as they are.
-_PLAIN_BEGINNINGS = (None, True, False, "eva", "gaussian", "orthogonal")
 
 
 def lora_config(
@@ -87,7 +58,9 @@ def lora_config(
         ends = sorted({name.rpartition(".")[2] for name in linear_layers(language_model)})
         targets = rf"{re.escape(path)}\.(.*\.)?({'|'.join(map(re.escape, ends))})"
     chosen = targets if isinstance(targets, str) else list(targets)
-    return _peft().LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=chosen)
+    return load_peft().LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=chosen
+    )
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -101,7 +74,7 @@ def attach(module: nn.Module, config: Any) -> None:
     Its weights are float32 whatever the model computes in: steps of training are too small for half
     precision. Raises ModelError BAD_CONFIG, and leaves the model as it was.
     """
-    peft = _peft()
+    peft = load_peft()
     with _undone_on_error(module):
         try:
             peft.inject_adapter_in_model(config, module, adapter_name=_NAME)
@@ -169,8 +142,8 @@ def take_out(module: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
 def merge(module: nn.Module) -> None:
     """Add the adapter to the weights of its layers, and take it out.
 
-    Raises ModelError BAD_CONFIG for quantised layers, which cannot hold the sum, and NAN_WEIGHTS;
-    the model is then as it was.
+    Raises ModelError BAD_CONFIG for quantised layers, which cannot hold the sum, and NAN_WEIGHTS
+    where a sum is not finite; the adapter is then still in place.
     """
     layers = [layer for _path, _owner, _name, layer in wrapped_layers(module)]
     if any(not layer.get_base_layer().weight.is_floating_point() for layer in layers):
@@ -206,26 +179,30 @@ def write_adapter(folder: Path, module: Any, base: str) -> None:
         key: parameter.detach().cpu().contiguous()
         for key, parameter in adapter_parameters(module).items()
     }
-    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     text = json.dumps(plain, indent=2, sort_keys=True) + "\n"
-    (folder / _CONFIG).write_text(text, encoding="utf-8")
+    (folder / CONFIG).write_text(text, encoding="utf-8")
 
 
-def read_adapter(folder: Path, module: nn.Module) -> None:
+def read_adapter(
+    folder: Path, module: nn.Module, native: Callable[[str], str] = lambda key: key
+) -> None:
     """Put the adapter of a folder into `module`, in place of one that is there.
 
-    Raises ModelError: WEIGHTS_NOT_FOUND, UNSAFE_CHECKPOINT for a pickle, WEIGHTS_CORRUPT,
-    BAD_CONFIG, KEY_MISMATCH and SHAPE_MISMATCH for the adapter of another model, NAN_WEIGHTS. The
-    model is then as it was.
+    `native` gives today's name of a key that an older version of transformers wrote. Raises
+    ModelError: WEIGHTS_NOT_FOUND, UNSAFE_CHECKPOINT for a pickle, WEIGHTS_CORRUPT, BAD_CONFIG,
+    KEY_MISMATCH and SHAPE_MISMATCH for the adapter of another model, NAN_WEIGHTS. The model is then
+    as it was.
     """
-    config = _read_config(folder)
+    config = read_config(folder)
     with _undone_on_error(module):
         take_out(module)
         attach(module, config)
         places = adapter_parameters(module)
         strange = []
-        for key, value in iterate_tensors(folder / _WEIGHTS):
-            place = places.pop(key, None)
+        for key, value in iterate_tensors(folder / WEIGHTS):
+            today = key if key in places else _PREFIX + native(key.removeprefix(_PREFIX))
+            place = places.pop(today, None)
             if place is None:
                 strange.append(key)
                 continue
@@ -235,52 +212,8 @@ def read_adapter(folder: Path, module: nn.Module) -> None:
                 ErrorCode.KEY_MISMATCH,
                 f"the adapter in {folder} is not one of this model: {len(strange)} keys have no "
                 f"place{_first(strange)}, {len(places)} places have no key{_first([*places])}",
-                f"it was made for {_base_name(folder)}",
+                f"it was made for {base_name(folder)}",
             )
-
-
-def _read_config(folder: Path) -> Any:
-    if not (folder / _CONFIG).is_file():
-        raise ModelError(
-            ErrorCode.WEIGHTS_NOT_FOUND,
-            f"{folder} holds no {_CONFIG}" if folder.is_dir() else f"there is no folder {folder}",
-            f"an adapter folder holds {_CONFIG} and {_WEIGHTS}",
-        )
-    if not (folder / _WEIGHTS).is_file():
-        if (folder / _PICKLE).is_file():
-            raise ModelError(
-                ErrorCode.UNSAFE_CHECKPOINT,
-                f"{_PICKLE} is a pickle, which may run code; it was not opened",
-                f"save the adapter as {_WEIGHTS}",
-            )
-        raise ModelError(ErrorCode.WEIGHTS_NOT_FOUND, f"{folder} holds no {_WEIGHTS}")
-    given = read_json(folder / _CONFIG)
-    kind = given.get("peft_type")
-    if kind != "LORA":
-        raise ModelError(ErrorCode.BAD_CONFIG, f"{_CONFIG}: peft_type is {kind!r}, expected 'LORA'")
-    if (beginning := given.get("init_lora_weights")) not in _PLAIN_BEGINNINGS:
-        raise ModelError(
-            ErrorCode.BAD_CONFIG,
-            f"{_CONFIG}: init_lora_weights {beginning!r} changes the base weights, too",
-            "convert it to a plain LoRA when saving it (see peft's documentation)",
-        )
-    if strange := _not_understood(given):
-        raise ModelError(
-            ErrorCode.BAD_CONFIG,
-            f"{_CONFIG} asks for what is not supported here: {', '.join(strange)}",
-            "use a plain LoRA adapter",
-        )
-    try:
-        return _peft().LoraConfig(**{name: given[name] for name in _TAKEN if name in given})
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(ErrorCode.BAD_CONFIG, f"{_CONFIG}: {error}") from error
-
-
-def _not_understood(given: Mapping[str, Any]) -> list[str]:
-    """Fields that would change the model in other ways."""
-    known = {*_TAKEN, *_IGNORED}
-    neutral = (None, False, "none", [], {})
-    return sorted(key for key, value in given.items() if key not in known and value not in neutral)
 
 
 def _fill(key: str, place: nn.Parameter, value: Tensor) -> None:
@@ -323,19 +256,3 @@ def _ends(path: str, name: str) -> bool:
 
 def _first(names: list[str]) -> str:
     return f" ({names[0]}{', ...' if len(names) > 1 else ''})" if names else ""
-
-
-def _base_name(folder: Path) -> str:
-    return str(read_json(folder / _CONFIG).get("base_model_name_or_path") or "another model")
-
-
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise ModelError(
-            ErrorCode.MISSING_DEPENDENCY,
-            f"adapters need the package peft: {error}",
-            "install it: pip install peft",
-        ) from error
-    return peft

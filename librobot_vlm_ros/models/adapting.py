@@ -89,7 +89,7 @@ class Adapting(Answering):
         """
         folder = Path(folder).expanduser()
         revision = self._base_revision()
-        adapters.read_adapter(folder, self._loaded())
+        adapters.read_adapter(folder, self._loaded(), self._native_key)
         self._now_is(f"{revision}+{folder_digest(folder)}")
 
     def merge_adapter(self) -> None:
@@ -109,6 +109,10 @@ class Adapting(Answering):
         self._now_is(revision)
 
     # Inside.
+
+    def _native_key(self, key: str) -> str:
+        """Today's name of a key that an older version of transformers wrote."""
+        return key
 
     def _now_is(self, revision: str) -> None:
         """Results say which weights they came from; what was seen with others is forgotten."""

@@ -225,6 +225,7 @@ class Answering(nn.Module, ABC):
         training = self.training
         if training:
             self.eval()
+            self.frames.clear()  # the weights that made the features may have learnt since
         # A quantised layer may pack its weights anew while it answers; made in inference mode, they
         # could not be trained through afterwards.
         parameters = () if self.module is None else self.module.parameters()

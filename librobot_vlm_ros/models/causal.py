@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from librobot_vlm_ros.core import (
@@ -231,6 +232,10 @@ class CausalVLM(CausalTensors):
         return self._words().decode(ids)
 
     # Inside.
+
+    def _native_key(self, key: str) -> str:
+        names = [name for name, _ in self._plan(self.config).convert(key, torch.empty(0))]
+        return names[0] if len(names) == 1 else key
 
     @classmethod
     def _checked_config(cls, config: Any, name: str) -> Any:

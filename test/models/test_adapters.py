@@ -120,6 +120,23 @@ def test_pefts_own_model_reads_and_writes_the_same_folders(
     assert torch.equal(logits(again, batch), logits(adapted, batch))
 
 
+def test_names_that_older_versions_of_transformers_wrote_are_known(
+    adapted: AbstractVLM, load_family: Load, batch: dict[str, Any], tmp_path: Path
+) -> None:
+    if adapted.family not in ("qwen2-vl", "llava-1.5", "paligemma"):
+        pytest.skip("it has had one set of names only")
+    adapted.save_adapter(tmp_path)
+    older = "model." if adapted.family == "qwen2-vl" else "language_model.model."
+    state = load_file(tmp_path / WEIGHTS)
+    renamed = {
+        key.replace("base_model.model.model.language_model.", f"base_model.model.{older}"): value
+        for key, value in state.items()
+    }
+    assert not renamed.keys() & state.keys()
+    save_file(renamed, tmp_path / WEIGHTS)
+    assert torch.equal(logits(load_family(adapter=tmp_path), batch), logits(adapted, batch))
+
+
 def test_merged_the_logits_are_equal_and_the_model_is_plain_again(
     adapted: AbstractVLM, load_family: Load, batch: dict[str, Any], tmp_path: Path, family: str
 ) -> None:

@@ -131,6 +131,19 @@ def test_an_answer_is_not_seen_before_it_is_predicted(load_family: Load, batch) 
     torch.testing.assert_close(one[:, :-1], two[:, :-1], atol=1e-5, rtol=1e-5)
 
 
+def test_answers_between_steps_of_training_are_those_of_the_new_weights(
+    load_family: Load, ask
+) -> None:
+    vlm = load_family().train()
+    request = ask("embed")
+    (before,) = vlm.run([request])
+    with torch.no_grad():
+        next(vlm.vision_encoder.parameters()).mul_(2.0)
+    (after,) = vlm.run([request])  # of the same frame
+    assert (before.embedding.array != after.embedding.array).any()
+    assert vlm.training
+
+
 class Policy(nn.Module):
     """A head of seven actions on a backbone, as in the specification's vision-language-action
     example.
