@@ -19,6 +19,7 @@ from librobot_vlm_ros.core import (
     GenerationParams,
     RequestError,
 )
+from librobot_vlm_ros.models.answering import again_in_safer_dtype
 from librobot_vlm_ros.models.causal_decoder import (
     CausalDecoder,
     deep_inputs,
@@ -132,6 +133,7 @@ class CausalTensors(CausalWords):
             )
         return result
 
+    @again_in_safer_dtype
     def generate(  # type: ignore[override]
         self,
         images: Any = None,
