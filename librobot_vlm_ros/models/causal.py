@@ -25,6 +25,7 @@ from librobot_vlm_ros.models.answering import Job
 from librobot_vlm_ros.models.causal_images import Seen
 from librobot_vlm_ros.models.causal_tensors import CausalParts, CausalTensors
 from librobot_vlm_ros.models.checkpoint import LoadPlan, build_random
+from librobot_vlm_ros.models.checksum import check_sha256
 from librobot_vlm_ros.models.decode import Decoder, DecodeRules
 from librobot_vlm_ros.models.frame_cache import FrameEntry
 from librobot_vlm_ros.models.placement import place
@@ -85,6 +86,7 @@ class CausalVLM(CausalTensors):
         quantization: str = "none",
         should_cancel: Callable[[], bool] | None = None,
         revision: str | None = None,
+        weights_sha256: Sequence[str] = (),
         **options: Any,
     ) -> CausalVLM:
         """See `registry.create_vlm`. `revision`: hub commit or branch."""
@@ -103,6 +105,7 @@ class CausalVLM(CausalTensors):
                     "leave out vision_config and text_config, or leave out pretrained",
                 )
             weights = find_weights(model_info(name), pretrained, revision)
+            check_sha256(weights.folder, weights_sha256, should_cancel)
             parts = cls._read_folder(weights.folder, device, dtype, attention, should_cancel)
             vlm = cls(checked, name=name, parts=parts, revision=weights.revision, **options)
         quantize(vlm.language_model, quantization)
