@@ -65,8 +65,8 @@ def switch_model(
     """Change the model; log and parameters tell the outcome before the future does.
 
     `asked` holds model, weights, device and dtype; "" is as now, for weights the model's own.
-    Weights may lie where `open_to_clients` says. Raises `VlmError` when the change cannot be tried; the future raises it when it fails, and the
-    model before is in place again.
+    Weights may lie where `open_to_clients` says. Raises `VlmError` when the change cannot be tried;
+    the future raises it when it fails, and the model before is in place again.
     """
     now = parameters.settings
     values = {

@@ -1,0 +1,11 @@
+"""convert"""
+
+SUMMARY = "x"
+
+
+def configure(p):
+    pass
+
+
+def main(a):
+    return 0
