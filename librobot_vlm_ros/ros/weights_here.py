@@ -4,13 +4,14 @@ hub's client.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
 from librobot_vlm_ros import models
 from librobot_vlm_ros.models.base import ModelInfo
 
-__all__ = ["hub_cache", "shipped_folder", "weights_present"]
+__all__ = ["downloaded", "hub_cache", "shipped_folder", "weights_present"]
 
 
 def weights_present(info: ModelInfo) -> bool:
@@ -20,10 +21,19 @@ def weights_present(info: ModelInfo) -> bool:
         return any(folder.glob("*.safetensors"))
     if info.default_pretrained is None:
         return not info.requires  # a model without weights, such as the fake one
-    snapshots = hub_cache() / f"models--{info.default_pretrained.replace('/', '--')}" / "snapshots"
-    pinned = info.pinned_revision or "*"
-    patterns = ("*.safetensors", "*.bin")
-    return any(any(snapshots.glob(f"{pinned}/{pattern}")) for pattern in patterns)
+    return downloaded(info.default_pretrained, info.pinned_revision) is not None
+
+
+def downloaded(hub_id: str, revision: str | None = None) -> Path | None:
+    """The snapshot of a hub id in the cache that has weights; at `revision`, else any."""
+    repository = hub_cache() / f"models--{hub_id.replace('/', '--')}"
+    commit = revision or "*"
+    with contextlib.suppress(OSError):  # a branch or tag is a file with the commit in it
+        commit = (repository / "refs" / commit).read_text(encoding="ascii").strip()
+    for pattern in ("*.safetensors", "*.bin"):
+        for path in sorted((repository / "snapshots").glob(f"{commit}/{pattern}")):
+            return path.parent
+    return None
 
 
 def shipped_folder() -> Path:
