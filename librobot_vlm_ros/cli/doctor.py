@@ -7,16 +7,22 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 from .doctor_finding import Finding, found_by
+
+if TYPE_CHECKING:
+    from librobot_vlm_ros.models.base import ModelInfo
+
+    from .console import Console
 
 SUMMARY = "look at Python, torch, GPU, ROS, shared memory, weights; say what to mend"
 
 _EPILOG = """\
 Each line is ok, a warning (works, but not as well as it could) or a problem (does not work), the
 last two with the fix. Exit code 1 when there is a problem. Nothing is downloaded or changed, ROS
-need not be there. The NaN probe asks the chosen model about a picture in each dtype that fits, where
-its weights are on this machine; else a tiny one of its family with random weights.
+need not be there. The NaN probe asks the chosen model about a picture in each dtype that fits,
+where its weights are on this machine; else a tiny one of its family with random weights.
 
 Examples:
   librobot-vlm doctor
@@ -63,12 +69,12 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _checks(
-    info: object, args: argparse.Namespace
+    info: ModelInfo, args: argparse.Namespace
 ) -> Iterable[tuple[str, Callable[[], Iterable[Finding]]]]:
     from . import doctor_system as system
     from .doctor_model import ModelDoctor
 
-    model = ModelDoctor(info, args.weights, args.device, args.dtype)  # type: ignore[arg-type]
+    model = ModelDoctor(info, args.weights, args.device, args.dtype)
     yield "python", system.check_python
     yield "torch", model.check_libraries
     yield "packages", system.check_packages
@@ -81,9 +87,9 @@ def _checks(
         yield "NaN probe", model.check_answers
 
 
-def _show(console: object, finding: Finding) -> None:
+def _show(console: Console, finding: Finding) -> None:
     word, style = _MARKS[finding.status]
-    mark = console.paint(f"{word:<7}", style)  # type: ignore[attr-defined]
-    console.line(f"{mark} {finding.name}: {finding.value}")  # type: ignore[attr-defined]
+    mark = console.paint(f"{word:<7}", style)
+    console.line(f"{mark} {finding.name}: {finding.value}")
     if finding.fix:
-        console.line(f"        -> {finding.fix}")  # type: ignore[attr-defined]
+        console.line(f"        -> {finding.fix}")

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from librobot_vlm_ros.ros.transport import profile_in_force, segment_bytes
+
 from .doctor_child import ask_python
 from .doctor_finding import Finding, gib
 
@@ -86,7 +88,7 @@ def check_packages() -> Iterator[Finding]:
 
 
 def check_cv_bridge() -> Iterator[Finding]:
-    """Whether cv_bridge and numpy are of one ABI; this package works without, its neighbours not."""
+    """Whether cv_bridge and numpy are of one ABI; this package does without."""
     if importlib.util.find_spec("cv_bridge") is None:
         yield Finding("cv_bridge", "ok", "not installed: this package decodes images itself")
         return
@@ -145,11 +147,9 @@ def check_ros() -> Iterator[Finding]:
 
 def check_transport() -> Iterator[Finding]:
     """Shared memory of Fast DDS: the segment that the profile gives, and the room for it."""
-    from librobot_vlm_ros.ros.transport import profile_in_force, segment_bytes
-
     rmw = os.environ.get("RMW_IMPLEMENTATION", "rmw_fastrtps_cpp")
     if rmw.startswith("rmw_fastrtps"):
-        yield _segment(*profile_in_force(), segment_bytes)
+        yield _segment(*profile_in_force())
     if not _SHARED_MEMORY.is_dir():
         yield Finding("/dev/shm", "warning", "not there", "images go by UDP: mount a tmpfs on it")
         return
@@ -161,16 +161,15 @@ def check_transport() -> Iterator[Finding]:
         yield Finding("/dev/shm", "ok", f"{gib(free)} free")
 
 
-def _segment(profile: Path | None, words: str, read: object) -> Finding:
+def _segment(profile: Path | None, words: str) -> Finding:
     name, said = "shared memory", f"profile {profile}" if profile else "no profile"
     built_in = os.environ.get("FASTDDS_BUILTIN_TRANSPORTS", "")
     if profile is None and built_in.upper().startswith(("UDP", "TCP")):
         fix = "unset FASTDDS_BUILTIN_TRANSPORTS, or publish small images only"
-        return Finding(
-            name, "warning", f"switched off by FASTDDS_BUILTIN_TRANSPORTS={built_in}", fix
-        )
+        text = f"switched off by FASTDDS_BUILTIN_TRANSPORTS={built_in}"
+        return Finding(name, "warning", text, fix)
     try:
-        size = read(profile)  # type: ignore[operator]
+        size = segment_bytes(profile)
     except (OSError, ValueError) as error:
         fix = "correct the file, or unset the variable that names it"
         return Finding(name, "warning", f"{said} cannot be read: {error}", fix)

@@ -61,7 +61,7 @@ def _by_pillow(path: Path, data: bytes, limits: Limits) -> npt.NDArray[np.uint8]
 
     try:
         with Image.open(io.BytesIO(data)) as picture:
-            check_size(*picture.size, limits)  # before anything is decoded
+            check_size(picture.width, picture.height, limits)  # before anything is decoded
             if picture.mode in _MODES_16_BIT:
                 values = np.asarray(picture, dtype=np.uint16)
                 grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)

@@ -35,8 +35,8 @@ _DTYPES = ("float32", "bfloat16", "float16")
 def probe(asked: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None:
     """Tell the facts one after the other.
 
-    `asked`: model, weights ("" for the model's own), device, dtype, probe, own (whether the weights are here),
-    dtypes (those that fit, for own weights; None asks the device).
+    `asked`: model, weights ("" for the model's own), device, dtype; probe (whether to ask the model
+    about a picture), own (whether its weights are here), dtypes (those that fit, None for all).
     """
     try:
         import torch

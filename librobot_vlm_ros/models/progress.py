@@ -45,12 +45,16 @@ class LoggedProgress:
 
 
 @contextlib.contextmanager
-def bars_to_log(what: str) -> Iterator[type[Any]]:
+def bars_to_log(what: str) -> Iterator[type[Any] | None]:
     """A class for `tqdm_class=` of the hub's client whose bars draw nothing and log the bytes.
 
     The client has one or two bars of bytes for all files together (received, written): the one that
-    is further counts. Bars that count files are left out.
+    is further counts. Bars that count files are left out. None where nobody reads the log: the
+    client then draws its own bars.
     """
+    if not _log.isEnabledFor(logging.INFO):
+        yield None
+        return
     from tqdm import tqdm
 
     progress = LoggedProgress(what)
