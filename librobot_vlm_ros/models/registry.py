@@ -161,8 +161,8 @@ def create_vlm(
     bf16). `attention`: auto, flash_attention_2, sdpa, eager. An explicit choice is honoured or
     refused with a ModelError; ``auto`` logs what it chose. `should_cancel` is asked between
     tensors while loading; true gives LOAD_CANCELLED. `weights_sha256`: sha256 of weights that may
-    be loaded (see `weights.weights_sha256`), checked before anything is read from them; others give
-    CHECKSUM_MISMATCH. Other options go to the class.
+    be loaded (see `checksum.weights_sha256`), checked before anything is read from them; others
+    give CHECKSUM_MISMATCH. Other options go to the class.
     """
     info = model_info(name)
     if name.strip().lower() != info.name:

@@ -18,7 +18,7 @@ from librobot_vlm_ros.models.progress import bars_to_log
 from librobot_vlm_ros.models.shards import weight_files
 from librobot_vlm_ros.models.weights_names import is_hub_id
 
-__all__ = ["Weights", "find_weights", "folder_digest"]
+__all__ = ["Weights", "find_weights", "folder_digest", "in_hub_cache"]
 
 _log = logging.getLogger(__name__)
 
@@ -87,6 +87,13 @@ def folder_digest(folder: Path) -> str:
             file.seek(max(_DIGEST_BYTES, size - _DIGEST_BYTES))
             digest.update(file.read(_DIGEST_BYTES))
     return digest.hexdigest()[:16]
+
+
+def in_hub_cache(folder: Path) -> bool:
+    """Whether a folder came from the hub: what its files say was written by others."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE).resolve() in folder.resolve().parents
 
 
 def _from_hub(info: ModelInfo, hub_id: str, revision: str | None) -> Weights:
