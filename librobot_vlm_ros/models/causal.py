@@ -27,6 +27,7 @@ from librobot_vlm_ros.models.answering import Job
 from librobot_vlm_ros.models.causal_images import Seen
 from librobot_vlm_ros.models.causal_tensors import CausalParts, CausalTensors
 from librobot_vlm_ros.models.checkpoint import LoadPlan, build_random
+from librobot_vlm_ros.models.checksum import check_sha256
 from librobot_vlm_ros.models.decode import Decoder, DecodeRules
 from librobot_vlm_ros.models.frame_cache import FrameEntry
 from librobot_vlm_ros.models.placement import place
@@ -89,6 +90,7 @@ class CausalVLM(CausalTensors):
         quantization: str = "none",
         should_cancel: Callable[[], bool] | None = None,
         revision: str | None = None,
+        weights_sha256: Sequence[str] = (),
         **options: Any,
     ) -> CausalVLM:
         """See `registry.create_vlm`. `revision`: hub commit or branch."""
@@ -104,6 +106,7 @@ class CausalVLM(CausalTensors):
                 "leave out vision_config and text_config, or leave out pretrained",
             )
         weights = find_weights(model_info(name), pretrained, revision)
+        check_sha256(weights.folder, weights_sha256, should_cancel)
         parts = cls._read_folder(weights.folder, device, dtype, attention, should_cancel)
         return cls(checked, parts=parts, revision=weights.revision, **options)
 

@@ -26,6 +26,7 @@ from librobot_vlm_ros.core import (
 from librobot_vlm_ros.models.adapting import quantization_for
 from librobot_vlm_ros.models.answering import Job
 from librobot_vlm_ros.models.checkpoint import build_random
+from librobot_vlm_ros.models.checksum import check_sha256
 from librobot_vlm_ros.models.decode import Decoder, DecodeRules, Generated, Scale
 from librobot_vlm_ros.models.detokenize import TokenSpans, geometric_mean
 from librobot_vlm_ros.models.florence_config import FlorenceConfig, variants
@@ -98,6 +99,7 @@ class FlorenceVLM(FlorenceTensors):
         quantization: str = "none",
         should_cancel: Callable[[], bool] | None = None,
         revision: str | None = None,
+        weights_sha256: Sequence[str] = (),
         **options: Any,
     ) -> FlorenceVLM:
         """See `registry.create_vlm`. `revision`: hub commit or branch."""
@@ -113,6 +115,7 @@ class FlorenceVLM(FlorenceTensors):
                 "leave out vision_config and text_config, or leave out pretrained",
             )
         weights = find_weights(model_info(name), pretrained, revision)
+        check_sha256(weights.folder, weights_sha256, should_cancel)
         parts = read_folder(
             weights.folder,
             _settings(name),

@@ -19,9 +19,11 @@ from librobot_vlm_ros.core import (
     clean_prompt,
     escape_for_log,
 )
+from librobot_vlm_ros.models import sha256_list
 
 from .grammar import CameraSetting, TaskSetting, parse_cameras, parse_tasks
 from .parameter import Parameter, Value, When, declared, parameter, parameter_table
+from .weights_paths import allowed_folders, confined
 
 __all__ = ["PARAMETERS", "Settings"]
 
@@ -32,7 +34,7 @@ _DEVICE = r"auto|cpu|mps|xpu(:\d+)?|cuda(:\d+)?"
 @dataclass(frozen=True)
 class Settings:
     """All parameters of the node, checked. Raises `RequestError` (BAD_PARAMETER, UNKNOWN_TASK,
-    UNKNOWN_CAMERA).
+    UNKNOWN_CAMERA) and `BagError` (PATH_NOT_ALLOWED).
     """
 
     model: str = parameter(
@@ -42,9 +44,23 @@ class Settings:
         pattern=r"[^\s]{1,128}",
         expected="a name without spaces",
     )
+    # Before `weights`, so that it holds already when that is checked at start.
+    weights_folders: tuple[str, ...] = parameter(
+        (),
+        "Absolute folders below which folders of weights may lie. Empty: `weights` given at start "
+        "may be anywhere; later changes and `~/switch_model` reach its siblings, the shipped "
+        "weights and the hub's cache.",
+        When.START,
+    )
     weights: str = parameter(
         "",
         "Folder or hub id of the weights; empty takes the model's own.",
+        When.CONFIGURE,
+    )
+    weights_sha256: tuple[str, ...] = parameter(
+        (),
+        "Allowed sha256 of the weights, checked before loading, also by `~/switch_model`; "
+        "`librobot-vlm models --sha256 FOLDER` prints one. Empty allows any.",
         When.CONFIGURE,
     )
     model_config: str = parameter(
@@ -186,6 +202,9 @@ class Settings:
     def __post_init__(self) -> None:
         for name, item in PARAMETERS.items():
             object.__setattr__(self, name, item.checked(getattr(self, name)))
+        object.__setattr__(self, "weights_sha256", sha256_list(self.weights_sha256))
+        if self.weights_folders:
+            confined(self.weights, allowed_folders(self.weights_folders))
         self.model_options()
         clean_prompt(self.instruction, required=False)
         parse_tasks(self.tasks, tuple(camera.name for camera in self.camera_list()))

@@ -36,6 +36,7 @@ def load_options(settings: Settings) -> dict[str, Any]:
     return {
         "config": settings.model_options(),
         "pretrained": settings.weights or None,
+        "weights_sha256": settings.weights_sha256,
         "device": settings.device,
         "dtype": settings.dtype,
         "attention": settings.attention,
