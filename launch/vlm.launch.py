@@ -7,6 +7,7 @@ How it is used:
 
 from launch import LaunchContext, LaunchDescription, LaunchDescriptionEntity
 from launch.actions import DeclareLaunchArgument, OpaqueFunction
+from launch.logging import get_logger
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import LifecycleNode
 
@@ -17,6 +18,7 @@ from librobot_vlm_ros.ros.arguments import (
     given_arguments,
     logger_name,
     parse_values,
+    unknown_argument,
 )
 from librobot_vlm_ros.ros.transport import TRANSPORT_VARIABLE
 
@@ -38,10 +40,15 @@ def generate_launch_description() -> LaunchDescription:
 
 def start_node(context: LaunchContext) -> list[LaunchDescriptionEntity]:
     texts = {item.name: LaunchConfiguration(item.name).perform(context) for item in ARGUMENTS}
-    said = {word.partition(":=")[0] for word in context.argv}
+    said = [word.partition(":=")[0] for word in context.argv if ":=" in word]
     given = given_arguments(texts, said, ARGUMENTS)
     values = parse_values(given)
     files = [str(existing_file(texts["params_file"]))] if texts["params_file"] else []
+    known = [item.name for item in ARGUMENTS]
+    for name in said:
+        if name not in known:
+            # ros2 launch says nothing. No error: an including launch file may have asked for it.
+            get_logger("vlm.launch.py").warning(f"ignored: {unknown_argument(name, known)}")
     level = f"{logger_name(texts['namespace'])}:={texts['log_level']}"
     return [
         LifecycleNode(
@@ -55,7 +62,7 @@ def start_node(context: LaunchContext) -> list[LaunchDescriptionEntity]:
             additional_env={TRANSPORT_VARIABLE: texts["transport"]},
             output="screen",
             emulate_tty=True,
-        )
+        ),
     ]
 
 

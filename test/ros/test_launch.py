@@ -30,7 +30,7 @@ from launch.actions import IncludeLaunchDescription
 from launch.launch_description_sources import PythonLaunchDescriptionSource
 
 given = dict(word.split(":=", 1) for word in sys.argv[2:])
-service = LaunchService()
+service = LaunchService(argv=sys.argv[2:])  # as ros2 launch does
 service.include_launch_description(LaunchDescription([
     IncludeLaunchDescription(PythonLaunchDescriptionSource(sys.argv[1]),
                              launch_arguments=given.items())]))
@@ -116,9 +116,66 @@ def test_a_launched_node_runs_with_its_arguments_and_ends_with_ctrl_c(
 
 @needs_launch
 @pytest.mark.ros
-def test_a_wrong_argument_ends_the_launch_with_the_reason(
-    start_process: Callable[..., Any], ros_env: dict[str, str]
+def test_every_argument_reaches_the_node_and_a_misspelt_one_is_said(
+    start_process: Callable[..., Any], robot: Any
 ) -> None:
-    process = start_process(["python", "-c", LAUNCHER, LAUNCH_FILE, "tasks:=capton"], "launch")
+    from lifecycle_msgs.srv import GetState
+    from rcl_interfaces.srv import GetParameters
+    from rclpy.parameter import parameter_value_to_python
+
+    given = {
+        "model": ("fake", "fake"),
+        "model_config": ('{"latency_s": 0.01}', '{"latency_s": 0.01}'),
+        "weights": ("/no/such/folder", "/no/such/folder"),
+        "cameras": (
+            "front=/front/image_raw, wrist=/wrist/image_raw:compressed",
+            ["front=/front/image_raw", "wrist=/wrist/image_raw:compressed"],
+        ),
+        "image_topic": ("/other/image", "/other/image"),
+        "image_transport": ("compressed", "compressed"),
+        "tasks": ("[]", [""]),  # how rclpy holds an empty list of strings
+        "instruction": ("the red cup", "the red cup"),
+        "device": ("cpu", "cpu"),
+        "dtype": ("float32", "float32"),
+        "quantization": ("int8", "int8"),
+        "annotated": ("false", False),
+        "lock_step": ("true", True),
+        "autostart": ("false", False),
+        "use_sim_time": ("true", True),
+    }
+    assert set(given) == {*LAUNCH_PARAMETERS, "use_sim_time"}
+    words = [f"{name}:={text}" for name, (text, _) in given.items()]
+    words += ["namespace:=whole", "log_level:=warn", "transport:=default", "image_topc:=/x"]
+    process = start_process(["python", "-c", LAUNCHER, LAUNCH_FILE, *words], "launch")
+    name = "/whole/vlm"
+    values = robot.read(GetParameters, f"{name}/get_parameters", names=list(given)).values
+    held = dict(zip(given, map(parameter_value_to_python, values), strict=True))
+    assert held == {key: value for key, (_, value) in given.items()}
+    assert robot.read(GetState, f"{name}/get_state").current_state.label == "unconfigured"
+    output = process.output()
+    assert "there is no argument 'image_topc'. Did you mean image_topic" in output
+    assert "shared memory for images" not in output  # log_level:=warn
+    process.send(signal.SIGINT)
+    assert process.wait(15.0) == 0, process.output()
+
+
+WRONG_ARGUMENTS = {
+    "tasks:=capton": "UNKNOWN_TASK(202)",
+    "cameras:=front": "BAD_PARAMETER(204): cameras entry 'front'",
+    "device:=gpu": "expected auto, cpu, cuda or cuda:N",
+    "dtype:=float8": "Valid options are",
+    "params_file:=/no/such/file.yaml": "FILE_NOT_FOUND(604)",
+    "namespace:=/a b": "Invalid namespace",
+}
+
+
+@needs_launch
+@pytest.mark.ros
+@pytest.mark.parametrize("word", WRONG_ARGUMENTS)
+def test_a_wrong_argument_ends_the_launch_with_the_reason(
+    start_process: Callable[..., Any], ros_env: dict[str, str], word: str
+) -> None:
+    process = start_process(["python", "-c", LAUNCHER, LAUNCH_FILE, word], "launch")
     assert process.wait(60.0) != 0
-    assert "UNKNOWN_TASK(202)" in process.output()
+    assert WRONG_ARGUMENTS[word] in process.output()
+    assert "process started" not in process.output()
