@@ -10,6 +10,7 @@ from launch.actions import DeclareLaunchArgument, OpaqueFunction
 from launch.logging import get_logger
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import LifecycleNode
+from launch_ros.utilities import prefix_namespace
 
 from librobot_vlm_ros.ros.arguments import (
     LAUNCH_PARAMETERS,
@@ -17,6 +18,7 @@ from librobot_vlm_ros.ros.arguments import (
     existing_file,
     given_arguments,
     logger_name,
+    near_arguments,
     parse_values,
     unknown_argument,
 )
@@ -46,10 +48,12 @@ def start_node(context: LaunchContext) -> list[LaunchDescriptionEntity]:
     files = [str(existing_file(texts["params_file"]))] if texts["params_file"] else []
     known = [item.name for item in ARGUMENTS]
     for name in said:
-        if name not in known:
-            # ros2 launch says nothing. No error: an including launch file may have asked for it.
+        # ros2 launch says nothing. No error, and nothing of words that are like none of ours: they
+        # may be for a launch file that includes this one.
+        if name not in known and near_arguments(name, known):
             get_logger("vlm.launch.py").warning(f"ignored: {unknown_argument(name, known)}")
-    level = f"{logger_name(texts['namespace'])}:={texts['log_level']}"
+    outer = context.launch_configurations.get("ros_namespace")  # of PushRosNamespace
+    logger = logger_name(prefix_namespace(outer, texts["namespace"]) or "")
     return [
         LifecycleNode(
             package="librobot_vlm_ros",
@@ -57,7 +61,12 @@ def start_node(context: LaunchContext) -> list[LaunchDescriptionEntity]:
             name="vlm",
             namespace=texts["namespace"],
             # The file wins over this default for all nodes, and what was asked for here over both.
-            ros_arguments=["-p", "autostart:=true", "--log-level", level],
+            ros_arguments=[
+                "-p",
+                "autostart:=true",
+                "--log-level",
+                f"{logger}:={texts['log_level']}",
+            ],
             parameters=[*files, {name: as_parameter(value) for name, value in values.items()}],
             additional_env={TRANSPORT_VARIABLE: texts["transport"]},
             output="screen",

@@ -25,6 +25,7 @@ __all__ = [
     "existing_file",
     "given_arguments",
     "logger_name",
+    "near_arguments",
     "parse_values",
     "ros_arguments",
     "split_arguments",
@@ -135,10 +136,15 @@ def split_arguments(words: Iterable[str], names: Iterable[str]) -> dict[str, str
     return found
 
 
+def near_arguments(name: str, known: Iterable[str]) -> list[str]:
+    """Those of `known` that `name` may be a misspelling of."""
+    return difflib.get_close_matches(name, tuple(known), n=3)
+
+
 def unknown_argument(name: str, known: Iterable[str]) -> RequestError:
     """The error for an argument that does not exist, with those that come near."""
     names = tuple(known)
-    near = difflib.get_close_matches(name, names, n=3)
+    near = near_arguments(name, names)
     hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(names)}."
     return RequestError(
         ErrorCode.BAD_PARAMETER, f"there is no argument '{escape_for_log(name)}'", hint

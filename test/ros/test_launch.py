@@ -23,6 +23,21 @@ needs_launch = pytest.mark.skipif(
     reason="needs launch_ros, which is not on PyPI: run on a machine with a ROS 2 installation",
 )
 
+OUTER_LAUNCHER = """
+import sys
+from launch import LaunchDescription, LaunchService
+from launch.actions import GroupAction, IncludeLaunchDescription
+from launch.launch_description_sources import PythonLaunchDescriptionSource
+from launch_ros.actions import PushRosNamespace, SetParameter
+
+service = LaunchService()
+service.include_launch_description(LaunchDescription([GroupAction([
+    PushRosNamespace("outer"), SetParameter("use_sim_time", True),
+    IncludeLaunchDescription(PythonLaunchDescriptionSource(sys.argv[1]), launch_arguments={
+        "model": "fake", "namespace": "inner", "log_level": "error"}.items())])]))
+sys.exit(service.run())
+"""
+
 LAUNCHER = """
 import sys
 from launch import LaunchDescription, LaunchService
@@ -145,7 +160,13 @@ def test_every_argument_reaches_the_node_and_a_misspelt_one_is_said(
     }
     assert set(given) == {*LAUNCH_PARAMETERS, "use_sim_time"}
     words = [f"{name}:={text}" for name, (text, _) in given.items()]
-    words += ["namespace:=whole", "log_level:=warn", "transport:=default", "image_topc:=/x"]
+    words += [
+        "namespace:=whole",
+        "log_level:=warn",
+        "transport:=default",
+        "image_topc:=/x",
+        "robot:=7",
+    ]
     process = start_process(["python", "-c", LAUNCHER, LAUNCH_FILE, *words], "launch")
     name = "/whole/vlm"
     values = robot.read(GetParameters, f"{name}/get_parameters", names=list(given)).values
@@ -154,9 +175,30 @@ def test_every_argument_reaches_the_node_and_a_misspelt_one_is_said(
     assert robot.read(GetState, f"{name}/get_state").current_state.label == "unconfigured"
     output = process.output()
     assert "there is no argument 'image_topc'. Did you mean image_topic" in output
+    assert "'robot'" not in output  # may be of an including launch file
     assert "shared memory for images" not in output  # log_level:=warn
     process.send(signal.SIGINT)
     assert process.wait(15.0) == 0, process.output()
+
+
+@needs_launch
+@pytest.mark.ros
+def test_included_by_a_robots_launch_file_it_takes_its_namespace_and_clock(
+    start_process: Callable[..., Any], robot: Any, wait_until: Callable[..., Any]
+) -> None:
+    from lifecycle_msgs.srv import GetState
+    from rcl_interfaces.srv import GetParameters
+
+    process = start_process(["python", "-c", OUTER_LAUNCHER, LAUNCH_FILE], "launch")
+    name = "/outer/inner/vlm"
+    wait_until(
+        lambda: robot.read(GetState, f"{name}/get_state").current_state.label == "active", 30.0
+    )
+    (clock,) = robot.call(GetParameters, f"{name}/get_parameters", names=["use_sim_time"]).values
+    assert clock.bool_value
+    process.send(signal.SIGINT)
+    assert process.wait(15.0) == 0, process.output()
+    assert "activate done" not in process.output()  # log_level:=error
 
 
 WRONG_ARGUMENTS = {
