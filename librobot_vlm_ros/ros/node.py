@@ -16,6 +16,7 @@ from typing import Any
 
 from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.clock import Clock, ClockType
+from rclpy.logging import LoggingSeverity
 from std_msgs.msg import String
 
 from librobot_vlm_ros.core import (
@@ -41,7 +42,7 @@ from .matching import MatchedSubscription
 from .namesakes import Namesakes
 from .on_demand import Served, timeout_of
 from .publishing import ResultPublisher
-from .reporting import Throttled, guarded
+from .reporting import Throttled, guarded, result_text
 from .services import Services
 from .settings import Settings
 from .standing import camera_configs, engine_config, standing_tasks, waiting_tasks
@@ -251,6 +252,8 @@ class VlmNode(GuardedLifecycleNode):
                 f"{result.info.task}/{code}", f"{result.info.task}: {result.error}"
             )
         self._results.publish(result, frame, engine.now_ns())
+        if self.get_logger().is_enabled_for(LoggingSeverity.DEBUG):
+            self.get_logger().debug(result_text(result, frame, engine.now_ns()))
 
     def _on_camera(self, event: CameraEvent) -> None:
         camera = self._cameras.get(event.camera)
