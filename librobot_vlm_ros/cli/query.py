@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .argument_types import count, positive
+from .argument_types import count, positive, stamp
 
 SUMMARY = "ask the running node about the newest camera frame, or about a picture"
 
@@ -23,6 +23,9 @@ Examples:
 """
 
 
+_FIND_S = 10.0
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments and help."""
     parser.epilog = _EPILOG
@@ -30,6 +33,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="?", default="", help="text, for tasks that need one")
     parser.add_argument("--image", type=Path, help="ask about this picture, not a camera's frame")
     parser.add_argument("--camera", default="", help="which camera (default: the only one)")
+    parser.add_argument(
+        "--stamp",
+        type=stamp,
+        metavar="S",
+        help="the frame of exactly this stamp in seconds, as 1700000000.250000000, among the "
+        "latest (default: the newest)",
+    )
     parser.add_argument(
         "--region",
         type=float,
@@ -59,12 +69,15 @@ def main(args: argparse.Namespace) -> int:
         max_new_tokens=args.max_new_tokens,
         timeout_s=args.timeout,
     )
+    if args.stamp is not None:
+        request.stamp.sec, request.stamp.nanosec = args.stamp
     if args.image is not None:
         request.use_image, request.image = True, _image_message(args.image)
     with Session("librobot_vlm_query") as session:
         node = args.node if args.node.startswith("/") else f"/{args.node}"
         client = session.node.create_client(Query, f"{node}/query")
-        answer = session.call(client, request, args.timeout + 2.0)
+        # The node keeps the deadline; that there is no node is known sooner.
+        answer = session.call(client, request, args.timeout + 2.0, find_s=_FIND_S)
     if args.json:
         print(json.dumps(_as_dict(answer), indent=2))
     if not answer.success:

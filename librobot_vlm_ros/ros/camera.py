@@ -82,6 +82,7 @@ class Camera:
                 f"sensor_msgs/msg/{other.__name__}": f"Set image_transport:={transport}, or "
                 f"'{setting.name}={setting.topic}:{transport}' in cameras."
             },
+            twin=_twin(setting, transport),
         )
 
     @property
@@ -162,3 +163,12 @@ class Camera:
         self._complaints.error(
             f"{self.setting.name}/{error.code}", f"camera '{self.setting.name}': {error}"
         )
+
+
+def _twin(setting: CameraSetting, transport: str) -> tuple[str, str]:
+    """(topic, what to set) of the same camera's images in the other `transport`."""
+    raw = setting.topic.removesuffix("/compressed")
+    topic = raw if setting.compressed else f"{raw}/compressed"
+    return topic, (
+        f"set image_transport:={transport}, or '{setting.name}={raw}:{transport}' in cameras."
+    )

@@ -56,6 +56,7 @@ class Settings:
         "",
         "Folder or hub id of the weights; empty takes the model's own.",
         When.CONFIGURE,
+        examples=("/path/to/folder",),
     )
     weights_sha256: tuple[str, ...] = parameter(
         (),
@@ -67,6 +68,7 @@ class Settings:
         "",
         "JSON object of settings for the model's own configuration; empty takes the published one.",
         When.CONFIGURE,
+        examples=('{"latency_s": 0.05}',),
     )
     device: str = parameter(
         "auto",
@@ -119,6 +121,7 @@ class Settings:
         "Several cameras: `name=/topic` each; `name=/topic:compressed` or `:raw` overrides "
         "`image_transport`.",
         When.CONFIGURE,
+        examples=("front=/front/image_raw, wrist=/wrist/image_raw:compressed",),
     )
     camera_timeout_s: float = parameter(
         2.0,
@@ -153,9 +156,13 @@ class Settings:
         "that the model has time for. A task that needs text and has no prompt of its own uses "
         "the instruction.",
         When.LIVE,
+        examples=("caption@1, front:detect@5, ground@5=red cube", "[]"),
     )
     instruction: str = parameter(
-        "", "What standing tasks look for; `~/instruction` sets it too.", When.LIVE
+        "",
+        "What standing tasks look for; `~/instruction` sets it too.",
+        When.LIVE,
+        examples=("the red cup",),
     )
     min_score: float = parameter(
         0.0,

@@ -182,6 +182,17 @@ def test_words_are_split_and_unknown_names_get_the_nearest() -> None:
         split_arguments(["modle:=a"], ["model"])
 
 
+def test_an_arguments_description_tells_its_bounds_and_its_examples_can_be_typed() -> None:
+    described = {item.name: item.description for item in arguments()}
+    assert "Expected: auto, cpu, cuda or cuda:N." in described["device"]
+    assert "Expected: 1 to 1024." in described["queue_size"]
+    assert "cameras:='front=/front/image_raw, wrist=" in described["cameras"]
+    for name, item in PARAMETERS.items():
+        for text in item.examples:
+            values = {name: text, "cameras": "front=/front/image_raw"} | {name: text}
+            assert name in parse_values(values)
+
+
 def test_only_what_was_asked_for_is_passed_on() -> None:
     known = arguments(LAUNCH_PARAMETERS)
     texts = {item.name: item.default for item in known} | {"model": "fake"}
