@@ -25,6 +25,7 @@ from librobot_vlm_ros.core import (
     as_vlm_error,
 )
 
+from .deferred import SERVICES
 from .on_demand import fill_answer, make_request
 from .services import Host
 
@@ -68,6 +69,9 @@ class GenerateAction:
             goal_callback=lambda _goal: GoalResponse.ACCEPT,  # errors are answered in the result
             handle_accepted_callback=lambda handle: handle.execute(self._execute),
             cancel_callback=self._on_cancel,
+            goal_service_qos_profile=SERVICES,
+            result_service_qos_profile=SERVICES,
+            cancel_service_qos_profile=SERVICES,
         )
 
     def close(self) -> None:
