@@ -24,7 +24,7 @@ from rclpy.service import Service
 __all__ = ["SERVICES", "DeferredService", "Reply", "defer"]
 
 #: Reliable and keeping the last, as services are, with room for a quarter of a second of 1,000
-#: calls a second. The depth also bounds the memory of a flood: that many requests with their images.
+#: calls a second. The depth also bounds a flood's memory: that many requests with their images.
 SERVICES = QoSProfile(
     history=HistoryPolicy.KEEP_LAST, depth=256, reliability=ReliabilityPolicy.RELIABLE
 )
