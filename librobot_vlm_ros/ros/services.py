@@ -109,9 +109,7 @@ class Services:
         run(request, reply)
 
     def _on_lost(self, error: Exception) -> None:
-        self._logger.warning(
-            "lost", f"an answer could not be sent, the client has gone: {error}"
-        )
+        self._logger.warning("lost", f"an answer could not be sent, the client has gone: {error}")
 
     def _refuse(self, reply: Reply, error: VlmError) -> None:
         response = reply.make_response()
