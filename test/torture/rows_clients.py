@@ -28,12 +28,12 @@ _GOAL_S = 3.0  # as dying_client.py asks
 def service_flood(found: Findings) -> None:
     """1,000 queries with an image a second at a slow model, the state asked all the while."""
     seconds = max(3.0, 60.0 * found.scale)
-    rate = _RATE if found.timed else 300.0  # a busy machine has no time for more
+    rate = _RATE if found.timed else 200.0  # a busy machine has no time for more
     with robot_and_node({"latency_s": 0.2}, tasks=[""], autostart=True) as (_, vlm):
         held = Watched(vlm.process.pid)
         start = held.resident_mib(), held.threads()
         flood = started("calling.py", f"{vlm.name}/query", "--rate", rate, "--seconds", seconds)
-        state = started("calling.py", f"{vlm.name}/get_state", "--rate", 20, "--seconds", seconds)
+        state = started("calling.py", f"{vlm.name}/get_state", "--rate", 10, "--seconds", seconds)
         asked, watched = figures_of(flood, seconds + 90.0), figures_of(state, seconds + 90.0)
         found.check(vlm.process.alive, "the node has ended")
         end = held.resident_mib(), held.threads()
@@ -75,12 +75,14 @@ def clients_killed(found: Findings) -> None:
         time.sleep(_GOAL_S + 1.0)
         active = [s for s in statuses[-1].status_list if s.status in (1, 2, 3)] if statuses else []
         found.check(not active, f"{len(active)} goals are active after their deadline", len(active))
-        time.sleep(_RESULT_KEPT_S + 10.0)
-        left = _left(robot, vlm, statuses)
-        found.check(left == 0, f"{left} goal handles are left", left)
+        if found.timed:  # the quick part has no time for it
+            time.sleep(_RESULT_KEPT_S + 10.0)
+            left = _left(robot, vlm, statuses)
+            found.check(left == 0, f"{left} goal handles are left", left)
+            found.note(goal_handles_left=left)
         found.check(vlm.process.alive, "the node has ended")
         found.check("Traceback" not in vlm.log(), "a traceback in the log")
-    found.note(points=5, times_each=times, goals_seen=len(_ids(statuses)), goal_handles_left=left)
+    found.note(points=5, times_each=times, goals_seen=len(_ids(statuses)))
 
 
 def _statuses(robot: Any, vlm: Any) -> list[Any]:

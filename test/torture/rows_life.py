@@ -48,7 +48,7 @@ def lifecycle_storm(found: Findings) -> None:
         for label in labels * 5:  # warm-up
             vlm.change_state(label, 60.0)
         before = held.threads(), _publishers(robot, vlm), held.resident_mib()
-        watcher = started("calling.py", f"{vlm.name}/get_state", "--rate", 20, "--seconds", 5)
+        watcher = started("calling.py", f"{vlm.name}/get_state", "--rate", 10, "--seconds", 5)
         for _ in range(found.cases):
             accepted += vlm.change_state(rng.choice(labels), 60.0)
         watched = figures_of(watcher, 90.0)
@@ -79,7 +79,7 @@ def out_of_memory(found: Findings) -> None:
         found.check(vlm.process.alive, "the node has ended")
     found.within("next_after_failure_max_s", slowest, 1.0)
     with robot_and_node({"oom_every": 1}, tasks=[""], autostart=True) as (robot, vlm):
-        watcher = started("calling.py", f"{vlm.name}/get_state", "--rate", 50, "--seconds", 6)
+        watcher = started("calling.py", f"{vlm.name}/get_state", "--rate", 20, "--seconds", 6)
         for _ in range(found.number(5, 1)):
             ask = _query(robot, vlm)
             codes = [ask()(30.0).error_code for _ in range(3)]
@@ -103,7 +103,7 @@ def slow_model(found: Findings) -> None:
         heard = robot.listen(DiagnosticArray, "/diagnostics")
         answer = _query(robot, vlm, timeout_s=600.0)()
         watcher = started(
-            "calling.py", f"{vlm.name}/get_state", "--rate", 20, "--seconds", latency_s - 4
+            "calling.py", f"{vlm.name}/get_state", "--rate", 10, "--seconds", latency_s - 4
         )
         found.check(answer(latency_s + 30.0).success, "the slow answer failed")
         state = figures_of(watcher, 60.0)

@@ -22,7 +22,6 @@ ROWS = [
     "lifecycle_storm",
     "service_flood",
     "clients_killed",
-    "annotating_broken_off",
     "rogue_participant",
 ]
 
