@@ -55,7 +55,7 @@ def test_the_nodes_enclave_names_exactly_its_topics_services_and_action(
     assert policy["services", "reply"] == served - of_action
     assert policy["actions", "execute"] == {"~/generate"}
     assert names("client") == set()
-    assert SOMETIMES <= policy["topics", "publish"] | policy["topics", "subscribe"]
+    assert policy["topics", "publish"] | policy["topics", "subscribe"] >= SOMETIMES
 
 
 def test_the_clients_enclave_is_the_other_side_of_the_nodes() -> None:

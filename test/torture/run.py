@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import re
 import sys
 import time
@@ -46,7 +47,27 @@ def run(name: str, found: Findings) -> dict[str, object]:
         ROWS[name](found)
     except (Exception, pytest.fail.Exception, SystemExit) as error:
         found.check(False, f"{type(error).__name__}: {error}")
-    return {"name": name, **found.summary(), "took_s": round(time.monotonic() - began, 1)}
+    what = " ".join((ROWS[name].__doc__ or "").split())
+    took_s, load = time.monotonic() - began, os.getloadavg()[0]
+    return {
+        "name": name,
+        "what": what,
+        **found.summary(),
+        "took_s": round(took_s, 1),
+        "machine_load": round(load, 1),
+    }
+
+
+def keep(entries: list[dict[str, object]], file: Path) -> None:
+    """Put rows into the committed results, from which the README's table is made."""
+    kept = json.loads(file.read_text("utf-8"))["rows"] if file.is_file() else []
+    rows = {entry["name"]: entry for entry in [*kept, *entries]}
+    for entry in rows.values():
+        entry.pop("failed", None)
+    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    ordered = [rows[name] for name in ROWS if name in rows]
+    found = {"machine": f"{machine}, Python {platform.python_version()}", "rows": ordered}
+    file.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
 
 
 def main() -> int:
@@ -56,6 +77,7 @@ def main() -> int:
     parser.add_argument("--scale", type=float, default=1.0, help="share of the full run's cases")
     parser.add_argument("--soak", type=seconds, default=None, help="time of the soak, such as 8h")
     parser.add_argument("--untimed", action="store_true", help="limits of time don't count")
+    parser.add_argument("--keep", type=Path, help="also put the rows into docs/torture.json")
     parser.add_argument("--out", type=Path, default=Path("build/torture"))
     words = parser.parse_args()
     if words.soak and not words.row:
@@ -69,6 +91,8 @@ def main() -> int:
         summary.append(run(name, found))
         print(json.dumps(summary[-1]), flush=True)
         (words.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    if words.keep:
+        keep(summary, words.keep)
     failed = [entry["name"] for entry in summary if entry["failures"]]
     print(
         f"{len(summary) - len(failed)} of {len(summary)} rows hold"
