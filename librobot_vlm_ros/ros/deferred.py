@@ -86,7 +86,6 @@ def defer(
     def callback(request: Any, _response: Any) -> Reply:
         reply = Reply(response_type, on_lost)
         handle(request, reply)
-        take_more()
         return reply
 
     def take_more() -> None:
@@ -105,6 +104,7 @@ def defer(
     def send_response(response: Any, header: Any) -> None:
         if isinstance(response, Reply):
             response.bind(lambda later: send_now(later, header))
+            take_more()  # not before: the first would wait for the others
         else:
             send_now(response, header)
 

@@ -101,6 +101,9 @@ def hostile_prompts(found: Findings) -> None:
                     slowest = max(slowest, _too_long(found, text, vlm))
                 else:
                     refused += not family.holds(found, text)
+    found.check(
+        refused <= found.cases // 20, f"{refused} of {found.cases} were refused, not cleaned"
+    )
     found.note(families=families, refused=refused)
     found.within("slowest_refusal_best_of_6_ms", 1000 * slowest, _LIMIT_MS)
 
