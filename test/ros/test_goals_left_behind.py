@@ -1,4 +1,4 @@
-"""A goal whose client went before it heard that it was accepted, which rclpy would keep for ever."""
+"""A goal whose client went before it heard that it was accepted: rclpy would keep it for ever."""
 
 from __future__ import annotations
 
