@@ -97,7 +97,8 @@ def reliability() -> str:
         others = ", ".join(
             f"{_figure(name)} {entry[name]:,.4g}" for name in _SHOWN if name in entry
         )
-        measured = ", ".join(text for text in (figures, others) if text)
+        priority = f"{entry['priority']} priority" if "priority" in entry else ""
+        measured = ", ".join(text for text in (figures, others, priority) if text)
         rows.append(
             f"| {entry['name'].replace('_', ' ')} | {entry['what']} | {entry['cases']:,} "
             f"| {entry['failures']:,} | {measured} |"

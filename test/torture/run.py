@@ -49,13 +49,10 @@ def run(name: str, found: Findings) -> dict[str, object]:
         found.check(False, f"{type(error).__name__}: {error}")
     what = " ".join((ROWS[name].__doc__ or "").split())
     took_s, load = time.monotonic() - began, os.getloadavg()[0]
-    return {
-        "name": name,
-        "what": what,
-        **found.summary(),
-        "took_s": round(took_s, 1),
-        "machine_load": round(load, 1),
-    }
+    entry = {"name": name, "what": what, **found.summary(), "took_s": round(took_s, 1)}
+    if os.sched_getscheduler(0) != os.SCHED_OTHER:  # on a machine that is busy with other things
+        entry["priority"] = "real-time"
+    return {**entry, "machine_load": round(load, 1)}
 
 
 def keep(entries: list[dict[str, object]], file: Path) -> None:
