@@ -13,7 +13,15 @@ import torch
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
 
-__all__ = ["ATTENTIONS", "Placement", "dtype_name", "free_bytes", "place", "resolve_dtype"]
+__all__ = [
+    "ATTENTIONS",
+    "Placement",
+    "dtype_name",
+    "free_bytes",
+    "missing_for_flash",
+    "place",
+    "resolve_dtype",
+]
 
 _DTYPES = {
     "float32": torch.float32,
@@ -135,7 +143,7 @@ def _resolve_attention(attention: str, device: torch.device, dtype: torch.dtype)
             f"there is no attention called {attention!r}",
             f"use one of: {', '.join(ATTENTIONS)}",
         )
-    missing = _missing_for_flash(device, dtype)
+    missing = missing_for_flash(device, dtype)
     if wanted == "auto":
         return "flash_attention_2" if not missing else "sdpa"
     if wanted == "flash_attention_2" and missing:
@@ -147,7 +155,7 @@ def _resolve_attention(attention: str, device: torch.device, dtype: torch.dtype)
     return wanted
 
 
-def _missing_for_flash(device: torch.device, dtype: torch.dtype) -> str:
+def missing_for_flash(device: torch.device, dtype: torch.dtype) -> str:
     """What flash-attn 2 lacks here, "" when it can be used."""
     if device.type != "cuda":
         return f"it needs a CUDA device and this is {device}"
