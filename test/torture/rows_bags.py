@@ -43,6 +43,17 @@ def _ended(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, errors
 
 
+def _partial(out: Path) -> Path:
+    """Where the work is kept until it is complete."""
+    return out.with_name(f"{out.name}.partial")
+
+
+def _at_work(process: subprocess.Popen[str], out: Path) -> None:
+    """Wait until the command has begun, or has ended."""
+    while process.poll() is None and not _partial(out).exists():
+        time.sleep(0.005)
+
+
 @row
 def bags_cut_off(found: Findings) -> None:
     """A bag cut off anywhere says so; salvaging gives a beginning of it and nothing else."""
@@ -109,8 +120,10 @@ def annotating_broken_off(found: Findings) -> None:
     with tempfile.TemporaryDirectory() as base:
         bag, whole = Path(base) / "bag", Path(base) / "whole"
         write_rectangle_bag(bag, 60)
+        process = _annotate(bag, whole, *_TASKS)
+        _at_work(process, whole)
         began = time.monotonic()
-        code, errors = _ended(_annotate(bag, whole, *_TASKS))
+        code, errors = _ended(process)
         took_s = time.monotonic() - began
         found.check(code == 0, f"the run that nothing breaks off: exit {code}: {errors[-300:]}")
         wanted, kills, resumed = contents(whole), 0, 0
@@ -118,11 +131,12 @@ def annotating_broken_off(found: Findings) -> None:
             out = Path(base) / f"out{number}"
             for share in sorted(rng.random() for _ in range(3)):
                 process = _annotate(bag, out, *_TASKS)
-                time.sleep(0.3 * took_s + 0.75 * share * took_s)
+                _at_work(process, out)
+                time.sleep(0.8 * share * took_s)
                 process.send_signal(signal.SIGKILL)
                 code, _ = _ended(process)
                 kills += code == -signal.SIGKILL
-                resumed += (Path(base) / f"out{number}.partial").exists()
+                resumed += _partial(out).exists()
             if not out.exists():
                 code, errors = _ended(_annotate(bag, out, *_TASKS))
                 found.check(code == 0, f"resuming {number}: exit {code}: {errors[-300:]}")
