@@ -71,7 +71,7 @@ class InternVLVLM(CausalVLM):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder in transformers' native layout that `create_vlm` loads again."""
         folder = Path(folder)
-        self._loaded().save_pretrained(str(folder))
+        self._whole_module().save_pretrained(str(folder))
         if self.tokenizer is not None:
             self.tokenizer.save(folder)
         text = json.dumps(self.images.to_json(), indent=2) + "\n"

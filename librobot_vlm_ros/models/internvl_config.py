@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
+from librobot_vlm_ros.models.model_config import ModelConfig
 
 __all__ = ["InternVLConfig", "is_original", "original_to_native", "tile_side", "tile_tokens"]
 
@@ -88,7 +89,7 @@ _QK_NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class InternVLConfig:
+class InternVLConfig(ModelConfig):
     """An InternVL2 architecture: a published variant, and what differs from it.
 
     `vision_config` and `text_config` take the fields of transformers' InternVLVisionConfig and
@@ -101,11 +102,9 @@ class InternVLConfig:
     image_token_id: int = _IMAGE_TOKEN
     #: Most tiles of an image, its thumbnail not counted; None means those of the checkpoint.
     max_tiles: int | None = None
-    gradient_checkpointing: bool = False
-    #: The same as attention="flash_attention_2".
-    use_flash_attn: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.variant not in _VARIANTS:
             raise ModelError(
                 ErrorCode.BAD_CONFIG,

@@ -350,7 +350,9 @@ def test_every_attention_computes_the_same(official: Path, attention: str) -> No
     assert vlm.module.config.text_config._attn_implementation == attention
     assert difference(official, vlm.module) < 1e-4
     with pytest.raises(VlmError) as caught:
-        create_vlm("internvl2-2b", config={"use_flash_attn": True}, device="cpu")
+        create_vlm(
+            "internvl2-2b", pretrained=str(official), attention="flash_attention_2", device="cpu"
+        )
     assert caught.value.code == ErrorCode.ATTENTION_UNAVAILABLE
 
 
