@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 FIGURES = ROOT / "librobot_vlm_ros/models/weights/florence_2_tabletop/evaluation.json"
+TORTURE = ROOT / "docs/torture.json"
 _PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.S)
 
 
@@ -78,11 +79,51 @@ def quality() -> str:
     return "\n".join(rows) + "\n"
 
 
+def reliability() -> str:
+    """What `make torture` measured, from the committed copy of its summary."""
+    results = json.loads(TORTURE.read_text(encoding="utf-8"))
+    rows = [
+        f"`make torture`, {results['machine']}:",
+        "",
+        "| row | what must hold | cases | failures | measured (allowed) |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for entry in results["rows"]:
+        figures = ", ".join(
+            f"{_figure(name)} {value:,.4g} (≤ {entry[name + '_limit']:g})"
+            for name, value in entry.items()
+            if name + "_limit" in entry
+        )
+        others = ", ".join(
+            f"{_figure(name)} {entry[name]:,.4g}" for name in _SHOWN if name in entry
+        )
+        priority = f"{entry['priority']} priority" if "priority" in entry else ""
+        measured = ", ".join(text for text in (figures, others, priority) if text)
+        rows.append(
+            f"| {entry['name'].replace('_', ' ')} | {entry['what']} | {entry['cases']:,} "
+            f"| {entry['failures']:,} | {measured} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+_SHOWN = ("minutes", "lost", "calls_per_s", "kills", "goal_handles_left", "slope_mib_per_h")
+_UNITS = {"mib_per_h": "[MiB/h]", "per_s": "[1/s]", "mib": "[MiB]", "ms": "[ms]", "s": "[s]"}
+
+
+def _figure(name: str) -> str:
+    """`busy_p99_ms` as `busy p99 [ms]`."""
+    for ending, unit in _UNITS.items():
+        if name.endswith("_" + ending):
+            return f"{name.removesuffix('_' + ending).replace('_', ' ')} {unit}"
+    return name.replace("_", " ")
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "parameters": parameters,
     "models": models,
     "errors": errors,
     "quality": quality,
+    "reliability": reliability,
 }
 
 

@@ -179,9 +179,9 @@ class _CutDb3:
 
     def _scan(self) -> dict[int, int]:
         counts: dict[int, int] = {}
+        whole: dict[int, int] = {}
         first, last = _LATEST, 0
-        previous: tuple[int, int] | None = None  # (id, topic): counted once the next one was there
-        tail = 0
+        tail = _Tail(int(self._database.execute("PRAGMA page_size").fetchone()[0]))
         rows = self._rows(_LATEST)
         while True:
             try:
@@ -191,20 +191,29 @@ class _CutDb3:
             except sqlite3.DatabaseError as error:
                 self.lost = f"everything behind message {sum(counts.values())} ({error})"
                 break
+            if tail.may_be_missing(number, data):
+                whole = dict(counts)
             counts[topic] = counts.get(topic, 0) + 1
             first, last = min(first, stamp_ns), max(last, stamp_ns)
-            previous, tail = (number, topic), data[-1] if data else 0
-        if self.lost and previous is not None and tail == 0:
-            # The page with the last bytes of a message is read as zeros when it is missing.
-            counts[previous[1]] -= 1
-            previous = (previous[0] - 1, previous[1])
-        self._last = previous[0] if previous is not None else 0
+            self._last = number
+        if not self.lost and self._is_short(tail.page_size):
+            self.lost = "what stood in the last pages"
+        if self.lost and tail.doubted is not None:
+            counts, self._last = whole, tail.doubted - 1
         self.metadata = _metadata(sum(counts.values()), first, last)
         return counts
 
+    def _is_short(self, page_size: int) -> bool:
+        """Whether pages are missing by the count in the file's own header."""
+        with self.path.open("rb") as file:
+            pages = int.from_bytes(file.read(32)[28:], "big")
+        return self.path.stat().st_size < pages * page_size
+
     def _rows(self, last: int) -> Iterator[tuple[int, int, int, bytes]]:
         text = "SELECT id, topic_id, timestamp, data FROM messages WHERE id <= ? ORDER BY id"
-        yield from self._database.execute(text, (last,))
+        # Not `yield from`: put away late, that would close the cursor of a closed file.
+        for row in self._database.execute(text, (last,)):  # noqa: UP028
+            yield row
 
     def _topics(self, counts: dict[int, int]) -> Iterator[Connection]:
         definitions = self._definitions()
@@ -253,6 +262,33 @@ class _CutDb3:
         if self._db is None:
             raise ReaderError(f"{self.path} is not open")
         return self._db
+
+
+class _Tail:
+    """From which message on a cut-off db3 file may be read wrongly.
+
+    What is missing of a page is read as zeros: the end of the last page there is, and the last page
+    of a long message, without an error. (When more is missing there is one.) Pages are given out in
+    the order of recording, so that one that is there says that all of earlier messages are.
+    """
+
+    def __init__(self, page_size: int) -> None:
+        self.page_size = page_size
+        self.doubted: int | None = None
+        self._since = 0  # bytes of messages behind it
+
+    def may_be_missing(self, number: int, data: bytes) -> bool:
+        """Take note of the next message; true when doubt begins with it."""
+        zero = data[-1:] == b"\0"
+        long = len(data) > self.page_size // 2  # it may have pages of its own
+        self._since += len(data)
+        another = self._since > 2 * self.page_size or (long and not zero)
+        if another or len(data) > 3 * self.page_size:
+            self.doubted = None
+        if zero and self.doubted is None:
+            self.doubted, self._since = number, 0
+            return True
+        return False
 
 
 def _metadata(count: int, first_ns: int, last_ns: int) -> Any:

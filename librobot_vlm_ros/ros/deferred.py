@@ -4,17 +4,33 @@ rclpy sends what a service callback returns. A callback that waits for the model
 executor's thread, and a coroutine that awaits a future is polled by rclpy's executors (7.1) without
 a pause. Here the callback gets a `Reply` and returns at once; whoever has the answer, on any
 thread, calls `reply.send(response)`.
+
+A flood of calls must not lose one. A reader with the depth of services as they come (10) has room
+for 10 ms of 1,000 calls a second, and rclpy's executor takes one request per round of one or two
+milliseconds: requests were overwritten before they were seen. So the reader is deeper, and each
+round takes what has come, up to a bound that leaves the executor to the others.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any
 
+from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.service import Service
 
-__all__ = ["DeferredService", "Reply", "defer"]
+__all__ = ["SERVICES", "DeferredService", "Reply", "defer"]
+
+#: Reliable and keeping the last, as services are, with room for a quarter of a second of 1,000
+#: calls a second. The depth also bounds a flood's memory: that many requests with their images.
+SERVICES = QoSProfile(
+    history=HistoryPolicy.KEEP_LAST, depth=256, reliability=ReliabilityPolicy.RELIABLE
+)
+
+#: Requests taken in one round of the executor, a few milliseconds of refusals.
+_AT_ONCE = 32
 
 
 class Reply:
@@ -65,15 +81,30 @@ def defer(
     reply, some time.
     """
     send_now = service.send_response
+    request_type, response_type = service.srv_type.Request, service.srv_type.Response
 
     def callback(request: Any, _response: Any) -> Reply:
-        reply = Reply(service.srv_type.Response, on_lost)
+        reply = Reply(response_type, on_lost)
         handle(request, reply)
         return reply
+
+    def take_more() -> None:
+        for _ in range(_AT_ONCE - 1):
+            try:
+                with service.handle:
+                    request, header = service.handle.service_take_request(request_type)
+            except Exception:  # the executor meets the same on its next take, and reports it
+                return
+            if header is None:
+                return
+            reply = Reply(response_type, on_lost)
+            reply.bind(functools.partial(send_response, header=header))
+            handle(request, reply)
 
     def send_response(response: Any, header: Any) -> None:
         if isinstance(response, Reply):
             response.bind(lambda later: send_now(later, header))
+            take_more()  # not before: the first would wait for the others
         else:
             send_now(response, header)
 
@@ -92,5 +123,7 @@ class DeferredService:
         handle: Callable[[Any, Reply], None],
         on_lost: Callable[[Exception], None],
     ) -> None:
-        self.service = node.create_service(service_type, name, lambda _request, reply: reply)
+        self.service = node.create_service(
+            service_type, name, lambda _request, reply: reply, qos_profile=SERVICES
+        )
         defer(self.service, handle, on_lost)

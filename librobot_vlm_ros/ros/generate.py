@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from action_msgs.msg import GoalStatus
 from rclpy.action import ActionServer, CancelResponse, GoalResponse
 from rclpy.action.server import ServerGoalHandle
 
@@ -25,12 +26,15 @@ from librobot_vlm_ros.core import (
     as_vlm_error,
 )
 
+from .deferred import SERVICES
 from .on_demand import fill_answer, make_request
 from .services import Host
 
 __all__ = ["GenerateAction"]
 
 _CANCEL_SETTLES_S = 2.0
+# rclpy keeps an ended goal, with its image, for 15 minutes: a busy client's would fill the memory.
+_RESULT_KEPT_S = 10
 
 
 class _ThreadedActionServer(ActionServer):
@@ -41,6 +45,15 @@ class _ThreadedActionServer(ActionServer):
         goal = self._execute_goal(execute_callback, goal_handle)
         threading.Thread(target=_run_through, args=(goal,), name="vlm-goal", daemon=True).start()
 
+    async def _execute_goal_request(self, request_header_and_message: Any) -> None:
+        """rclpy's part. A goal whose client went before it heard that it was accepted is never
+        executed there, and so never ends.
+        """
+        await super()._execute_goal_request(request_header_and_message)
+        handle = self._goal_handles.get(bytes(request_header_and_message[1].goal_id.uuid))
+        if handle is not None and handle.status == GoalStatus.STATUS_ACCEPTED:
+            handle.execute(_give_up)
+
 
 def _run_through(coroutine: Any) -> None:
     """Run a coroutine that awaits nothing unfinished to its end."""
@@ -49,6 +62,13 @@ def _run_through(coroutine: Any) -> None:
             coroutine.send(None)
     except StopIteration:
         return
+
+
+def _give_up(handle: Any) -> Any:
+    _settle(handle.abort)
+    return Generate.Result(
+        error_code=int(ErrorCode.CANCELLED), error_msg="the client has gone before the goal began"
+    )
 
 
 class GenerateAction:
@@ -68,6 +88,10 @@ class GenerateAction:
             goal_callback=lambda _goal: GoalResponse.ACCEPT,  # errors are answered in the result
             handle_accepted_callback=lambda handle: handle.execute(self._execute),
             cancel_callback=self._on_cancel,
+            goal_service_qos_profile=SERVICES,
+            result_service_qos_profile=SERVICES,
+            result_timeout=_RESULT_KEPT_S,
+            cancel_service_qos_profile=SERVICES,
         )
 
     def close(self) -> None:

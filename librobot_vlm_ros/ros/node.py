@@ -108,6 +108,11 @@ class VlmNode(GuardedLifecycleNode):
             )
         return Served(engine, self.settings, dict(self._cameras), state)
 
+    def engine_full(self) -> bool:
+        """Whether a request would be refused as BUSY; raises `EngineError` NOT_ACTIVE."""
+        engine = self._engine
+        return engine.full if engine is not None else self.served().engine.full
+
     def active_model(self) -> str:
         """Name of the loaded model, "" when none is."""
         engine = self._engine

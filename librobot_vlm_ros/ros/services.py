@@ -4,11 +4,12 @@ executor.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
-from librobot_vlm_ros.core import as_vlm_error
+from librobot_vlm_ros.core import EngineError, ErrorCode, VlmError, as_vlm_error
 from librobot_vlm_ros.models import list_vlms, model_info
 from librobot_vlm_ros.models.base import ModelInfo
 from librobot_vlm_ros.msg import ModelDescription
@@ -17,6 +18,7 @@ from librobot_vlm_ros.srv import ListModels, Query, SwitchModel
 
 from .deferred import DeferredService, Reply
 from .on_demand import Served, fill_answer, make_request
+from .reporting import Throttled
 from .settings import Settings
 from .weights_here import weights_present
 
@@ -33,6 +35,9 @@ class Host(Protocol):
     def served(self) -> Served:
         """Engine and cameras; raises `VlmError` NOT_ACTIVE while there are none."""
 
+    def engine_full(self) -> bool:
+        """Whether a request would be refused as BUSY; raises `VlmError` NOT_ACTIVE."""
+
     def active_model(self) -> str:
         """Name of the loaded model, "" when none is."""
 
@@ -43,19 +48,27 @@ class Host(Protocol):
 
 
 class Services:
-    """The three services of a node."""
+    """The three services of a node.
+
+    The executor only decides: what can be refused without a look at the image (the node is not
+    active, the queue is full) is answered there, so that a flood costs little; the rest goes to a
+    thread whose line is as bounded as the engine's queue.
+    """
 
     def __init__(self, node: Any, host: Host) -> None:
         self._host = host
-        self._logger = node.get_logger()
+        self._logger = Throttled(node.get_logger())
         # Images that come with a query are checked and decoded here, not on the executor.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="vlm-requests")
+        self._lock = threading.Lock()
+        self._waiting = 0
+        self._busy_answer: tuple[int, Any] = (0, None)  # the size, and what it is refused with
         for kind, name, handle in (
-            (Query, "~/query", self._query),
-            (ListModels, "~/list_models", self._list),
-            (SwitchModel, "~/switch_model", self._switch),
+            (Query, "~/query", self._on_query),
+            (ListModels, "~/list_models", self._guarded(self._list)),
+            (SwitchModel, "~/switch_model", self._guarded(self._switch)),
         ):
-            DeferredService(node, kind, name, self._guarded(handle), self._on_lost)
+            DeferredService(node, kind, name, handle, self._on_lost)
 
     def close(self) -> None:
         """Take no more requests."""
@@ -66,17 +79,65 @@ class Services:
             try:
                 handle(request, reply)
             except Exception as error:
-                coded = as_vlm_error(error)
-                response = reply.make_response()
-                response.error_code, response.error_msg = int(coded.code), str(coded)
-                if hasattr(response, "active"):
-                    response.active = self._host.active_model()
-                reply.send(response)
+                self._refuse(reply, as_vlm_error(error))
 
-        return lambda request, reply: _submit(self._pool, run, request, reply)
+        return lambda request, reply: self._submit(run, request, reply, self._refuse)
+
+    def _submit(
+        self,
+        run: Callable[[Any, Reply], None],
+        request: Any,
+        reply: Reply,
+        refuse: Callable[[Reply, VlmError], None],
+    ) -> None:
+        """Run on the pool, or refuse when its line is full."""
+        limit = self._host.settings.queue_size
+        with self._lock:
+            full = self._waiting >= limit
+            self._waiting += not full
+        if full:
+            refuse(reply, _busy(limit))
+            return
+        try:
+            self._pool.submit(self._run, run, request, reply)
+        except RuntimeError:  # the node is ending; the client sees the service go
+            return
+
+    def _run(self, run: Callable[[Any, Reply], None], request: Any, reply: Reply) -> None:
+        with self._lock:
+            self._waiting -= 1
+        run(request, reply)
 
     def _on_lost(self, error: Exception) -> None:
-        self._logger.warning(f"an answer could not be sent, the client has gone: {error}")
+        self._logger.warning("lost", f"an answer could not be sent, the client has gone: {error}")
+
+    def _refuse(self, reply: Reply, error: VlmError) -> None:
+        response = reply.make_response()
+        response.error_code, response.error_msg = int(error.code), str(error)
+        if hasattr(response, "active"):
+            response.active = self._host.active_model()
+        reply.send(response)
+
+    def _refuse_query(self, reply: Reply, error: VlmError) -> None:
+        reply.send(fill_answer(reply.make_response(), error, self._host.settings))
+
+    def _on_query(self, request: Any, reply: Reply) -> None:
+        try:
+            full = self._host.engine_full()
+        except Exception as error:
+            self._refuse_query(reply, as_vlm_error(error))
+            return
+        if full:
+            reply.send(self._busy_query())
+        else:
+            self._submit(self._query, request, reply, self._refuse_query)
+
+    def _busy_query(self) -> Any:
+        size = self._host.settings.queue_size
+        if self._busy_answer[0] != size:
+            answer = fill_answer(Query.Response(), _busy(size), self._host.settings)
+            self._busy_answer = (size, answer)
+        return self._busy_answer[1]
 
     def _query(self, request: Any, reply: Reply) -> None:
         settings = self._host.settings
@@ -84,7 +145,7 @@ class Services:
             served = self._host.served()
             future = served.engine.submit(make_request(request, served))
         except Exception as error:
-            reply.send(fill_answer(reply.make_response(), as_vlm_error(error), settings))
+            self._refuse_query(reply, as_vlm_error(error))
             return
         future.add_done_callback(
             lambda done: reply.send(fill_answer(reply.make_response(), done.result(), settings))
@@ -117,11 +178,12 @@ class Services:
         future.add_done_callback(answer)
 
 
-def _submit(pool: ThreadPoolExecutor, run: Callable[..., None], request: Any, reply: Reply) -> None:
-    try:
-        pool.submit(run, request, reply)
-    except RuntimeError:  # the node is ending; the client sees the service go
-        return
+def _busy(size: int) -> EngineError:
+    return EngineError(
+        ErrorCode.BUSY,
+        f"all {size} places in the queue are taken",
+        "Ask again later, or raise queue_size.",
+    )
 
 
 def _description(info: ModelInfo, active: bool) -> ModelDescription:

@@ -104,6 +104,12 @@ class Engine(EngineLife):
         with self._shared.lock:
             return self._shared.loaded
 
+    @property
+    def full(self) -> bool:
+        """Whether a request handed in now would be refused as BUSY."""
+        with self._shared.lock:
+            return self._shared.queue.full
+
     def now_ns(self) -> int:
         """The steady clock."""
         return self._shared.clock()

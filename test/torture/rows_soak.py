@@ -1,0 +1,103 @@
+"""Hours of mixed load: cameras, queries, goals, parameters, bad images."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from typing import Any
+
+from suite import Findings, Watched, camera_of, robot_and_node, row, slope, wait_for
+
+_WARM_UP_SHARE = 0.25
+_SLOPE_MIB_PER_H = 1.0
+
+
+@row
+def soak(found: Findings) -> None:
+    """Resident memory and threads stay level. A short soak's slope is what the noise allows: the
+    limit counts from half an hour on.
+    """
+    from librobot_vlm_ros.msg import Caption
+
+    seconds, points, threads = found.seconds, [], []
+    with robot_and_node(
+        {"latency_s": 0.02},
+        image_topic="/torture/image",
+        tasks=["caption", "detect@5.0"],
+        autostart=True,
+    ) as (robot, vlm):
+        heard = vlm.listen(Caption, "caption")
+        load = _Load(robot, vlm)
+        load.camera.warm_up(heard, wait_for)
+        held, begun = Watched(vlm.process.pid), time.monotonic()
+        seen = 0
+        for number in itertools.count():
+            now = time.monotonic() - begun
+            if now >= seconds:
+                break
+            load.step(found, number)
+            seen, _ = seen + len(heard), heard.clear()
+            if number % 20 == 0:
+                points.append((now / 3600.0, held.resident_mib()))
+                threads.append(held.threads())
+            time.sleep(0.03)
+        found.cases = number
+        found.check(vlm.process.alive, "the node has ended")
+        found.check("Traceback" not in vlm.log(), "a traceback in the log")
+        found.check(seen > seconds, f"{seen} results in {seconds:.0f} s")
+    level = [point for point in points if point[0] >= _WARM_UP_SHARE * seconds / 3600.0]
+    settled = threads[len(threads) // 4 :]
+    found.note(minutes=seconds / 60.0, results=seen, threads=[min(settled), max(settled)])
+    found.check(max(settled) - min(settled) <= 2, f"threads {min(settled)} to {max(settled)}")
+    found.note(growth_after_warm_up_mib=level[-1][1] - level[0][1])
+    if seconds >= 1800:
+        found.within("slope_mib_per_h", slope(level), _SLOPE_MIB_PER_H, time=False)
+    else:  # a few pages more or less would be many MiB an hour
+        found.note(slope_mib_per_h=slope(level))
+        found.within("growth_mib", max(p[1] for p in level) - level[0][1], 8.0, time=False)
+
+
+class _Load:
+    """What a robot does all day, and what it should not do."""
+
+    def __init__(self, robot: Any, vlm: Any) -> None:
+        self._robot, self._vlm = robot, vlm
+        self.camera = camera_of(robot)
+        self._words = ("red cube", "blue ball", "the mug on the left")
+
+    def step(self, found: Findings, number: int) -> None:
+        """About 30 a second."""
+        from librobot_vlm_ros.srv import ListModels, Query
+
+        self.camera.send()
+        vlm = self._vlm
+        if number % 10 == 1:
+            answer = vlm.call(Query, "query", 30.0, task="caption")
+            found.check(answer.success, answer.error_msg)
+        if number % 10 == 3:
+            answer = vlm.call(Query, "query", 30.0, task="nonsense")
+            found.check(not answer.success, "a task that is none was answered")
+        if number % 50 == 5:
+            wrong = vlm.set_parameters(instruction=self._words[number // 50 % len(self._words)])
+            found.check(not wrong, wrong)
+        if number % 50 == 7:
+            found.check(len(vlm.call(ListModels, "list_models", 30.0).models) > 0, "no models")
+        if number % 50 == 9:
+            bad = self.camera.message()
+            bad.step = 7
+            self.camera.publisher.publish(bad)
+        if number % 100 == 11:
+            self._goal(found)
+
+    def _goal(self, found: Findings) -> None:
+        from librobot_vlm_ros.action import Generate
+        from rclpy.action import ActionClient
+
+        if not hasattr(self, "_client"):
+            self._client = ActionClient(self._robot.node, Generate, f"{self._vlm.name}/generate")
+            wait_for(self._client.server_is_ready, 20.0, "the action")
+        sent = self._client.send_goal_async(Generate.Goal(task="caption"))
+        wait_for(sent.done, 20.0, "the goal's acceptance")
+        ended = sent.result().get_result_async()
+        wait_for(ended.done, 20.0, "the goal's result")
+        found.check(ended.result().result.success, ended.result().result.error_msg)
