@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +40,7 @@ from librobot_vlm_ros.models.detokenize import TextStream
 from librobot_vlm_ros.models.frame_cache import FrameCache, FrameEntry
 from librobot_vlm_ros.models.placement import dtype_name, free_bytes
 from librobot_vlm_ros.models.registry import models_with_task
+from librobot_vlm_ros.models.resize import ahead_of
 
 __all__ = ["Answering", "Job"]
 
@@ -86,6 +87,10 @@ class Answering(nn.Module, ABC):
 
         Raises VlmError for a request that the model cannot take.
         """
+
+    @abstractmethod
+    def _pixels(self, pixels: Any) -> Any:
+        """A frame's uint8 [H, W, 3] in the prepared form; called from any thread."""
 
     @abstractmethod
     def start(self, jobs: Sequence[Job]) -> tuple[Decoder, Tensor]:
@@ -158,6 +163,20 @@ class Answering(nn.Module, ABC):
         self.frames.clear()
         if isinstance(entry, VlmError):
             raise entry
+
+    def prepare_frame(self, frame: Frame) -> None:
+        """Make the frame's pixels ready before a request asks for them. The one method that may be
+        called while another thread is in `run`. Raises what `prepare` would raise for the frame.
+        """
+        with torch.inference_mode(), ahead_of(self.torch_device):
+            self.frames.held(frame).prepare(self._pixels)
+
+    def frame_counts(self) -> Mapping[str, int]:
+        """Requests that shared features of their frame (`hits`) and that had them computed
+        (`misses`), frames prepared before their first request (`ahead`).
+        """
+        frames = self.frames
+        return {"hits": frames.hits, "misses": frames.misses, "ahead": frames.ahead}
 
     def free_caches(self) -> None:
         """Give back what is only kept to be quick: features of frames, and on a GPU the memory

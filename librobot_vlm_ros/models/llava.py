@@ -93,8 +93,8 @@ class LlavaVLM(CausalVLM):
 
     # Inside.
 
-    def _pixels(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        return squash(pad_to_square(pixels, self.images.mean), self.images)
+    def _pixels(self, pixels: npt.NDArray[np.uint8]) -> Any:
+        return squash(pad_to_square(pixels, self.images.mean), self.images, self.resizing)
 
     def _see(self, pixels: Tensor) -> Tensor:
         features = self._loaded().model.get_image_features(pixels).pooler_output

@@ -80,8 +80,8 @@ class PaliGemmaVLM(CausalVLM):
     def _reader(self) -> Any:
         return self._loaded().model
 
-    def _pixels(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        return squash(pixels, self.images)
+    def _pixels(self, pixels: npt.NDArray[np.uint8]) -> Any:
+        return squash(pixels, self.images, self.resizing)
 
     def _see(self, pixels: Tensor) -> Tensor:
         features: Tensor = self._loaded().model.get_image_features(pixels).pooler_output
