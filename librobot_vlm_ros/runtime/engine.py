@@ -23,6 +23,7 @@ from librobot_vlm_ros.core import (
     VlmError,
 )
 
+from .ahead import AheadThread
 from .config import CameraConfig, DropReason, EngineConfig, EngineState
 from .health import take_stats
 from .life import EngineLife
@@ -73,7 +74,10 @@ class Engine(EngineLife):
         )
         loader = Loader(factory, free_memory=free_memory, warm_up=config.warm_up)
         super().__init__(
-            shared, model=ModelThread(shared, loader).thread, timer=TimerThread(shared).thread
+            shared,
+            model=ModelThread(shared, loader).thread,
+            timer=TimerThread(shared).thread,
+            ahead=AheadThread(shared).thread,
         )
 
     def __enter__(self) -> Engine:
@@ -179,6 +183,7 @@ class Engine(EngineLife):
                 return False
             scheduler.offer(frame, now_ns)
             shared.work.notify_all()
+            shared.ahead.notify_all()
         return True
 
     def count_drop(self, camera: str, reason: DropReason = DropReason.BAD_IMAGE) -> None:
@@ -232,6 +237,7 @@ class Engine(EngineLife):
             if refusal is None:
                 shared.queue.put(ticket)
                 shared.work.notify_all()
+                shared.ahead.notify_all()
                 shared.timer.notify_all()
                 ended = []
             else:

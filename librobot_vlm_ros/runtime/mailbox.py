@@ -22,6 +22,7 @@ class Mailbox:
         self.processed = 0
         self.dropped: Counter[DropReason] = Counter()
         self.newest: Frame | None = None
+        self.period_ns = 0  # between the arrivals of the last two frames
         self._used = True
         self._history: deque[Frame] = deque()
         self._history_frames = history_frames
@@ -33,6 +34,8 @@ class Mailbox:
         self.received += 1
         if not self._used:
             self.drop(DropReason.REPLACED if wanted else DropReason.NOT_DUE)
+        if self.newest is not None:
+            self.period_ns = max(0, frame.received_ns - self.newest.received_ns)
         self.newest = frame
         self._used = False
         self._remember(frame)

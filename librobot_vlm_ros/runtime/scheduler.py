@@ -160,6 +160,16 @@ class Scheduler:
                 found.append(Work(camera, mailbox.newest, due))
         return found
 
+    def coming(self, at_ns: int) -> list[Frame]:
+        """The frames that `take` would give at that time if nothing else came, in order."""
+        if self.config.lock_step:
+            return [work.frame for work in self._in_order]
+        return [
+            mailbox.newest
+            for mailbox in sorted(self.mailboxes.values(), key=lambda box: self._turn[box.camera])
+            if mailbox.newest is not None and self._due(mailbox, at_ns)
+        ]
+
     def anything(self, now_ns: int) -> bool:
         """Whether `take` would give work."""
         return bool(self._in_order) if self.config.lock_step else bool(self.ready(now_ns))
