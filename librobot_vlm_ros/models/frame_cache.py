@@ -32,7 +32,7 @@ class FrameEntry:
     seen: Any = None
     #: The dtype of the features that a request has asked for before.
     asked: Any = None
-    #: Pixels were made before a request asked for them, and none has asked since.
+    #: Making its pixels began before a request asked for them, and none has asked since.
     ahead: bool = False
     _making: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
@@ -51,8 +51,8 @@ class FrameEntry:
         """`ready` ahead of any request; nothing where there is something already."""
         with self._making:
             if self.features is None and self.pixels is None:
+                self.ahead = True  # from here on a request at least waits less long
                 self.pixels = make(self.frame.pixels)
-                self.ahead = True
 
 
 class FrameCache:

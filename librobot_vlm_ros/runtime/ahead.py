@@ -3,7 +3,8 @@
 There is no queue: it looks for what the model will be given next, so that a frame which a newer one
 replaced is never looked at again. Frames that are certain to come (of requests, and in lock-step)
 are prepared at once; a camera's newest frame only when no newer one is to be expected before the
-model is done, because a frame that is replaced was prepared for nothing.
+model is done, because a frame that is replaced was prepared for nothing. Where preparing takes
+longer than a camera's period, `Mailbox.choice` weighs a ready frame against a newer one.
 """
 
 from __future__ import annotations
@@ -54,7 +55,6 @@ class AheadThread:
     def __init__(self, shared: Shared) -> None:
         self._shared = shared
         self._done: WeakSet[Frame] = WeakSet()
-        self._took_ns = 0
         self.thread = threading.Thread(target=self._main, name="vlm-ahead", daemon=True)
 
     def _main(self) -> None:
@@ -70,14 +70,18 @@ class AheadThread:
                     return
                 self._done.add(frame)
                 shared.preparing = True
+                mailbox = shared.scheduler.mailboxes.get(frame.camera)
+                if mailbox is not None and mailbox.newest is frame:
+                    mailbox.begin(frame, shared.clock())
             started = time.perf_counter()
             try:
                 backend.prepare_frame(frame)
             except Exception as error:
                 logger.debug("preparing %r failed: %s", frame, as_vlm_error(error))
-            self._took_ns = to_ns(time.perf_counter() - started)
-            del backend, frame  # the model must be free to go, and the frame too
+            took_ns = to_ns(time.perf_counter() - started)
+            del backend, frame, mailbox  # the model must be free to go, and the frame too
             with shared.lock:
+                shared.scheduler.prepare_ns = took_ns
                 shared.preparing = False
                 shared.idle.notify_all()
 
@@ -93,7 +97,7 @@ class AheadThread:
         if shared.config.lock_step:
             return None, None
         now_ns = shared.clock()
-        done_ns = max(now_ns, started_ns + shared.meter.typical_run_ns)
+        done_ns = max(now_ns, started_ns + shared.meter.quick_run_ns)
         waits = []
         for frame in shared.scheduler.coming(done_ns)[: shared.frames_at_once]:
             if frame in self._done:
@@ -113,7 +117,9 @@ class AheadThread:
 
     def _begin_ns(self, frame: Frame, done_ns: int) -> int:
         """When to begin with a camera's newest frame, the model being done at `done_ns`."""
-        period_ns = self._shared.scheduler.mailboxes[frame.camera].period_ns
-        if frame.received_ns + period_ns >= done_ns:
-            return 0  # it will still be the newest
-        return done_ns - round(LEAD * self._took_ns)
+        scheduler = self._shared.scheduler
+        lead_ns = round(LEAD * scheduler.prepare_ns)
+        period_ns = scheduler.mailboxes[frame.camera].period_ns
+        if frame.received_ns + max(period_ns, lead_ns) >= done_ns:
+            return 0  # it will still be the newest, or there is no time for a newer one
+        return done_ns - lead_ns

@@ -1,0 +1,72 @@
+"""Eight cameras, and eight questions, on a model to which a batch costs little more than one frame.
+
+Throughput is counted in the model's own time, which the batches' sizes decide.
+"""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from librobot_vlm_ros.runtime import StandingTask
+
+SOON = 10.0
+CAMERAS = tuple(f"camera{number}" for number in range(8))
+
+
+def costs_s(frames: int) -> float:
+    """Like a GPU's decoding: reading the weights is most of it, however many rows there are."""
+    return 0.02 + 0.001 * frames
+
+
+@pytest.fixture
+def frames_per_s(backend):
+    backend.before_run = lambda batch: time.sleep(costs_s(len(batch)))
+
+    def tell(last):
+        sizes = [len(batch) for batch in backend.batches[-last:]]
+        return sum(sizes) / sum(costs_s(size) for size in sizes)
+
+    return tell
+
+
+def test_eight_cameras_together_give_four_times_the_frames_of_one(
+    make_engine, make_frame, results, frames_per_s, backend
+):
+    engine = make_engine(cameras=CAMERAS)
+    engine.set_standing_tasks([StandingTask("caption")])
+    for number in range(8):
+        for camera in CAMERAS:
+            engine.offer(make_frame(camera))
+        results.wait(8 * (number + 1))
+    assert frames_per_s(2) >= 4 / costs_s(1)
+    assert {request.frame.camera for request in backend.batches[-1]} == set(CAMERAS)
+
+
+def test_eight_questions_on_eight_frames_together_give_four_times_the_answers_of_one(
+    make_engine, ask, frames_per_s
+):
+    engine = make_engine(queue_size=64)
+    for _ in range(8):
+        futures = [engine.submit(ask(task="answer", prompt="what is it")) for _ in range(8)]
+        assert all(future.result(SOON).error is None for future in futures)
+    futures = [engine.submit(ask(task="answer", prompt="what is it")) for _ in range(33)]
+    assert all(future.result(SOON).error is None for future in futures)
+    assert frames_per_s(4) >= 4 / costs_s(1)
+
+
+def test_questions_about_one_frame_go_together_from_the_first(
+    make_engine, ask, make_frame, backend
+):
+    engine, frame = make_engine(), make_frame()
+    backend.hold()
+    engine.submit(ask(frame=frame))
+    backend.wait_entered()
+    futures = [
+        engine.submit(ask(frame=frame, task="answer", prompt=f"question {number}"))
+        for number in range(8)
+    ]
+    backend.release()
+    assert all(future.result(SOON).error is None for future in futures)
+    assert [len(batch) for batch in backend.batches] == [1, 8]
