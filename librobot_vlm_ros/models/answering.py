@@ -171,6 +171,12 @@ class Answering(nn.Module, ABC):
         with torch.inference_mode(), ahead_of(self.torch_device):
             self.frames.held(frame).prepare(self._pixels)
 
+    def input_size(self, width: int, height: int) -> tuple[int, int] | None:
+        """Width and height that an image of this size is brought to; None where the number of
+        vectors depends on the image, as it does unless a family says otherwise.
+        """
+        return None
+
     def frame_counts(self) -> Mapping[str, int]:
         """Requests that shared features of their frame (`hits`) and that had them computed
         (`misses`), frames prepared before their first request (`ahead`).

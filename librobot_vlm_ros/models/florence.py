@@ -182,6 +182,10 @@ class FlorenceVLM(FlorenceTensors):
                 entry.features, entry.pixels = features, None
         return [job.frame.features for job in jobs]
 
+    def input_size(self, width: int, height: int) -> tuple[int, int] | None:
+        """The same for all images."""
+        return self.images.width, self.images.height
+
     def _pixels(self, pixels: Any) -> Any:
         return squash(pixels, self.images, self.resizing)
 

@@ -80,6 +80,10 @@ class PaliGemmaVLM(CausalVLM):
     def _reader(self) -> Any:
         return self._loaded().model
 
+    def input_size(self, width: int, height: int) -> tuple[int, int] | None:
+        """The same for all images."""
+        return self.images.width, self.images.height
+
     def _pixels(self, pixels: npt.NDArray[np.uint8]) -> Any:
         return squash(pixels, self.images, self.resizing)
 

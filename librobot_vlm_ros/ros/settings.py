@@ -138,6 +138,15 @@ class Settings:
     allow_depth: bool = parameter(
         False, "Take 16UC1 and 32FC1 depth images, scaled to grey.", When.LIVE
     )
+    jpeg_margin: int = parameter(
+        0,
+        "0 decodes JPEG whole; else at 1/2, 1/4 or 1/8 of its size where that leaves at least so "
+        "many times the model's input on both sides (2 is hardly seen in answers). Boxes stay "
+        "those of the whole image.",
+        When.LIVE,
+        low=0,
+        high=16,
+    )
     tasks: tuple[str, ...] = parameter(
         ("caption@1.0", "detect@2.0", "ground@2.0", "embed@1.0"),
         "Standing tasks: `[camera:]task[@rate in Hz][=prompt]`; no rate means every frame "

@@ -49,6 +49,16 @@ class CountsFrames(Protocol):
         """
 
 
+@runtime_checkable
+class KnowsInputSize(Protocol):
+    """A backend that can tell how much of an image it looks at."""
+
+    def input_size(self, width: int, height: int) -> tuple[int, int] | None:
+        """Width and height that an image of this size is brought to, if its size decides nothing
+        else; None where less of it would change more than sharpness. Called from any thread.
+        """
+
+
 class AheadThread:
     """Works while the model does; ends when the engine stops."""
 

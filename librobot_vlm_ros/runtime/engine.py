@@ -210,6 +210,17 @@ class Engine(EngineLife):
         with shared.lock:
             return shared.scheduler.mailbox(camera).at(stamp_ns, tolerance_s)
 
+    def input_size(self, width: int, height: int) -> tuple[int, int] | None:
+        """Width and height to which the loaded model brings an image of this size; None where that
+        is not known or the model needs the whole image.
+        """
+        with self._shared.lock:
+            model = self._shared.sizes
+        try:
+            return None if model is None else model.input_size(width, height)
+        except VlmError:
+            return None  # it is being freed
+
     # -- requests on demand ------------------------------------------------------------------
 
     def submit(

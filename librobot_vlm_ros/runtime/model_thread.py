@@ -16,7 +16,7 @@ from librobot_vlm_ros.core import (
 )
 from librobot_vlm_ros.models.base import VlmBackend
 
-from .ahead import CountsFrames, PreparesFrames
+from .ahead import CountsFrames, KnowsInputSize, PreparesFrames
 from .batching import BatchPlanner
 from .config import to_ns
 from .loader import Loader, LoadJob, UnloadJob, free_memory_of
@@ -229,7 +229,7 @@ class ModelThread:
         """No frame is prepared from now on, and none is being prepared."""
         shared = self._shared
         with shared.lock:
-            shared.prepares = None
+            shared.prepares = shared.sizes = None
             if not shared.idle.wait_for(lambda: not shared.preparing, PREPARING_S):
                 logger.warning("the model is still preparing a frame after %g s", PREPARING_S)
 
@@ -237,6 +237,7 @@ class ModelThread:
         report, backend = self._loader.report, self._loader.backend
         self._shared.loaded = report
         self._shared.prepares = backend if isinstance(backend, PreparesFrames) else None
+        self._shared.sizes = backend if isinstance(backend, KnowsInputSize) else None
         self._shared.scheduler.set_supported(report.tasks if report is not None else None)
 
     def _survive(self, error: VlmError) -> None:

@@ -36,7 +36,7 @@ from .stats import Meter
 from .watchdog import CameraEvent, Watchdog
 
 if TYPE_CHECKING:
-    from .ahead import PreparesFrames
+    from .ahead import KnowsInputSize, PreparesFrames
 
 logger = logging.getLogger("librobot_vlm_ros.runtime")
 
@@ -86,6 +86,7 @@ class Shared:
         self.stopped = False
         self.loaded: LoadReport | None = None  # the model itself belongs to its thread alone,
         self.prepares: PreparesFrames | None = None  # except for preparing frames
+        self.sizes: KnowsInputSize | None = None  # and for its input size
         self.preparing = False  # the ahead thread is in the model
         self.frames_at_once = 1  # in the last batch of standing tasks
         self.jobs: deque[LoadJob | UnloadJob] = deque()
