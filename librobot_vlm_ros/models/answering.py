@@ -38,7 +38,7 @@ from librobot_vlm_ros.models.base import OnToken, ShouldStop, stop_reason
 from librobot_vlm_ros.models.decode import Decoder, DecodeRules, Generated, decode
 from librobot_vlm_ros.models.detokenize import TextStream
 from librobot_vlm_ros.models.frame_cache import FrameCache, FrameEntry
-from librobot_vlm_ros.models.placement import dtype_name, free_bytes
+from librobot_vlm_ros.models.placement import dtype_name, free_bytes, usable_cores
 from librobot_vlm_ros.models.registry import models_with_task
 from librobot_vlm_ros.models.resize import ahead_of
 
@@ -163,6 +163,11 @@ class Answering(nn.Module, ABC):
         self.frames.clear()
         if isinstance(entry, VlmError):
             raise entry
+
+    @property
+    def prepares_ahead(self) -> bool:
+        """Whether preparing frames beside `run` pays: on a GPU, and where torch leaves a core."""
+        return self.torch_device.type != "cpu" or torch.get_num_threads() < usable_cores()
 
     def prepare_frame(self, frame: Frame) -> None:
         """Make the frame's pixels ready before a request asks for them. The one method that may be

@@ -7,13 +7,22 @@ this machine can do; the caller logs what it was.
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import dataclass
 
 import torch
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
 
-__all__ = ["ATTENTIONS", "Placement", "dtype_name", "free_bytes", "place", "resolve_dtype"]
+__all__ = [
+    "ATTENTIONS",
+    "Placement",
+    "dtype_name",
+    "free_bytes",
+    "place",
+    "resolve_dtype",
+    "usable_cores",
+]
 
 _DTYPES = {
     "float32": torch.float32,
@@ -57,6 +66,14 @@ def place(
 def dtype_name(dtype: torch.dtype) -> str:
     """``float16`` for torch.float16."""
     return str(dtype).removeprefix("torch.")
+
+
+def usable_cores() -> int:
+    """Processor cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on every system
+        return os.cpu_count() or 1
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -27,11 +27,18 @@ logger = logging.getLogger("librobot_vlm_ros.runtime")
 IN_LINE = 2
 # A frame is begun so much longer before the model is done than preparing took last.
 LEAD = 1.5
+# When the model takes longer than expected, a newer frame is begun after so many times what
+# preparing takes: on a CPU the model needs the cores, too.
+REFRESH = 3
 
 
 @runtime_checkable
 class PreparesFrames(Protocol):
     """A backend that can do part of a frame's work before the frame's first request."""
+
+    @property
+    def prepares_ahead(self) -> bool:
+        """Whether that pays: not where it would only take the cores that `run` computes on."""
 
     def prepare_frame(self, frame: Frame) -> None:
         """Make what does not need the model, such as resizing; called beside `run`, on another
@@ -65,6 +72,7 @@ class AheadThread:
     def __init__(self, shared: Shared) -> None:
         self._shared = shared
         self._done: WeakSet[Frame] = WeakSet()
+        self._begun_ns: dict[str, int] = {}  # by camera, of the newest frame that was on its way
         self.thread = threading.Thread(target=self._main, name="vlm-ahead", daemon=True)
 
     def _main(self) -> None:
@@ -82,7 +90,8 @@ class AheadThread:
                 shared.preparing = True
                 mailbox = shared.scheduler.mailboxes.get(frame.camera)
                 if mailbox is not None and mailbox.newest is frame:
-                    mailbox.begin(frame, shared.clock())
+                    self._begun_ns[frame.camera] = shared.clock()
+                    mailbox.begin(frame, self._begun_ns[frame.camera])
             started = time.perf_counter()
             try:
                 backend.prepare_frame(frame)
@@ -112,7 +121,11 @@ class AheadThread:
         for frame in shared.scheduler.coming(done_ns)[: shared.frames_at_once]:
             if frame in self._done:
                 continue
-            wait_ns = self._begin_ns(frame, done_ns) - now_ns
+            begin_ns = self._begin_ns(frame, done_ns)
+            begun_ns = self._begun_ns.get(frame.camera, 0)
+            if begun_ns > started_ns:
+                begin_ns = max(begin_ns, begun_ns + REFRESH * shared.scheduler.prepare_ns)
+            wait_ns = begin_ns - now_ns
             if wait_ns <= 0:
                 return frame, None
             waits.append(wait_ns)

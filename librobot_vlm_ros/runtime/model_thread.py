@@ -236,7 +236,7 @@ class ModelThread:
     def _show_model(self) -> None:
         report, backend = self._loader.report, self._loader.backend
         self._shared.loaded = report
-        self._shared.prepares = backend if isinstance(backend, PreparesFrames) else None
+        self._shared.prepares = _preparing(backend)
         self._shared.sizes = backend if isinstance(backend, KnowsInputSize) else None
         self._shared.scheduler.set_supported(report.tasks if report is not None else None)
 
@@ -263,3 +263,9 @@ def _frame_counts(backend: VlmBackend) -> Mapping[str, int]:
     except Exception as error:
         logger.warning("the model cannot tell its counts: %s", as_vlm_error(error))
         return {}
+
+
+def _preparing(backend: object) -> PreparesFrames | None:
+    if isinstance(backend, PreparesFrames) and backend.prepares_ahead:
+        return backend
+    return None

@@ -134,7 +134,7 @@ class Meter:
         self.memory_bytes = 0
         self.free_bytes: int | None = None
         self.frame_counts: Mapping[str, int] = {}
-        #: The shortest of the last runs: when the model may be done at the earliest.
+        #: Most of the last runs took longer: the model will hardly be done before.
         self.quick_run_ns = 0
         self._last_runs: deque[float] = deque(maxlen=5)
         self._ages: dict[str, Window] = {}
@@ -156,7 +156,7 @@ class Meter:
         self.run_abandoned()
         self._times.add(now_ns, seconds)
         self._last_runs.append(seconds)
-        self.quick_run_ns = to_ns(min(self._last_runs))
+        self.quick_run_ns = to_ns(percentile(self._last_runs, 40))
         self._tokens.add(now_ns, float(tokens))
 
     def another_model(self) -> None:

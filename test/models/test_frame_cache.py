@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from librobot_vlm_ros.core import Frame, ModelAnswer
+from librobot_vlm_ros.models import answering
 from librobot_vlm_ros.models.frame_cache import FrameCache
 
 
@@ -97,3 +98,20 @@ def test_frames_are_told_apart_though_their_numbers_are_equal():
     cache, pixels = FrameCache(), np.zeros((2, 2, 3), np.uint8)
     one, other = (Frame(pixels, "c", 1, sequence=1) for _ in range(2))
     assert cache.held(one) is not cache.held(other)
+
+
+def test_frames_are_prepared_ahead_where_a_core_is_left_for_it(vlm, monkeypatch):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(answering, "usable_cores", lambda: threads)
+    assert not vlm.prepares_ahead
+    monkeypatch.setattr(answering, "usable_cores", lambda: threads + 1)
+    assert vlm.prepares_ahead
+    monkeypatch.setattr(answering, "usable_cores", lambda: threads)
+    monkeypatch.setattr(type(vlm), "torch_device", torch.device("cuda", 0))
+    assert vlm.prepares_ahead
+
+
+def test_input_size_is_that_of_the_prepared_pixels(vlm, frame):
+    vlm.prepare_frame(frame)
+    height, width = vlm.frames.held(frame).pixels.shape[:2]
+    assert vlm.input_size(frame.width, frame.height) == (width, height)

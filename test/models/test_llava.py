@@ -203,3 +203,9 @@ def test_what_does_not_fit_is_refused(official: Path, tmp_path: Path, change: st
     with pytest.raises(ModelError) as caught:
         load_module(folder, "float32", "cpu")
     assert caught.value.code == code
+
+
+def test_the_input_size_is_the_images_part_of_the_square(llava: LlavaVLM) -> None:
+    side = llava.images.width
+    assert llava.input_size(640, 480) == (side, math.ceil(side * 3 / 4))
+    assert llava.input_size(480, 640) == (math.ceil(side * 3 / 4), side)

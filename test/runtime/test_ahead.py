@@ -23,6 +23,7 @@ class Preparing:
         self.go.set()
         self._changed = threading.Condition()
         monkeypatch.setattr(backend, "prepare_frame", self, raising=False)
+        monkeypatch.setattr(backend, "prepares_ahead", True, raising=False)
 
     def __call__(self, frame):
         self.threads.add(threading.current_thread().name)
@@ -104,17 +105,29 @@ def test_a_camera_that_sends_nothing_more_has_its_frame_prepared_in_time(
     assert preparing.wait(1) == [last]
 
 
-def test_a_model_that_takes_longer_than_it_mostly_does_has_each_newest_frame_prepared_once(
+def test_a_model_that_takes_longer_than_it_mostly_does_has_newer_frames_prepared_now_and_then(
     busy, clock, make_frame, preparing
 ):
     engine = busy()
     clock.advance(2.0)
-    for count in range(1, 4):
-        clock.advance(0.1)
+    engine.offer(make_frame())
+    preparing.wait(1)
+    engine.offer(make_frame())
+    assert preparing.stays(1)  # preparing must not keep a core busy
+    for count in range(2, 4):
+        clock.advance(15.0)
         engine.offer(make_frame())
         preparing.wait(count)
         engine.poke()
     assert preparing.stays(3)
+
+
+def test_nothing_is_prepared_where_it_would_take_the_models_own_cores(
+    backend, monkeypatch, ask, busy, preparing
+):
+    monkeypatch.setattr(backend, "prepares_ahead", False)
+    busy().submit(ask())
+    assert preparing.stays(0)
 
 
 def test_frames_that_come_while_one_is_prepared_do_not_queue_up(busy, clock, make_frame, preparing):
@@ -125,6 +138,7 @@ def test_frames_that_come_while_one_is_prepared_do_not_queue_up(busy, clock, mak
     for frame in frames:
         engine.offer(frame)
         preparing.wait(1)
+    clock.advance(60.0)
     preparing.go.set()
     assert preparing.wait(2) == [frames[0], frames[3]]
     assert preparing.stays(2)
@@ -226,3 +240,14 @@ def test_counts_of_the_model_are_in_the_statistics(make_engine, ask, backend, mo
     assert (stats.features_shared, stats.features_computed, stats.prepared_ahead) == (3, 2, 1)
     monkeypatch.setattr(backend, "frame_counts", lambda: 1 / 0)
     assert engine.submit(ask()).result(SOON).error is None
+
+
+def test_the_engine_tells_the_input_size_of_the_model_that_is_loaded(
+    make_engine, backend, monkeypatch
+):
+    assert make_engine().input_size(640, 480) is None
+    monkeypatch.setattr(backend, "input_size", lambda w, h: (w // 2, h // 2), raising=False)
+    engine = make_engine()
+    assert engine.input_size(640, 480) == (320, 240)
+    engine.unload().result(SOON)
+    assert engine.input_size(640, 480) is None
