@@ -57,6 +57,7 @@ setup(
     ],
     extras_require={
         "adapters": ["peft>=0.17"],
+        "quantization": ["bitsandbytes>=0.46"],
         "sentencepiece": ["sentencepiece>=0.2"],
         "tabletop": ["pybullet>=3.2.5; python_version < '3.12'"],
         "test": ["pytest>=8", "hypothesis>=6.100"],

@@ -22,7 +22,8 @@ from librobot_vlm_ros.core import (
     Limits,
     RequestError,
 )
-from librobot_vlm_ros.models.answering import Answering
+from librobot_vlm_ros.models.adapters import adapter_parameters
+from librobot_vlm_ros.models.adapting import Adapting
 from librobot_vlm_ros.models.frame_cache import FrameCache
 from librobot_vlm_ros.models.registry import model_info
 from librobot_vlm_ros.models.resize import Resizing, resizing
@@ -30,7 +31,7 @@ from librobot_vlm_ros.models.resize import Resizing, resizing
 __all__ = ["AbstractVLM"]
 
 
-class AbstractVLM(Answering):
+class AbstractVLM(Adapting):
     """A vision-language model. One thread at a time may use it.
 
     `module` is the transformers model inside. `device` and `dtype` are names ("cuda:0", "float16").
@@ -134,8 +135,14 @@ class AbstractVLM(Answering):
         self._loaded().requires_grad_(False)
 
     def unfreeze(self) -> None:
-        """Train everything."""
-        self._loaded().requires_grad_(True)
+        """Train everything; with an adapter in place or quantised layers, all that can learn: the
+        adapter alone, or the layers that are not quantised.
+        """
+        module = self._loaded()
+        learning = adapter_parameters(module).values() or module.parameters()
+        for parameter in learning:
+            if parameter.is_floating_point():
+                parameter.requires_grad = True
 
     def freeze_vision(self) -> None:
         """Keep the vision encoder as it is; the projection after it still learns."""
@@ -148,7 +155,7 @@ class AbstractVLM(Answering):
     def get_num_parameters(self, trainable_only: bool = False) -> int:
         """Number of parameters, tied ones counted once."""
         return sum(
-            parameter.numel()
+            _size(parameter)
             for parameter in self._loaded().parameters()
             if parameter.requires_grad or not trainable_only
         )
@@ -157,4 +164,14 @@ class AbstractVLM(Answering):
         """Compute activations again in the backward pass instead of keeping them."""
         module = self._loaded()
         # Renamed in transformers 5.23; the old name warns there, the new one is unknown before.
-        getattr(module, "activation_checkpointing_enable", module.gradient_checkpointing_enable)()
+        enable = getattr(
+            module, "activation_checkpointing_enable", module.gradient_checkpointing_enable
+        )
+        # The other kind gives no gradient behind frozen inputs, such as the words of an adapter's.
+        enable({"use_reentrant": False})
+
+
+def _size(parameter: nn.Parameter) -> int:
+    """Numbers that a parameter stands for: 4-bit ones lie two in a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else int(state.shape.numel())

@@ -8,10 +8,11 @@ that a bad request does not take its neighbours with it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +43,7 @@ from librobot_vlm_ros.models.placement import dtype_name, free_bytes, usable_cor
 from librobot_vlm_ros.models.registry import models_with_task
 from librobot_vlm_ros.models.resize import ahead_of
 
-__all__ = ["Answering", "Job"]
+__all__ = ["Answering", "Job", "again_in_safer_dtype"]
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +59,21 @@ class Job:
     #: Token ids of the prompt, without those of the image; () for an embedding.
     prompt: tuple[int, ...]
     preprocess_s: float = 0.0
+
+
+def again_in_safer_dtype(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that is called again in a safer dtype where it ends in NaN, see `Answering`."""
+
+    @functools.wraps(method)
+    def guarded(self: Answering, *args: Any, **options: Any) -> Any:
+        while True:
+            try:
+                return method(self, *args, **options)
+            except InferenceError as error:
+                if error.code != ErrorCode.NAN_LOGITS or not self._to_safer_dtype():
+                    raise
+
+    return guarded
 
 
 class Answering(nn.Module, ABC):
@@ -239,8 +255,13 @@ class Answering(nn.Module, ABC):
         training = self.training
         if training:
             self.eval()
+            self.frames.clear()  # the weights that made the features may have learnt since
+        # A quantised layer may pack its weights anew while it answers; made in inference mode, they
+        # could not be trained through afterwards.
+        parameters = () if self.module is None else self.module.parameters()
+        whole = all(parameter.is_floating_point() for parameter in parameters)
         try:
-            with torch.inference_mode():
+            with torch.inference_mode() if whole else torch.no_grad():
                 yield
         finally:
             if training:
@@ -381,6 +402,9 @@ class Answering(nn.Module, ABC):
             dtype_name(safer),
         )
         self._loaded().to(safer)
+        for layer in self._loaded().modules():
+            if getattr(layer, "compute_dtype", None) is not None:  # of a 4-bit layer
+                layer.compute_dtype = safer
         return True
 
 

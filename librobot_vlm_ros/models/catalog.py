@@ -29,6 +29,18 @@ _FLORENCE_TASKS = (
     "segment",
 )
 
+_INTERNVL_TASKS = (
+    "answer",
+    "caption",
+    "detailed_caption",
+    "detect",
+    "embed",
+    "ground",
+    "ocr",
+    "open_vocabulary_detect",
+    "region_caption",
+)
+
 _LLAVA_TASKS = ("answer", "caption", "detailed_caption", "embed", "ground", "region_caption")
 
 _QWEN_TASKS = (
@@ -93,6 +105,32 @@ CATALOG: tuple[ModelInfo, ...] = (
         description="Microsoft Florence-2 large: as base, stronger and slower.",
     ),
     ModelInfo(
+        name="internvl2-2b",
+        module="internvl",
+        family="internvl2",
+        parameters=2_205_754_368,
+        tasks=_INTERNVL_TASKS,
+        licence="MIT",
+        default_pretrained="OpenGVLab/InternVL2-2B",
+        pinned_revision="e4f6747bd20f139e637642c6a058c6bd00b36919",
+        aliases=("opengvlab/internvl2-2b", "internvl2"),
+        embedding_dim=2048,
+        description="InternVL2 2B: questions, captions, boxes, OCR, images of any size in tiles.",
+    ),
+    ModelInfo(
+        name="internvl2-8b",
+        module="internvl",
+        family="internvl2",
+        parameters=8_075_365_376,
+        tasks=_INTERNVL_TASKS,
+        licence="MIT",
+        default_pretrained="OpenGVLab/InternVL2-8B",
+        pinned_revision="6fb9ad6924f69424e57fab2ab061d707688f0296",
+        aliases=("opengvlab/internvl2-8b",),
+        embedding_dim=4096,
+        description="InternVL2 8B: as 2b, stronger and slower.",
+    ),
+    ModelInfo(
         name="llava-v1.5-7b",
         module="llava",
         family="llava-1.5",
@@ -131,13 +169,14 @@ CATALOG: tuple[ModelInfo, ...] = (
             "ground",
             "ocr",
             "open_vocabulary_detect",
+            "segment",
         ),
         licence="Gemma Terms of Use",
         default_pretrained="google/paligemma-3b-pt-224",
         pinned_revision="35e4f46485b4d07967e7e9935bc3786aad50687c",
         aliases=("google/paligemma-3b-pt-224", "paligemma"),
         embedding_dim=2048,
-        description="Google PaliGemma 3B at 224 pixels: captions, boxes of named things, OCR.",
+        description="Google PaliGemma 3B at 224 pixels: captions, boxes and masks of things, OCR.",
     ),
     ModelInfo(
         name="qwen2-vl-2b",

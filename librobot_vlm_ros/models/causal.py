@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from librobot_vlm_ros.core import (
@@ -21,6 +22,7 @@ from librobot_vlm_ros.core import (
     ModelError,
     RequestError,
 )
+from librobot_vlm_ros.models.adapting import quantization_for
 from librobot_vlm_ros.models.answering import Job
 from librobot_vlm_ros.models.causal_images import Seen
 from librobot_vlm_ros.models.causal_tensors import CausalParts, CausalTensors
@@ -28,7 +30,6 @@ from librobot_vlm_ros.models.checkpoint import LoadPlan, build_random
 from librobot_vlm_ros.models.decode import Decoder, DecodeRules
 from librobot_vlm_ros.models.frame_cache import FrameEntry
 from librobot_vlm_ros.models.placement import place
-from librobot_vlm_ros.models.quantize import quantize, refuse_unknown
 from librobot_vlm_ros.models.registry import model_info
 from librobot_vlm_ros.models.weights import find_weights
 
@@ -38,8 +39,7 @@ __all__ = ["CausalParts", "CausalVLM"]
 class CausalVLM(CausalTensors):
     """Such a model of any family. `Family(config)` has random weights; see `create_vlm`."""
 
-    #: The family's own dataclass: variant, vision_config, text_config, gradient_checkpointing,
-    #: use_flash_attn and `to_transformers()`.
+    #: The family's own `ModelConfig`: variant, vision_config, text_config and `to_transformers()`.
     config_class: ClassVar[type[Any]]
     #: The registered name of a model that is built by its class.
     default_name: ClassVar[str]
@@ -53,24 +53,28 @@ class CausalVLM(CausalTensors):
         device: str = "auto",
         dtype: str = "auto",
         attention: str = "auto",
+        quantization: str = "none",
         freeze_vision: bool = False,
         freeze_language: bool = False,
+        adapter: str | Path | None = None,
         **options: Any,
     ) -> None:
         name = name or self.default_name
         config = self._checked_config(config, name)
         if parts is None:
-            where = place(device, dtype, _attention(config, attention))
+            quantization_for(config, quantization)  # refused before the work, not after it
+            where = place(device, dtype, attention)
             module = build_random(self._plan(config.to_transformers()), where)
             parts = CausalParts(module, self._default_images(module.config))
         super().__init__(parts.module, name=name, **options)
         self._take(parts)
-        if config.gradient_checkpointing:
-            self.gradient_checkpointing_enable()
-        if freeze_vision:
-            self.freeze_vision()
-        if freeze_language:
-            self.freeze_language()
+        self._finish(
+            config,
+            quantization=quantization,
+            freeze_vision=freeze_vision,
+            freeze_language=freeze_language,
+            adapter=adapter,
+        )
 
     @classmethod
     def create(
@@ -89,24 +93,19 @@ class CausalVLM(CausalTensors):
     ) -> CausalVLM:
         """See `registry.create_vlm`. `revision`: hub commit or branch."""
         checked = cls._checked_config(config, name)
-        attention = _attention(checked, attention)
-        refuse_unknown(quantization)
+        quantization_for(checked, quantization)
+        options |= {"name": name, "quantization": quantization}
         if config is not None and pretrained is None:
-            vlm = cls(
-                checked, name=name, device=device, dtype=dtype, attention=attention, **options
+            return cls(checked, device=device, dtype=dtype, attention=attention, **options)
+        if checked.vision_config or checked.text_config:
+            raise ModelError(
+                ErrorCode.BAD_CONFIG,
+                "config changes the architecture, but the weights decide it",
+                "leave out vision_config and text_config, or leave out pretrained",
             )
-        else:
-            if checked.vision_config or checked.text_config:
-                raise ModelError(
-                    ErrorCode.BAD_CONFIG,
-                    "config changes the architecture, but the weights decide it",
-                    "leave out vision_config and text_config, or leave out pretrained",
-                )
-            weights = find_weights(model_info(name), pretrained, revision)
-            parts = cls._read_folder(weights.folder, device, dtype, attention, should_cancel)
-            vlm = cls(checked, name=name, parts=parts, revision=weights.revision, **options)
-        quantize(vlm.language_model, quantization)
-        return vlm
+        weights = find_weights(model_info(name), pretrained, revision)
+        parts = cls._read_folder(weights.folder, device, dtype, attention, should_cancel)
+        return cls(checked, parts=parts, revision=weights.revision, **options)
 
     # What a family fills in.
 
@@ -134,7 +133,10 @@ class CausalVLM(CausalTensors):
     # Making and loading.
 
     def load_pretrained(self, source: str, **options: Any) -> None:
-        """Replace weights, configuration and tokenizer; device and dtype stay."""
+        """Replace weights, configuration and tokenizer; device and dtype stay.
+
+        An adapter goes with the weights that it was made for, and the new ones are not quantised.
+        """
         weights = find_weights(model_info(self.name), source, options.pop("revision", None))
         parts = self._read_folder(
             weights.folder,
@@ -227,6 +229,10 @@ class CausalVLM(CausalTensors):
 
     # Inside.
 
+    def _native_key(self, key: str) -> str:
+        names = [name for name, _ in self._plan(self.config).convert(key, torch.empty(0))]
+        return names[0] if len(names) == 1 else key
+
     @classmethod
     def _checked_config(cls, config: Any, name: str) -> Any:
         """The family's config from what was given. Raises ModelError BAD_CONFIG."""
@@ -242,7 +248,3 @@ class CausalVLM(CausalTensors):
             )
         given.setdefault("variant", name)
         return cls.config_class(**given)
-
-
-def _attention(config: Any, attention: str) -> str:
-    return "flash_attention_2" if config.use_flash_attn and attention == "auto" else attention

@@ -19,6 +19,7 @@ from librobot_vlm_ros.core import (
     GenerationParams,
     RequestError,
 )
+from librobot_vlm_ros.models.answering import again_in_safer_dtype
 from librobot_vlm_ros.models.causal_decoder import (
     CausalDecoder,
     deep_inputs,
@@ -85,7 +86,7 @@ class CausalTensors(CausalWords):
 
     def encode_text(self, text: Any) -> Tensor:
         """The language model's last states of words alone, [B, T, D], padded at the end."""
-        hidden, _ = self._read_rows(None, self._ids(text, None, seeing=False))
+        hidden, _ = self._read_rows(None, self._ids(text, None, None))
         return hidden
 
     def forward(
@@ -112,8 +113,8 @@ class CausalTensors(CausalWords):
                 ErrorCode.BAD_PARAMETER,
                 f"labels are {list(labels.shape)}, expected the shape of input_ids",
             )
-        rows = self._ids(source, attention_mask, seeing=images is not None)
         seen = self._seen(images) if images is not None else None
+        rows = self._ids(source, attention_mask, _views(seen))
         learnt = None if labels is None else self._kept(labels, attention_mask)
         hidden, orders = self._read_rows(seen, rows, learnt)
         logits = self._loaded().lm_head(hidden)
@@ -132,6 +133,7 @@ class CausalTensors(CausalWords):
             )
         return result
 
+    @again_in_safer_dtype
     def generate(  # type: ignore[override]
         self,
         images: Any = None,
@@ -156,9 +158,9 @@ class CausalTensors(CausalWords):
         with self._answering():
             seen = self._seen(images) if images is not None else None
             if task is not None:
-                rows = self._task_ids(task, words, len(seen) if seen is not None else 1)
+                rows = self._task_ids(task, words, _views(seen) or [1])
             else:
-                rows = self._ids(words, attention_mask, seeing=seen is not None)
+                rows = self._ids(words, attention_mask, _views(seen))
             decoder, history = self._start(seen, rows)
             seeds = [None if seed is None else seed + row for row in range(len(rows))]
             generated = decode(decoder, rules, history, seeds=seeds)
@@ -261,3 +263,8 @@ class CausalTensors(CausalWords):
     def _reader(self) -> Any:
         """What takes rows of vectors and gives their last states."""
         return self.language_model
+
+
+def _views(seen: Sequence[Seen] | None) -> list[int] | None:
+    """Images of each row."""
+    return None if seen is None else [len(row.counts) for row in seen]

@@ -7,15 +7,45 @@ models encodes what stands before and behind an image.
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from librobot_vlm_ros.core import ErrorCode, ModelError, RequestError
+from librobot_vlm_ros.models.shards import read_json
 
-__all__ = ["CausalTokenizer"]
+__all__ = ["CausalTokenizer", "added_tokens"]
 
-_FAST, _PIECES = "tokenizer.json", "tokenizer.model"
+_FAST, _PIECES, _ADDED = "tokenizer.json", "tokenizer.model", "added_tokens.json"
+
+
+def added_tokens(folder: Path) -> dict[str, int]:
+    """Tokens that stand beside a sentencepiece file, in added_tokens.json or tokenizer_config.json.
+
+    {} where there is neither. Raises ModelError TOKENIZER_MISMATCH for files that cannot be read,
+    or state two ids for a token.
+    """
+    settings, listed = folder / "tokenizer_config.json", folder / _ADDED
+    found: dict[str, int] = {}
+    try:
+        decoder = read_json(settings).get("added_tokens_decoder") if settings.is_file() else None
+        stated = [(str(token["content"]), int(i)) for i, token in (decoder or {}).items()]
+        if listed.is_file():
+            stated += [(str(token), int(i)) for token, i in read_json(listed).items()]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(
+            ErrorCode.TOKENIZER_MISMATCH,
+            f"the added tokens of {folder} cannot be read: {type(error).__name__} {error}",
+        ) from error
+    for token, number in stated:
+        if found.setdefault(token, number) != number:
+            raise ModelError(
+                ErrorCode.TOKENIZER_MISMATCH,
+                f"{token} is {found[token]} by {settings.name}, {number} by {listed.name}",
+                "use the files that came with the weights",
+            )
+    return found
 
 
 class CausalTokenizer:
@@ -29,8 +59,10 @@ class CausalTokenizer:
         vocabulary: dict[str, int],
         control: Iterable[str],
         hidden: frozenset[int],
+        added: Mapping[str, int],
     ) -> None:
         self._source = source
+        self._added = dict(added)
         self._encode = encode
         self._decode = decode
         #: Number of tokens; ids from here on are padding of the model's tables.
@@ -46,13 +78,21 @@ class CausalTokenizer:
 
     @classmethod
     def from_folder(
-        cls, folder: Path, *, hidden: Iterable[int], vocab_size: int, control: Iterable[str] = ()
+        cls,
+        folder: Path,
+        *,
+        hidden: Iterable[int],
+        vocab_size: int,
+        control: Iterable[str] = (),
+        added: Mapping[str, int] | None = None,
     ) -> CausalTokenizer:
         """Read tokenizer.json, or the sentencepiece file tokenizer.model.
 
         `hidden`: ids that an answer is shown without (begin, end, pad). `control`: spellings that
-        are no words even where the file does not know them, such as the image's. Raises ModelError
-        TOKENIZER_MISMATCH, or MISSING_DEPENDENCY without sentencepiece.
+        are no words even where the file does not know them, such as the image's. `added`: tokens
+        beside a sentencepiece file, which take the place of pieces of the same id (tokenizer.json
+        holds its own). Raises ModelError TOKENIZER_MISMATCH, or MISSING_DEPENDENCY without
+        sentencepiece.
         """
         source = next((folder / n for n in (_FAST, _PIECES) if (folder / n).is_file()), None)
         if source is None:
@@ -61,9 +101,13 @@ class CausalTokenizer:
                 f"{folder} holds neither {_FAST} nor {_PIECES}",
                 "copy it from the model's repository into the folder",
             )
-        read = _read_fast if source.name == _FAST else _read_pieces
-        encode, decode, vocabulary, own = read(source)
-        new = cls(source, encode, decode, vocabulary, {*own, *control}, frozenset(hidden))
+        fast = source.name == _FAST
+        beside = {} if fast else dict(added or {})
+        encode, decode, vocabulary, own = (
+            _read_fast(source) if fast else _read_pieces(source, beside)
+        )
+        control = {*own, *control}
+        new = cls(source, encode, decode, vocabulary, control, frozenset(hidden), beside)
         strange = [token for token in new._hidden if token not in vocabulary.values()]
         if new.size > vocab_size or strange:
             raise ModelError(
@@ -73,6 +117,10 @@ class CausalTokenizer:
                 "use the tokenizer that came with the weights",
             )
         return new
+
+    def hide(self, ids: Iterable[int]) -> None:
+        """Show answers without these ids, too."""
+        self._hidden |= frozenset(ids)
 
     def words(self, text: str) -> list[int]:
         """Ids of words. Raises RequestError CONTROL_TOKEN_IN_PROMPT when one is no word."""
@@ -100,10 +148,13 @@ class CausalTokenizer:
         return text + (self._decode(run) if run else "")
 
     def save(self, folder: Path) -> None:
-        """Copy the file that it was read from."""
+        """Copy the file that it was read from, and write the tokens beside it."""
         target = folder / self._source.name
         if target.resolve() != self._source.resolve():
             shutil.copyfile(self._source, target)
+        if self._added:
+            text = json.dumps(self._added, indent=2, ensure_ascii=False) + "\n"
+            (folder / _ADDED).write_text(text, encoding="utf-8")
 
 
 _Read = tuple[Callable[[str], list[int]], Callable[[list[int]], str], dict[str, int], set[str]]
@@ -127,7 +178,7 @@ def _read_fast(path: Path) -> _Read:
     )
 
 
-def _read_pieces(path: Path) -> _Read:
+def _read_pieces(path: Path, added: Mapping[str, int]) -> _Read:
     try:
         import sentencepiece
     except ImportError as error:
@@ -145,9 +196,13 @@ def _read_pieces(path: Path) -> _Read:
     count = pieces.get_piece_size()
     vocabulary = {pieces.id_to_piece(number): number for number in range(count)}
     control = {name for name, number in vocabulary.items() if pieces.is_control(number)}
+    # What a piece was called before an added token took its place is no word either.
+    taken = set(added.values()) - {vocabulary.get(name) for name in added}
+    control |= {name for name, number in vocabulary.items() if number in taken}
+    words = {name: number for name, number in vocabulary.items() if number not in taken}
     return (
         lambda text: list(pieces.encode(text)),
         lambda ids: str(pieces.decode(ids)),
-        vocabulary,
-        control,
+        {**words, **added},
+        control | (set(added) - {"<unk>"}),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from librobot_vlm_ros.core import (
 )
 from librobot_vlm_ros.models.causal_images import CausalImages
 from librobot_vlm_ros.models.causal_tokenizer import CausalTokenizer
+from librobot_vlm_ros.models.registry import models_with_task
 
 __all__ = ["CausalWords"]
 
@@ -37,6 +39,11 @@ class CausalWords(CausalImages):
     @abstractmethod
     def _prompt(self, words: str) -> list[int]:
         """Ids of a whole prompt, one token standing for the image."""
+
+    def _prompt_of(self, words: str, views: int) -> list[int]:
+        """Ids of a whole prompt about so many images; one token may stand for all of them."""
+        prompt, marks = self._prompt(words), set() if views else self._image_marks()
+        return [token for token in prompt if token not in marks]
 
     # What follows from it.
 
@@ -75,32 +82,52 @@ class CausalWords(CausalImages):
         ]
 
     def _ids(
-        self, text: Any, attention_mask: Tensor | None, *, seeing: bool = True
+        self, text: Any, attention_mask: Tensor | None, views: Sequence[int] | None
     ) -> list[list[int]]:
         """Rows of ids: strings as questions in the family's chat, ids without padding.
 
-        Not `seeing`, a question has no place for an image.
+        `views`: images of each row; None for words alone, whose chat has no place for an image.
         """
         if isinstance(text, str):
             text = [text]
         if text is None or len(text) == 0:
             raise RequestError(ErrorCode.EMPTY_PROMPT, "neither text nor input_ids were given")
         if isinstance(text[0], str):
-            rows = [self._prompt(self._clean(row, True)) for row in text]
-            marks = set() if seeing else self._image_marks()
-            return [[token for token in row if token not in marks] for row in rows]
+            counts = [0] * len(text) if views is None else views
+            if len(counts) != len(text):
+                raise RequestError(
+                    ErrorCode.BAD_PARAMETER, f"{len(counts)} images for {len(text)} prompts"
+                )
+            return [
+                self._prompt_of(self._clean(row, True), count)
+                for row, count in zip(text, counts, strict=True)
+            ]
         return self._kept(text, attention_mask)
 
-    def _task_ids(self, task: str, words: Any, count: int) -> list[list[int]]:
+    def _task_ids(self, task: str, words: Any, views: Sequence[int]) -> list[list[int]]:
         name = get_task(task).name
-        if name not in self.tasks or name == "embed" or get_task(name).needs_region:
+        if name not in self.tasks:
+            able = models_with_task(name)
             raise RequestError(
                 ErrorCode.TASK_NOT_SUPPORTED,
-                f"{self.name} cannot {task!r} here, it can: {', '.join(sorted(self.tasks))}",
+                f"{self.name} cannot {task!r}, it can: {', '.join(sorted(self.tasks))}",
+                f"models that can: {', '.join(able) or 'none of the registered ones'}",
             )
-        texts = [words or ""] * count if words is None or isinstance(words, str) else list(words)
+        if name == "embed" or get_task(name).needs_region:
+            raise RequestError(
+                ErrorCode.TASK_NOT_SUPPORTED,
+                f"{self.name} cannot {task!r} here",
+                "use encode_image for embeddings, and a request with a region for such tasks",
+            )
+        alike = words is None or isinstance(words, str)
+        texts = [words or ""] * len(views) if alike else list(words)
         if not all(isinstance(row, str) for row in texts):
             raise RequestError(
                 ErrorCode.BAD_PARAMETER, "with a task the prompts are strings, not ids"
             )
-        return [self._prompt(self._question(name, self._clean(r, False), None)) for r in texts]
+        if len(texts) != len(views):
+            raise RequestError(
+                ErrorCode.BAD_PARAMETER, f"{len(views)} images for {len(texts)} prompts"
+            )
+        asked = [self._question(name, self._clean(row, False), None) for row in texts]
+        return [self._prompt_of(row, count) for row, count in zip(asked, views, strict=True)]

@@ -29,7 +29,7 @@ from librobot_vlm_ros.models.conformance_parts import (
 )
 from librobot_vlm_ros.models.preprocess import normalise
 
-__all__ = ["difference", "original_logits", "pixels", "write_official"]
+__all__ = ["difference", "mask_decoder_weights", "original_logits", "pixels", "write_official"]
 
 SIDE = 224
 VISION: dict[str, Any] = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
@@ -104,6 +104,30 @@ def write_official(folder: Path) -> None:
     }
     (folder / "config.json").write_text(json.dumps(config))
     save_file(_published_weights(words), folder / "model.safetensors")
+    np.savez(folder / "vae-oid.npz", **mask_decoder_weights())
+
+
+def mask_decoder_weights(seed: int = 11) -> dict[str, npt.NDArray[np.float32]]:
+    """Random weights in the layout of the published decoder of masks, with names of its encoder."""
+    random = np.random.default_rng(seed)
+
+    def normal(*size: int) -> npt.NDArray[np.float32]:
+        return (random.standard_normal(size) * 1.4).astype(np.float32)
+
+    state = {"_vq_vae._embedding": normal(128, 512), "encoder.0.weight": normal(128, 1, 4, 4)}
+    # Kernels of a transposed convolution have their inputs first.
+    shapes = {"decoder.0": (512, (128, 512, 1, 1)), "decoder.12": (16, (1, 16, 1, 1))}
+    for block in (2, 3):
+        for layer, side in ((0, 3), (2, 3), (4, 1)):
+            name = f"decoder.{block}.net.{layer}"
+            shapes[name] = (128 * side**2, (128, 128, side, side))
+    for layer, (wide, narrow) in enumerate(((128, 128), (128, 64), (64, 32), (32, 16))):
+        shapes[f"decoder.{4 + 2 * layer}"] = (4 * wide, (wide, narrow, 4, 4))
+    for name, (inputs, shape) in shapes.items():
+        transposed = name in {f"decoder.{4 + 2 * layer}" for layer in range(4)}
+        state[f"{name}.weight"] = normal(*shape) / math.sqrt(inputs)
+        state[f"{name}.bias"] = normal(shape[1] if transposed else shape[0]) * 0.1
+    return state
 
 
 def difference(folder: Path, module: Any) -> float:

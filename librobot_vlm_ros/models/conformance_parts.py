@@ -1,4 +1,4 @@
-"""What the tiny checkpoints of LLaVA-1.5 and PaliGemma, and the arithmetic of both, have alike."""
+"""What the tiny checkpoints of several families, and their original arithmetic, have alike."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ def layer_norm(state: dict[str, Tensor], name: str, x: Tensor, eps: float) -> Te
     return scaled * state[f"{name}.weight"] + state[f"{name}.bias"]
 
 
-def turned(x: Tensor) -> Tensor:
+def turned(x: Tensor, theta: float = 10000.0) -> Tensor:
     """Rotary positions 0, 1, ... on [heads, T, d]: pairs (i, i + d / 2) as complex numbers."""
     length, size = x.shape[-2:]
-    angles = torch.arange(length)[:, None] * 10000.0 ** (-torch.arange(0, size, 2) / size)
+    angles = torch.arange(length)[:, None] * theta ** (-torch.arange(0, size, 2) / size)
     pairs = torch.complex(x[..., : size // 2], x[..., size // 2 :])
     pairs = pairs * torch.polar(torch.ones_like(angles), angles)
     return torch.cat([pairs.real, pairs.imag], dim=-1)

@@ -23,6 +23,7 @@ from librobot_vlm_ros.core import (
     RequestError,
     clean_prompt,
 )
+from librobot_vlm_ros.models.adapting import quantization_for
 from librobot_vlm_ros.models.answering import Job
 from librobot_vlm_ros.models.checkpoint import build_random
 from librobot_vlm_ros.models.decode import Decoder, DecodeRules, Generated, Scale
@@ -42,7 +43,6 @@ from librobot_vlm_ros.models.florence_tensors import FlorenceTensors
 from librobot_vlm_ros.models.frame_cache import FrameEntry
 from librobot_vlm_ros.models.placement import place
 from librobot_vlm_ros.models.preprocess import ImageSettings, normalise, squash
-from librobot_vlm_ros.models.quantize import quantize, refuse_unknown
 from librobot_vlm_ros.models.registry import model_info, register_vlm
 from librobot_vlm_ros.models.weights import find_weights
 
@@ -62,24 +62,28 @@ class FlorenceVLM(FlorenceTensors):
         device: str = "auto",
         dtype: str = "auto",
         attention: str = "auto",
+        quantization: str = "none",
         freeze_vision: bool = False,
         freeze_language: bool = False,
+        adapter: str | Path | None = None,
         **options: Any,
     ) -> None:
         config = _checked_config(config, name)
         if parts is None:
-            where = place(device, dtype, _attention(config, attention))
+            quantization_for(config, quantization)  # refused before the work, not after it
+            where = place(device, dtype, attention)
             module = build_random(plan_for(config.to_transformers()), where)
             images = ImageSettings(config.image_size, config.image_size)
             parts = FlorenceParts(module, images, _settings(name))
         super().__init__(parts.module, name=name, **options)
         self._take(parts)
-        if config.gradient_checkpointing:
-            self.gradient_checkpointing_enable()
-        if freeze_vision:
-            self.freeze_vision()
-        if freeze_language:
-            self.freeze_language()
+        self._finish(
+            config,
+            quantization=quantization,
+            freeze_vision=freeze_vision,
+            freeze_language=freeze_language,
+            adapter=adapter,
+        )
 
     @classmethod
     def create(
@@ -98,39 +102,37 @@ class FlorenceVLM(FlorenceTensors):
     ) -> FlorenceVLM:
         """See `registry.create_vlm`. `revision`: hub commit or branch."""
         checked = _checked_config(config, name)
-        attention = _attention(checked, attention)
-        refuse_unknown(quantization)
+        quantization_for(checked, quantization)
+        options |= {"name": name, "quantization": quantization}
         if config is not None and pretrained is None:
-            vlm = cls(
-                checked, name=name, device=device, dtype=dtype, attention=attention, **options
+            return cls(checked, device=device, dtype=dtype, attention=attention, **options)
+        if checked.vision_config or checked.text_config:
+            raise ModelError(
+                ErrorCode.BAD_CONFIG,
+                "config changes the architecture, but the weights decide it",
+                "leave out vision_config and text_config, or leave out pretrained",
             )
-        else:
-            if checked.vision_config or checked.text_config:
-                raise ModelError(
-                    ErrorCode.BAD_CONFIG,
-                    "config changes the architecture, but the weights decide it",
-                    "leave out vision_config and text_config, or leave out pretrained",
-                )
-            weights = find_weights(model_info(name), pretrained, revision)
-            parts = read_folder(
-                weights.folder,
-                _settings(name),
-                device=device,
-                dtype=dtype,
-                attention=attention,
-                should_cancel=should_cancel or (lambda: False),
-            )
-            vlm = cls(checked, name=name, parts=parts, revision=weights.revision, **options)
-        quantize(vlm.language_model, quantization)
-        return vlm
+        weights = find_weights(model_info(name), pretrained, revision)
+        parts = read_folder(
+            weights.folder,
+            _settings(name),
+            device=device,
+            dtype=dtype,
+            attention=attention,
+            should_cancel=should_cancel or (lambda: False),
+        )
+        return cls(checked, parts=parts, revision=weights.revision, **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder in transformers' native layout that `create_vlm` loads again."""
-        parts = FlorenceParts(self._loaded(), self.images, self.settings, self.tokenizer)
+        parts = FlorenceParts(self._whole_module(), self.images, self.settings, self.tokenizer)
         write_folder(Path(folder), parts)
 
     def load_pretrained(self, source: str, **options: Any) -> None:
-        """Replace weights, configuration and tokenizer; device and dtype stay."""
+        """Replace weights, configuration and tokenizer; device and dtype stay.
+
+        An adapter goes with the weights that it was made for, and the new ones are not quantised.
+        """
         weights = find_weights(model_info(self.name), source, options.pop("revision", None))
         parts = read_folder(
             weights.folder,
@@ -262,10 +264,6 @@ class FlorenceVLM(FlorenceTensors):
 def _settings(name: str) -> FlorenceSettings:
     """What holds where a folder states nothing: the published models have published settings."""
     return PUBLISHED if model_info(name).default_pretrained else FlorenceSettings()
-
-
-def _attention(config: FlorenceConfig, attention: str) -> str:
-    return "flash_attention_2" if config.use_flash_attn and attention == "auto" else attention
 
 
 def _checked_config(config: FlorenceConfig | Mapping[str, Any] | None, name: str) -> FlorenceConfig:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
+from librobot_vlm_ros.models.model_config import ModelConfig
 
 __all__ = ["FlorenceConfig", "image_tokens", "is_original", "original_to_native", "variants"]
 
@@ -85,7 +86,7 @@ def variants() -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class FlorenceConfig:
+class FlorenceConfig(ModelConfig):
     """A Florence-2 architecture: a published variant, and what differs from it.
 
     `vision_config` and `text_config` take the fields of transformers' Florence2VisionConfig and
@@ -97,11 +98,9 @@ class FlorenceConfig:
     image_size: int = 768
     vision_config: Mapping[str, Any] = field(default_factory=dict)
     text_config: Mapping[str, Any] = field(default_factory=dict)
-    gradient_checkpointing: bool = False
-    #: The same as attention="flash_attention_2".
-    use_flash_attn: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.variant not in _VARIANTS:
             raise ModelError(
                 ErrorCode.BAD_CONFIG,

@@ -19,6 +19,7 @@ from librobot_vlm_ros.core import (
     get_task,
 )
 from librobot_vlm_ros.models.abstract import AbstractVLM
+from librobot_vlm_ros.models.answering import again_in_safer_dtype
 from librobot_vlm_ros.models.decode import Decoder, Generated, decode
 from librobot_vlm_ros.models.florence_config import image_tokens
 from librobot_vlm_ros.models.florence_decoder import FlorenceDecoder, encode_prompts
@@ -98,6 +99,7 @@ class FlorenceTensors(AbstractVLM):
             )
         return result
 
+    @again_in_safer_dtype
     def generate(
         self,
         images: Any = None,

@@ -59,7 +59,7 @@ class LlavaVLM(CausalVLM):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder in transformers' native layout that `create_vlm` loads again."""
         folder = Path(folder)
-        self._loaded().save_pretrained(str(folder))
+        self._whole_module().save_pretrained(str(folder))
         if self.tokenizer is not None:
             self.tokenizer.save(folder)
         size = {"height": self.images.height, "width": self.images.width}

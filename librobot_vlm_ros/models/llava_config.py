@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
+from librobot_vlm_ros.models.model_config import ModelConfig
 
 __all__ = ["LlavaConfig", "is_original", "original_to_native"]
 
@@ -66,7 +67,7 @@ _ROW_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
-class LlavaConfig:
+class LlavaConfig(ModelConfig):
     """A LLaVA-1.5 architecture: a published variant, and what differs from it.
 
     `vision_config` and `text_config` take the fields of transformers' CLIPVisionConfig and
@@ -77,11 +78,9 @@ class LlavaConfig:
     variant: str = "llava-v1.5-7b"
     vision_config: Mapping[str, Any] = field(default_factory=dict)
     text_config: Mapping[str, Any] = field(default_factory=dict)
-    gradient_checkpointing: bool = False
-    #: The same as attention="flash_attention_2".
-    use_flash_attn: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.variant not in _VARIANTS:
             raise ModelError(
                 ErrorCode.BAD_CONFIG,

@@ -1,14 +1,15 @@
 """PaliGemma (Beyer et al., 2024, arXiv:2407.07726) on transformers' own PaliGemma class.
 
 A SigLIP tower, one layer between, and Gemma, which reads image and prompt as a whole and writes its
-answer in order. Boxes come as location tokens (`paligemma_prompts`). The codes of its masks need a
-decoder that is not part of the model, so it does not offer segmentation.
+answer in order. Boxes come as location tokens (`paligemma_prompts`), masks as codes for a decoder
+that is not part of the checkpoint (`paligemma_masks`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,18 @@ from librobot_vlm_ros.models.causal_tokenizer import CausalTokenizer
 from librobot_vlm_ros.models.checkpoint import load_module
 from librobot_vlm_ros.models.decode import Generated
 from librobot_vlm_ros.models.detokenize import TokenSpans, geometric_mean
+from librobot_vlm_ros.models.frame_cache import FrameEntry
 from librobot_vlm_ros.models.paligemma_config import PaliGemmaConfig, plan_for
-from librobot_vlm_ros.models.paligemma_prompts import parse_locations, question
+from librobot_vlm_ros.models.paligemma_masks import (
+    MaskDecoder,
+    Outline,
+    draw,
+    find_mask_decoder,
+    missing_mask_decoder,
+    read_mask_decoder,
+    write_mask_decoder,
+)
+from librobot_vlm_ros.models.paligemma_prompts import parse_locations, parse_masks, question
 from librobot_vlm_ros.models.preprocess import ImageSettings, image_settings, squash
 from librobot_vlm_ros.models.registry import register_vlm
 from librobot_vlm_ros.models.shards import read_json
@@ -31,6 +42,13 @@ from librobot_vlm_ros.models.shards import read_json
 __all__ = ["PaliGemmaConfig", "PaliGemmaVLM"]
 
 _HALF = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class PaliGemmaParts(CausalParts):
+    """With the decoder of masks that lay beside the checkpoint, if any."""
+
+    masks: MaskDecoder | None = None
 
 
 @register_vlm("paligemma-3b")
@@ -45,16 +63,38 @@ class PaliGemmaVLM(CausalVLM):
     config_class = PaliGemmaConfig
     default_name = "paligemma-3b"
     _plan = staticmethod(plan_for)
+    _given_masks: MaskDecoder | None
+    _masks: MaskDecoder | None
+
+    def __init__(
+        self,
+        config: Any = None,
+        *,
+        name: str = "",
+        mask_decoder: str | Path | None = None,
+        **options: Any,
+    ) -> None:
+        """`mask_decoder`: the weights that segmenting needs (vae-oid.npz as published, or
+        safetensors), where they do not lie in the folder of the weights.
+        """
+        config = self._checked_config(config, name or self.default_name)
+        path = mask_decoder if mask_decoder is not None else config.mask_decoder
+        given = None if path is None else read_mask_decoder(Path(path).expanduser())
+        # No submodules: it is no part of what is trained, counted or moved.
+        self.__dict__["_given_masks"] = self.__dict__["_masks"] = given
+        super().__init__(config, name=name, **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder in transformers' native layout that `create_vlm` loads again."""
         folder = Path(folder)
-        self._loaded().save_pretrained(str(folder))
+        self._whole_module().save_pretrained(str(folder))
         if self.tokenizer is not None:
             self.tokenizer.save(folder)
         images = {**self.images.to_json(), "image_processor_type": "SiglipImageProcessor"}
         text = json.dumps(images, indent=2) + "\n"
         (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
+        if self._masks is not None:
+            write_mask_decoder(folder, self._masks)
 
     @property
     def image_tokens(self) -> int:
@@ -62,19 +102,39 @@ class PaliGemmaVLM(CausalVLM):
         vision = self.config.vision_config
         return int((vision.image_size // vision.patch_size) ** 2)
 
+    def prepare(self, request: InferenceRequest) -> tuple[FrameEntry, tuple[int, ...]]:
+        """See `AbstractVLM.prepare`. Raises ModelError WEIGHTS_NOT_FOUND for masks without their
+        decoder.
+        """
+        if request.task == "segment" and self._masks is None:
+            raise missing_mask_decoder(f"{self.name} has no decoder for its masks")
+        return super().prepare(request)
+
     def read(self, request: InferenceRequest, generated: Generated) -> ModelAnswer:
-        """Text; for grounding, regions scored by their numbers' probabilities."""
+        """Text; for grounding and masks, regions scored by their tokens' probabilities."""
         whole = geometric_mean(generated.log_probs)
         if request.spec.output == "text":
             return ModelAnswer(text=self.decode_text(generated.ids).strip(), score=whole)
         words = self._words()
         spans = TokenSpans(generated.ids, generated.log_probs, words.decode, words.control_ids)
-        regions, malformed = parse_locations(
-            spans.text, request.frame.width, request.frame.height, request.prompt, spans.score
-        )
+        size = request.frame.width, request.frame.height
+        if request.task == "segment":
+            found = parse_masks(spans.text, *size, self._outlines, request.prompt, spans.score)
+        else:
+            found = parse_locations(spans.text, *size, request.prompt, spans.score)
+        regions, malformed = found
         return ModelAnswer(text=spans.text, score=whole, regions=regions, malformed=malformed)
 
     # Inside.
+
+    def _take(self, parts: CausalParts) -> None:
+        super()._take(parts)
+        beside = getattr(parts, "masks", None)
+        self.__dict__["_masks"] = self._given_masks if self._given_masks is not None else beside
+
+    def _outlines(self, codes: Sequence[Sequence[int]]) -> list[list[Outline]]:
+        assert self._masks is not None  # asked for in `prepare`
+        return draw(self._masks, codes)
 
     @property
     def _reader(self) -> Any:
@@ -134,7 +194,9 @@ class PaliGemmaVLM(CausalVLM):
             if stated.is_file()
             else PaliGemmaVLM._default_images(config)
         )
-        return CausalParts(module, images, tokenizer)
+        beside = find_mask_decoder(folder)
+        masks = None if beside is None else read_mask_decoder(beside)
+        return PaliGemmaParts(module, images, tokenizer, masks)
 
     @staticmethod
     def _default_images(config: Any) -> ImageSettings:

@@ -9,6 +9,7 @@ from typing import Any
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
 from librobot_vlm_ros.models.checkpoint import CheckpointLayout, LoadPlan, register_layout
+from librobot_vlm_ros.models.model_config import ModelConfig
 from librobot_vlm_ros.models.native_keys import native_tensors
 
 __all__ = ["PaliGemmaConfig", "plan_for"]
@@ -38,7 +39,7 @@ _VARIANTS = ("paligemma-3b",)
 
 
 @dataclass(frozen=True)
-class PaliGemmaConfig:
+class PaliGemmaConfig(ModelConfig):
     """A PaliGemma architecture: the published one, and what differs from it.
 
     `vision_config` and `text_config` take the fields of transformers' SiglipVisionConfig and
@@ -49,11 +50,11 @@ class PaliGemmaConfig:
     vision_config: Mapping[str, Any] = field(default_factory=dict)
     text_config: Mapping[str, Any] = field(default_factory=dict)
     image_token_id: int = 257152
-    gradient_checkpointing: bool = False
-    #: The same as attention="flash_attention_2".
-    use_flash_attn: bool = False
+    #: File with the decoder of masks; None takes that of the weights' folder, if there is one.
+    mask_decoder: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.variant not in _VARIANTS:
             raise ModelError(
                 ErrorCode.BAD_CONFIG,

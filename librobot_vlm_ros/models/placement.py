@@ -19,6 +19,7 @@ __all__ = [
     "Placement",
     "dtype_name",
     "free_bytes",
+    "missing_for_flash",
     "place",
     "resolve_dtype",
     "usable_cores",
@@ -152,7 +153,7 @@ def _resolve_attention(attention: str, device: torch.device, dtype: torch.dtype)
             f"there is no attention called {attention!r}",
             f"use one of: {', '.join(ATTENTIONS)}",
         )
-    missing = _missing_for_flash(device, dtype)
+    missing = missing_for_flash(device, dtype)
     if wanted == "auto":
         return "flash_attention_2" if not missing else "sdpa"
     if wanted == "flash_attention_2" and missing:
@@ -164,7 +165,7 @@ def _resolve_attention(attention: str, device: torch.device, dtype: torch.dtype)
     return wanted
 
 
-def _missing_for_flash(device: torch.device, dtype: torch.dtype) -> str:
+def missing_for_flash(device: torch.device, dtype: torch.dtype) -> str:
     """What flash-attn 2 lacks here, "" when it can be used."""
     if device.type != "cuda":
         return f"it needs a CUDA device and this is {device}"

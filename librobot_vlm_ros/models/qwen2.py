@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from librobot_vlm_ros.models.llava import CLIP_MEAN, CLIP_STD
-from librobot_vlm_ros.models.qwen import QwenVLM
 from librobot_vlm_ros.models.qwen_images import QwenImages
 from librobot_vlm_ros.models.qwen_prompts import QWEN2_TASKS, parse_token_boxes
+from librobot_vlm_ros.models.qwen_vl import QwenVLM
 from librobot_vlm_ros.models.registry import register_vlm
 
 __all__ = ["Qwen2VLM"]

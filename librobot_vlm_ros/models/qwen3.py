@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from librobot_vlm_ros.models.qwen import QwenVLM
 from librobot_vlm_ros.models.qwen_images import QwenImages
 from librobot_vlm_ros.models.qwen_prompts import QWEN3_TASKS, parse_json_boxes
+from librobot_vlm_ros.models.qwen_vl import QwenVLM
 from librobot_vlm_ros.models.registry import register_vlm
 
 __all__ = ["Qwen3VLM"]

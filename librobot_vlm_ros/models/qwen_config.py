@@ -12,6 +12,7 @@ from torch import Tensor
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
 from librobot_vlm_ros.models.checkpoint import CheckpointLayout, LoadPlan, register_layout
+from librobot_vlm_ros.models.model_config import ModelConfig
 from librobot_vlm_ros.models.native_keys import DERIVED, renamed
 
 __all__ = ["QwenVLConfig", "plan_for"]
@@ -96,7 +97,7 @@ _VARIANTS: Mapping[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
 
 
 @dataclass(frozen=True)
-class QwenVLConfig:
+class QwenVLConfig(ModelConfig):
     """A Qwen2-VL or Qwen3-VL architecture: a published one, and what differs from it.
 
     `vision_config` and `text_config` take the fields of transformers' Qwen2VLVisionConfig and
@@ -118,11 +119,9 @@ class QwenVLConfig:
     #: Bounds of a resized image's area in pixels; None means those of the checkpoint.
     min_pixels: int | None = None
     max_pixels: int | None = None
-    gradient_checkpointing: bool = False
-    #: The same as attention="flash_attention_2".
-    use_flash_attn: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         named = {"qwen3-vl-7b": "qwen3-vl-8b"}.get(self.variant, self.variant)
         if named not in _VARIANTS:
             raise ModelError(

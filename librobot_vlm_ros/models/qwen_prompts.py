@@ -11,14 +11,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 from librobot_vlm_ros.core import Region
+from librobot_vlm_ros.models.boxes import Score, region_of
 
 __all__ = ["QWEN2_TASKS", "QWEN3_TASKS", "parse_json_boxes", "parse_token_boxes"]
 
-SCALE = 1000
 _COMMON = {
     "answer": "{text}",
     "caption": "Describe the image in one sentence.",
@@ -52,23 +51,6 @@ _PIECE = re.compile(
 )
 _BOX = re.compile(rf"\s*{_PAIRS}\s*")
 
-Score = Callable[[Sequence[tuple[int, int]]], float]
-
-
-def _region(
-    numbers: Sequence[Any], label: str, score: float, width: int, height: int
-) -> Region | None:
-    """A box in source pixels, None for what is no box of the image."""
-    if len(numbers) != 4 or any(
-        isinstance(n, bool) or not isinstance(n, (int, float)) for n in numbers
-    ):
-        return None
-    x_min, y_min, x_max, y_max = numbers
-    if not (0 <= x_min <= x_max <= SCALE and 0 <= y_min <= y_max <= SCALE):
-        return None
-    across, down = width / SCALE, height / SCALE
-    return Region(label, score, x_min * across, y_min * down, x_max * across, y_max * down)
-
 
 def parse_token_boxes(
     text: str,
@@ -91,7 +73,7 @@ def parse_token_boxes(
         pieces += 1
         box = _BOX.fullmatch(found["bare"] or found["box"] or "")
         numbers = [float(number) for number in box.groups()] if box else []
-        region = _region(numbers, label, score([found.span()]), width, height)
+        region = region_of(numbers, label, score([found.span()]), width, height)
         if region is not None:
             regions.append(region)
     return tuple(regions), max(1, pieces) - len(regions)
@@ -120,7 +102,7 @@ def parse_json_boxes(
             place = begin + 1  # cut off or damaged: a good one may stand inside or behind
             continue
         numbers, name = found.get("bbox_2d"), found.get("label")
-        region = _region(
+        region = region_of(
             numbers if isinstance(numbers, list) else (),
             name.strip() if isinstance(name, str) and name.strip() else label,
             score([(begin, place)]),

@@ -128,6 +128,7 @@ def create_vlm(
     quantization: str = "none",
     freeze_vision: bool = False,
     freeze_language: bool = False,
+    adapter: str | os.PathLike[str] | None = None,
     should_cancel: Callable[[], bool] | None = None,
     **options: Any,
 ) -> Any:
@@ -139,7 +140,9 @@ def create_vlm(
     (a mapping or the family's config object) builds that architecture with random weights.
     `device`: auto, cpu, cuda, cuda:N. `dtype`: auto, float32, float16, bfloat16 (or fp32, fp16,
     bf16). `attention`: auto, flash_attention_2, sdpa, eager. An explicit choice is honoured or
-    refused with a ModelError; ``auto`` logs what it chose. `should_cancel` is asked between
+    refused with a ModelError; ``auto`` logs what it chose. `quantization` of the language model's
+    linear layers: none, int8, nf4 (see `quantize`). `adapter`: a folder of `save_adapter` or of
+    peft. `should_cancel` is asked between
     tensors while loading; true gives LOAD_CANCELLED. Other options go to the class.
     """
     return get_vlm(name).create(
@@ -152,6 +155,7 @@ def create_vlm(
         quantization=quantization,
         freeze_vision=freeze_vision,
         freeze_language=freeze_language,
+        **({} if adapter is None else {"adapter": adapter}),
         should_cancel=should_cancel,
         **options,
     )

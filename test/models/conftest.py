@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,8 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from librobot_vlm_ros.core import Frame, InferenceRequest
-from librobot_vlm_ros.models import create_vlm
+from librobot_vlm_ros.models import AbstractVLM, create_vlm, model_info
+from librobot_vlm_ros.models.catalog import CATALOG
 from librobot_vlm_ros.models.tiny import tiny_florence_folder
 
 transformers_logging.disable_progress_bar()
@@ -59,3 +62,47 @@ def ask(frame: Frame) -> Callable[..., InferenceRequest]:
 def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     logging.getLogger("librobot_vlm_ros").setLevel(logging.INFO)
+
+
+#: One model of each family that is loaded from official checkpoints, by the family's module.
+FAMILIES = {info.module: info.name for info in reversed(CATALOG) if info.default_pretrained}
+
+
+@pytest.fixture(scope="session", params=sorted(FAMILIES.values()))
+def family(request: pytest.FixtureRequest) -> str:
+    """The name of a model; a test that takes it runs once for every family there is."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def family_folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint of the family in its official layout; tests never write to it."""
+    folder = tmp_path_factory.mktemp("official") / family
+    hooks = importlib.import_module(
+        f"librobot_vlm_ros.models.conformance_{model_info(family).module}"
+    )
+    hooks.write_official(folder)
+    return folder
+
+
+@pytest.fixture
+def load_family(family: str, family_folder: Path) -> Callable[..., AbstractVLM]:
+    """`load_family(**options)`: the tiny checkpoint as a model on the CPU in float32."""
+
+    def load(**options: Any) -> AbstractVLM:
+        return create_vlm(
+            family, pretrained=str(family_folder), device="cpu", dtype="float32", **options
+        )
+
+    return load
+
+
+@pytest.fixture
+def batch() -> dict[str, Any]:
+    """Two images with six tokens each, the last three to be learnt."""
+    random = torch.Generator().manual_seed(3)
+    input_ids = torch.randint(20, 60, (2, 6), generator=random)
+    labels = input_ids.clone()
+    labels[:, :3] = -100
+    images = torch.randint(0, 256, (2, 3, 48, 64), generator=random, dtype=torch.uint8)
+    return {"images": images, "input_ids": input_ids, "labels": labels}

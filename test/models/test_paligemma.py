@@ -105,7 +105,7 @@ def test_requests_are_answered(vlm3b: PaliGemmaVLM, ask) -> None:
         [
             ask("caption", params=params),
             ask("ground", prompt="cup", params=params),
-            ask("segment", prompt="cup", params=params),
+            ask("detect", params=params),
             ask("embed"),
         ]
     )

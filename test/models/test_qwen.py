@@ -21,8 +21,8 @@ from librobot_vlm_ros.models import create_vlm, load_module, model_info
 from librobot_vlm_ros.models.causal_images import Seen
 from librobot_vlm_ros.models.conformance_qwen import original_logits, pixels
 from librobot_vlm_ros.models.conformance_qwen_folder import IDS, SECOND, THIRD
-from librobot_vlm_ros.models.qwen import QwenVLM
 from librobot_vlm_ros.models.qwen_images import QwenImages, patches, smart_size
+from librobot_vlm_ros.models.qwen_vl import QwenVLM
 
 GENERATIONS = {"qwen2-vl-2b": SECOND, "qwen3-vl-4b": THIRD}
 TEXT: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -148,6 +148,39 @@ def test_answers_equal_those_of_transformers_for_a_batch_of_sizes(qwen: QwenVLM)
         length = row.index(IDS["<|im_end|>"]) + 1 if IDS["<|im_end|>"] in row else len(row)
         assert ids[:length] == row[:length]
         assert answer.text == qwen.decode_text(row[:length]).strip()
+
+
+@pytest.mark.parametrize("learnt", [False, True])
+def test_logits_and_loss_equal_those_of_transformers_forward(qwen: QwenVLM, learnt: bool) -> None:
+    """Theirs numbers the places of an image only where `mm_token_type_ids` says where it is."""
+    random = torch.Generator().manual_seed(4)
+    factor, merge = qwen.images.factor, qwen.images.merge
+    images = torch.randn(2, 3, 2 * factor, 4 * factor, generator=random)
+    start, image, end = (IDS[f"<|{n}|>"] for n in ("vision_start", "image_pad", "vision_end"))
+    behind = torch.randint(20, 60, (2, 5), generator=random)
+    ids = torch.tensor([[5, 6, start, *[image] * 8, end, *row] for row in behind.tolist()])
+    labels = torch.cat([torch.full((2, 12), -100), behind], dim=1) if learnt else None
+    given: dict[str, Any] = {
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.cat(
+            [patches(one, qwen.images, torch.device("cpu"), torch.float32) for one in images]
+        ),
+        "image_grid_thw": torch.tensor([[1, 2 * merge, 4 * merge]] * 2),
+        "mm_token_type_ids": (ids == image).int(),
+    }
+    with torch.no_grad():
+        theirs = qwen.module(input_ids=ids, labels=labels, **given)
+        ours = qwen(images=images, input_ids=ids, labels=labels)
+    torch.testing.assert_close(ours["logits"], theirs.logits, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(
+        qwen(images=images.flip(2), input_ids=ids)["logits"], theirs.logits, atol=1e-3
+    )
+    if learnt:
+        # Theirs gives tokens that are no words a share of the probability.
+        words = theirs.logits[:, 11:-1].clone()
+        words[..., qwen._suppressed()] = -torch.inf
+        expected = torch.nn.functional.cross_entropy(words.flatten(0, 1), behind.flatten())
+        torch.testing.assert_close(ours["loss"], expected)
 
 
 def test_a_frame_seen_before_answers_the_same(qwen: QwenVLM) -> None:
@@ -286,7 +319,7 @@ def test_the_chat_is_the_published_one(qwen: QwenVLM, ask) -> None:
         "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>why<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    assert not {*qwen._ids(["why"], None, seeing=False)[0]} & qwen._image_marks()
+    assert not {*qwen._ids(["why"], None, None)[0]} & qwen._image_marks()
 
 
 @pytest.mark.parametrize("name", sorted(TINY))

@@ -32,6 +32,7 @@ AT_HOME: dict[str, set[str]] = {
     "safetensors": {"models", "tabletop"},
     "tokenizers": {"models", "tabletop"},
     "peft": {"models"},
+    "bitsandbytes": {"models"},
     "pybullet": {"tabletop"},
     "rclpy": {"ros", "cli"},
     "launch": {"ros", "cli"},

@@ -35,7 +35,7 @@ from librobot_vlm_ros.models.qwen_images import (
 )
 from librobot_vlm_ros.models.shards import read_json
 
-__all__ = ["QwenVLM"]
+__all__ = ["QwenVLConfig", "QwenVLM"]
 
 #: Tokens of the notation, and what config.json calls those that it numbers.
 _MARKS = {
@@ -84,7 +84,7 @@ class QwenVLM(CausalVLM):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder in transformers' native layout that `create_vlm` loads again."""
         folder = Path(folder)
-        self._loaded().save_pretrained(str(folder))
+        self._whole_module().save_pretrained(str(folder))
         if self.tokenizer is not None:
             self.tokenizer.save(folder)
         text = json.dumps(self.images.to_json(), indent=2) + "\n"

@@ -1,0 +1,31 @@
+"""Boxes that models write in thousandths of an image's width and height."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from librobot_vlm_ros.core import Region
+
+__all__ = ["SCALE", "Score", "region_of"]
+
+#: What stands for the whole width or height.
+SCALE = 1000
+
+#: Stretches (begin, end) of an answer's text to their score.
+Score = Callable[[Sequence[tuple[int, int]]], float]
+
+
+def region_of(
+    numbers: Sequence[Any], label: str, score: float, width: int, height: int
+) -> Region | None:
+    """A box x_min, y_min, x_max, y_max in source pixels, None for what is no box of the image."""
+    if len(numbers) != 4 or any(
+        isinstance(n, bool) or not isinstance(n, (int, float)) for n in numbers
+    ):
+        return None
+    x_min, y_min, x_max, y_max = numbers
+    if not (0 <= x_min <= x_max <= SCALE and 0 <= y_min <= y_max <= SCALE):
+        return None
+    across, down = width / SCALE, height / SCALE
+    return Region(label, score, x_min * across, y_min * down, x_max * across, y_max * down)
