@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from librobot_vlm_ros.core import (
@@ -25,6 +26,7 @@ from librobot_vlm_ros.models.adapters import adapter_parameters
 from librobot_vlm_ros.models.adapting import Adapting
 from librobot_vlm_ros.models.frame_cache import FrameCache
 from librobot_vlm_ros.models.registry import model_info
+from librobot_vlm_ros.models.resize import Resizing, resizing
 
 __all__ = ["AbstractVLM"]
 
@@ -33,9 +35,13 @@ class AbstractVLM(Adapting):
     """A vision-language model. One thread at a time may use it.
 
     `module` is the transformers model inside. `device` and `dtype` are names ("cuda:0", "float16").
+    `resize` says how images of requests come to the model's size: `exact` as the published
+    processors do it, `fast` (see `resize.py`), or `auto`.
     """
 
     family: ClassVar[str] = ""
+    #: How images become tensors, with `resample`, `mean` and `std`.
+    images: Any
 
     def __init__(
         self,
@@ -45,8 +51,10 @@ class AbstractVLM(Adapting):
         revision: str = "random",
         limits: Limits = DEFAULT_LIMITS,
         embedding_pooling: str = "mean",
+        resize: str = "auto",
     ) -> None:
         super().__init__()
+        resizing(resize, torch.device("cpu"))
         if embedding_pooling not in ("mean", "none"):
             raise RequestError(
                 ErrorCode.BAD_PARAMETER,
@@ -56,10 +64,16 @@ class AbstractVLM(Adapting):
         self.revision = revision
         self.limits = limits
         self.embedding_pooling = embedding_pooling
+        self.resize = resize
         self.tasks = frozenset(model_info(name).tasks)
         self.module = module
         self.train(module.training)  # a new torch module says that it trains, a loaded one doesn't
         self.frames = FrameCache()
+
+    @property
+    def resizing(self) -> Resizing:
+        """How images of requests come to the model's size; see `resize.py`."""
+        return resizing(self.resize, self.torch_device, self.images.resample)
 
     # What a family fills in.
 

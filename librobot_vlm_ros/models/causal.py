@@ -163,11 +163,10 @@ class CausalVLM(CausalTensors):
             text = self._clean(request.prompt, request.spec.needs_text)
             prompt = self._prompt(self._question(request.task, text, request))
             answer = self.rules(request.params).max_new_tokens
-        entry = self.frames.entry(request.frame)
-        if entry.features is None and entry.pixels is None:
-            entry.pixels = self._pixels(request.frame.pixels)
+        entry = self.frames.entry(request.frame, self.torch_dtype)
+        pixels = None if entry.has_features(self.torch_dtype) else entry.ready(self._pixels)
         if prompt:
-            image = len(entry.features) if entry.pixels is None else self._count(entry.pixels)
+            image = len(entry.features) if pixels is None else self._count(pixels)
             length = image + len(prompt) - 1 + answer
             room = self.config.text_config.max_position_embeddings
             if length > room:
@@ -193,10 +192,7 @@ class CausalVLM(CausalTensors):
             if not job.frame.has_features(self.torch_dtype) or job.frame.seen is None
         }
         if new:
-            prepared = [
-                self._pixels(entry.frame.pixels) if entry.pixels is None else entry.pixels
-                for entry in new.values()
-            ]
+            prepared = [entry.ready(self._pixels) for entry in new.values()]
             for entry, seen in zip(new.values(), self._look(prepared), strict=True):
                 entry.seen, entry.features, entry.pixels = seen, seen.vectors, None
         return [job.frame.seen for job in jobs]

@@ -167,9 +167,9 @@ class FlorenceVLM(FlorenceTensors):
             pieces = build_prompt(FLORENCE_TASKS[request.task], text, request.region, *size)
             prompt = tuple(tokenizer.prompt(pieces))
             self._check_length(self.image_tokens + len(prompt))
-        entry = self.frames.entry(request.frame)
+        entry = self.frames.entry(request.frame, self.torch_dtype)
         if not entry.has_features(self.torch_dtype):
-            self._squash(entry)
+            entry.ready(self._pixels)
         return entry, prompt
 
     def start(self, jobs: Sequence[Job]) -> tuple[Decoder, Tensor]:
@@ -181,17 +181,18 @@ class FlorenceVLM(FlorenceTensors):
         dtype = self.torch_dtype
         new = {id(job.frame): job.frame for job in jobs if not job.frame.has_features(dtype)}
         if new:
-            arrays = [self._squash(entry) for entry in new.values()]
+            arrays = [entry.ready(self._pixels) for entry in new.values()]
             pixels = normalise(arrays, self.images, self.torch_device, self.torch_dtype)
             for entry, features in zip(new.values(), self._see(pixels), strict=True):
                 entry.features, entry.pixels = features, None
         return [job.frame.features for job in jobs]
 
-    def _squash(self, entry: FrameEntry) -> Any:
-        """The frame at the model's size, made once."""
-        if entry.pixels is None:
-            entry.pixels = squash(entry.frame.pixels, self.images)
-        return entry.pixels
+    def input_size(self, width: int, height: int) -> tuple[int, int] | None:
+        """The same for all images."""
+        return self.images.width, self.images.height
+
+    def _pixels(self, pixels: Any) -> Any:
+        return squash(pixels, self.images, self.resizing)
 
     def rules(self, params: GenerationParams) -> DecodeRules:
         """Published settings, and what `params` asks for; sampling means one beam."""

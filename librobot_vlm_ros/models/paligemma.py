@@ -140,8 +140,12 @@ class PaliGemmaVLM(CausalVLM):
     def _reader(self) -> Any:
         return self._loaded().model
 
-    def _pixels(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        return squash(pixels, self.images)
+    def input_size(self, width: int, height: int) -> tuple[int, int] | None:
+        """The same for all images."""
+        return self.images.width, self.images.height
+
+    def _pixels(self, pixels: npt.NDArray[np.uint8]) -> Any:
+        return squash(pixels, self.images, self.resizing)
 
     def _see(self, pixels: Tensor) -> Tensor:
         features: Tensor = self._loaded().model.get_image_features(pixels).pooler_output

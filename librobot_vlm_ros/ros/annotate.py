@@ -37,11 +37,16 @@ class Annotator:
         self._worker.close()
         self._node.destroy_publisher(self._publisher)
 
+    @property
+    def watched(self) -> bool:
+        """Whether anybody subscribes."""
+        return bool(self._publisher.get_subscription_count())
+
     def put(self, result: Result, frame: Frame) -> None:
         """Draw this result soon, together with the other results of its frame, if somebody
         subscribes.
         """
-        if result.answer is None or self._publisher.get_subscription_count() == 0:
+        if result.answer is None or not self.watched:
             return
         camera, task = frame.camera, result.info.task
         with self._lock:
@@ -59,4 +64,8 @@ class Annotator:
         self._worker.put(camera, lambda: self._draw(frame, drawn, caption))
 
     def _draw(self, frame: Frame, regions: tuple[Region, ...], caption: str) -> None:
-        self._publisher.publish(image_message(draw(frame.pixels, regions, caption), frame.header))
+        pixels = frame.pixels
+        if pixels.shape[:2] != (frame.height, frame.width):  # decoded before anybody looked
+            picture = Image.fromarray(np.ascontiguousarray(pixels))
+            pixels = np.asarray(picture.resize((frame.width, frame.height)))
+        self._publisher.publish(image_message(draw(pixels, regions, caption), frame.header))

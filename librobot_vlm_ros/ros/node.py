@@ -187,6 +187,7 @@ class VlmNode(GuardedLifecycleNode):
                 lock_step=settings.lock_step,
                 reliability=settings.qos_reliability,
                 allow_depth=lambda: self.settings.allow_depth,
+                jpeg_margin=self._jpeg_margin_now,
                 complaints=self._complaints,
             )
             for setting in settings.camera_list()
@@ -215,6 +216,12 @@ class VlmNode(GuardedLifecycleNode):
         """Free everything, whatever the state was."""
         self._leave_cameras()
         self._free()
+
+    def _jpeg_margin_now(self) -> int:
+        """0, the whole image, also while somebody looks at the annotated ones."""
+        annotator = self._annotator
+        watched = annotator is not None and annotator.watched
+        return 0 if watched else self.settings.jpeg_margin
 
     def _leave_cameras(self) -> None:
         cameras, self._cameras = self._cameras, {}

@@ -33,7 +33,9 @@ def camera_configs(settings: Settings) -> list[CameraConfig]:
 
 def load_options(settings: Settings) -> dict[str, Any]:
     """What `create_vlm` is given besides the name."""
-    return {
+    # A model of somebody else's need not know it, so that only an explicit wish is passed on.
+    wish = {} if settings.resize == "auto" else {"resize": settings.resize}
+    return wish | {
         "config": settings.model_options(),
         "pretrained": settings.weights or None,
         "weights_sha256": settings.weights_sha256,

@@ -223,3 +223,9 @@ def test_the_tower_may_lie_elsewhere_for_a_folder_of_ones_own_but_not_for_a_down
     with pytest.raises(ModelError, match="cannot name a folder here") as caught:
         load_module(hub, "float32", "cpu")
     assert caught.value.code == ErrorCode.WEIGHTS_NOT_FOUND
+
+
+def test_the_input_size_is_the_images_part_of_the_square(llava: LlavaVLM) -> None:
+    side = llava.images.width
+    assert llava.input_size(640, 480) == (side, math.ceil(side * 3 / 4))
+    assert llava.input_size(480, 640) == (math.ceil(side * 3 / 4), side)
