@@ -8,6 +8,8 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import Image as ImageMessage
 
