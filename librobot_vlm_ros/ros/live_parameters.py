@@ -122,6 +122,7 @@ class LiveParameters:
     def _check(self, changes: list[RosParameter]) -> SetParametersResult:
         ours = {item.name: item.value for item in changes if item.name in PARAMETERS}
         try:
+            self._refuse_start_only(ours)
             if not getattr(self._forced, "now", False) and not self._is_unconfigured():
                 self._refuse_configure_time(ours)
             if not getattr(self._forced, "now", False):
@@ -131,6 +132,19 @@ class LiveParameters:
             self._node.get_logger().warning(f"parameter refused: {error}")
             return SetParametersResult(successful=False, reason=str(error))
         return SetParametersResult(successful=True)
+
+    def _refuse_start_only(self, values: Mapping[str, object]) -> None:
+        """rclpy's own read-only parameters refuse the value that they have, too, so that a file of
+        `ros2 param dump` could not be loaded again.
+        """
+        for name, value in values.items():
+            item = PARAMETERS[name]
+            if item.when == When.START and item.checked(value) != getattr(self.settings, name):
+                raise RequestError(
+                    ErrorCode.BAD_PARAMETER,
+                    f"parameter {name} is read-only once the node has started",
+                    "Start the node with another value.",
+                )
 
     def _refuse_configure_time(self, values: Mapping[str, object]) -> None:
         for name, value in values.items():
@@ -179,7 +193,6 @@ def _descriptor(item: Parameter) -> ParameterDescriptor:
         additional_constraints="; ".join(
             text for text in (item.bounds, f"may change {item.when.value}") if text
         ),
-        read_only=item.when == When.START,
     )
     if item.low is not None and item.high is not None:
         if item.type_name == "integer":

@@ -124,6 +124,7 @@ def test_a_client_cannot_lead_the_node_out_of_the_folders(start_vlm: Any, models
     assert "PATH_NOT_ALLOWED" in reason
     (reason,) = vlm.set_parameters(weights_folders=["/"])
     assert "read-only" in reason
+    assert vlm.set_parameters(weights_folders=[str(models)]) == []  # as `ros2 param load` does
     assert vlm.set_parameters(weights="owner/name") == []
     assert vlm.change_state("configure")
     for weights in (secret, str(models / "out"), "/etc", str(models / "nowhere" / ".." / "..")):
