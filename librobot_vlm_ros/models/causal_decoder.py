@@ -124,44 +124,52 @@ class CausalDecoder:
 
         self._model = language_model
         self._head = head
-        self._inputs, self._mask = pad_rows(rows, "left")
-        self._cache = DynamicCache()
+        self._inputs, self.mask = pad_rows(rows, "left")
+        #: Keys and values of what was taken in.
+        self.cache = DynamicCache()
         self._extra = dict(extra or {})
         if places is None:
             # Padding takes place 0 too; nothing looks at it.
-            self._places = (self._mask.cumsum(dim=1) - 1).clamp(min=0)
-            self._place = self._mask.sum(dim=1)
+            self._places = (self.mask.cumsum(dim=1) - 1).clamp(min=0)
+            place = self.mask.sum(dim=1)
         else:
             self._places = pad_places(places, "left")
-            self._place = self._places.amax(dim=(0, 2)) + 1
+            place = self._places.amax(dim=(0, 2)) + 1
+        #: int64 [rows], position of each row's next token; `mask` [rows, T] is of those before.
+        self.place = place + first_place
 
     def first(self) -> Tensor:
         """See `decode.Decoder`."""
         inputs, self._inputs = self._inputs, self._inputs[:, :0]
         extra, self._extra = self._extra, {}
         if self._prefix:
-            extra["token_type_ids"] = torch.zeros_like(self._mask)
-        return self._step(inputs, self._places, **extra)
+            extra["token_type_ids"] = torch.zeros_like(self.mask)
+        return self._step(inputs, self._places + self._first_place, **extra)
 
-    def next(self, tokens: Tensor) -> Tensor:
+    def next(self, tokens: Tensor, allowed: range | None = None) -> Tensor:
         """See `decode.Decoder`."""
-        self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], dim=1)
-        place = self._place[:, None].expand(*self._places.shape[:-2], -1, 1)
-        self._place = self._place + 1
-        return self._step(self._model.get_input_embeddings()(tokens[:, None]), place)
+        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
+        place = self.place[:, None].expand(*self._places.shape[:-2], -1, 1)
+        self.place = self.place + 1
+        logits = self._step(self._model.get_input_embeddings()(tokens[:, None]), place)
+        return logits if allowed is None else logits[:, allowed.start : allowed.stop]
 
     def reorder(self, rows: Tensor) -> None:
         """See `decode.Decoder`."""
-        self._cache.reorder_cache(rows)
-        self._mask = self._mask.index_select(0, rows)
-        self._place = self._place.index_select(0, rows)
+        self.cache.reorder_cache(rows)
+        self.mask = self.mask.index_select(0, rows)
+        self.place = self.place.index_select(0, rows)
+
+    def forget(self) -> None:
+        """Let go of keys and values that were taken over."""
+        self.cache = None
 
     def _step(self, inputs: Tensor, places: Tensor, **extra: Any) -> Tensor:
         output = self._model(
             inputs_embeds=inputs,
-            attention_mask=self._mask,
-            position_ids=places + self._first_place,
-            past_key_values=self._cache,
+            attention_mask=self.mask,
+            position_ids=places,
+            past_key_values=self.cache,
             use_cache=True,
             **extra,
         )

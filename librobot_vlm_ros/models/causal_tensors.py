@@ -31,6 +31,8 @@ from librobot_vlm_ros.models.causal_images import Seen
 from librobot_vlm_ros.models.causal_tokenizer import CausalTokenizer
 from librobot_vlm_ros.models.causal_words import CausalWords
 from librobot_vlm_ros.models.decode import Decoder, Generated, decode
+from librobot_vlm_ros.models.step_decoder import CausalStepDecoder
+from librobot_vlm_ros.models.step_llama import LlamaStep
 
 __all__ = ["CausalParts", "CausalTensors"]
 
@@ -255,7 +257,8 @@ class CausalTensors(CausalWords):
             places=self._numbered(orders, seen),
             extra=deep_inputs(orders, seen, "left", self.torch_device),
         )
-        return decoder, history
+        pool = self._step_pool(LlamaStep, self.language_model, self.module.lm_head)
+        return decoder if pool is None else CausalStepDecoder(pool, decoder), history
 
     @property
     def _reader(self) -> Any:
