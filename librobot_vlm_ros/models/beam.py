@@ -14,15 +14,20 @@ import torch
 from torch import Tensor
 
 from librobot_vlm_ros.core import VlmError
+from librobot_vlm_ros.models.choosing import (
+    apply_rules,
+    near,
+    not_finite,
+    suppressed,
+    token_log_probs,
+)
 from librobot_vlm_ros.models.decode import (
     Decoder,
     DecodeRules,
     Generated,
+    Scale,
     StopRow,
     TellIds,
-    apply_rules,
-    credited,
-    token_log_probs,
 )
 
 __all__ = ["beam_search"]
@@ -35,7 +40,7 @@ class _Beams:
     """Hypotheses of all prompts. Shapes [B, n, ...]; unwritten places hold the pad token."""
 
     tokens: Tensor
-    #: Log-probability of each token, as `credited` counts it.
+    #: Log-probability of each token; marks on a scale as `near` counts them.
     log_probs: Tensor
     scores: Tensor
 
@@ -77,6 +82,7 @@ def beam_search(
     is_finished = torch.zeros((batch, beams), dtype=torch.bool, device=device)
     can_improve = torch.ones((batch, 1), dtype=torch.bool, device=device)
 
+    unused = suppressed(rules, device)
     errors: dict[int, VlmError] = {}
     listener = _Listener(tell, batch)
     logits = decoder.first().repeat_interleave(beams, dim=0)
@@ -93,7 +99,10 @@ def beam_search(
         open_beams = [
             row * beams + b for row in range(batch) if row not in closed for b in range(beams)
         ]
-        raw = token_log_probs(logits, rules, open_beams)
+        raw = token_log_probs(logits, unused)
+        # One NaN makes the whole row NaN.
+        if not torch.isfinite(raw[open_beams].amax(dim=1)).all():
+            raise not_finite()
         written = torch.cat([past, running.tokens[:, :, :step].flatten(0, 1)], dim=1)
         scores = apply_rules(raw, written, rules, step)
         vocabulary = scores.shape[-1]
@@ -105,7 +114,9 @@ def beam_search(
         grown.scores = best
         grown.tokens[:, :, step] = token
         if rules.forced(step) is None:
-            chosen = credited(raw, rules).view(batch, -1).gather(1, place)
+            chosen = raw.view(batch, -1).gather(1, place)
+            if rules.scale is not None:
+                chosen = _credited(chosen, raw[(parent + offset).flatten()], token, rules.scale)
         else:
             chosen = torch.full_like(best, math.nan)
         grown.log_probs[:, :, step] = chosen
@@ -148,6 +159,15 @@ def beam_search(
         listener.finish(row, list(answer.ids))
         answers.append(answer)
     return answers
+
+
+def _credited(chosen: Tensor, raw: Tensor, token: Tensor, scale: Scale) -> Tensor:
+    """`chosen` [B, n] with the marks counted as `near` does; `raw` [B * n, V] is of each one."""
+    marks = token - scale.first
+    on_scale = (marks >= 0) & (marks < scale.count)
+    blocks = raw[:, scale.first : scale.first + scale.count]
+    counted = near(blocks, marks.clamp(0, scale.count - 1).flatten(), scale)
+    return torch.where(on_scale, counted.view_as(chosen), chosen)
 
 
 def _empty(batch: int, count: int, rules: DecodeRules, device: torch.device) -> _Beams:

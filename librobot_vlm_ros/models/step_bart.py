@@ -95,8 +95,8 @@ class BartBuffers:
 class BartStep:
     """The arithmetic of a decoder and its head; holds views of their weights.
 
-    Raises UnsupportedError, with the reason, for what it does not know: quantised and adapted layers,
-    hooks.
+    Raises UnsupportedError, with the reason, for what it does not know: quantised and adapted
+    layers, hooks.
     """
 
     def __init__(self, decoder: Any, head: Any) -> None:

@@ -101,8 +101,8 @@ class LlamaBuffers:
 class LlamaStep:
     """The arithmetic of a text model and its head; holds views of their weights.
 
-    Raises UnsupportedError, with the reason, for what it does not know: quantised and adapted layers,
-    hooks, sliding windows, other layers than those named above.
+    Raises UnsupportedError, with the reason, for what it does not know: quantised and adapted
+    layers, hooks, sliding windows, other layers than those named above.
     """
 
     def __init__(self, text_model: Any, head: Any) -> None:

@@ -10,7 +10,8 @@ import torch
 from transformers import GenerationConfig
 
 from librobot_vlm_ros.core import EngineError, ErrorCode, InferenceError, VlmError
-from librobot_vlm_ros.models.decode import DecodeRules, Generated, Scale, credited, decode
+from librobot_vlm_ros.models.choosing import near
+from librobot_vlm_ros.models.decode import DecodeRules, Generated, Scale, decode
 from librobot_vlm_ros.models.florence import FlorenceVLM
 from librobot_vlm_ros.models.florence_folder import PUBLISHED, FlorenceSettings
 
@@ -28,9 +29,10 @@ class Table:
     def first(self) -> torch.Tensor:
         return self.next(self.start)
 
-    def next(self, tokens: torch.Tensor) -> torch.Tensor:
+    def next(self, tokens: torch.Tensor, allowed: range | None = None) -> torch.Tensor:
         self.steps += 1
-        return self.table[tokens]
+        logits = self.table[tokens]
+        return logits if allowed is None else logits[:, allowed.start : allowed.stop]
 
     def reorder(self, rows: torch.Tensor) -> None:
         pass
@@ -127,10 +129,9 @@ def test_a_mark_on_a_scale_counts_with_its_neighbours(beams: int) -> None:
 
 
 def test_at_the_ends_of_a_scale_there_are_fewer_neighbours() -> None:
-    log_probs = torch.log(torch.tensor([[0.1, 0.2, 0.3, 0.05, 0.35]]))
-    rules = dataclasses.replace(RULES, scale=Scale(first=1, count=3, radius=1))
-    found = credited(log_probs, rules).exp()
-    torch.testing.assert_close(found, torch.tensor([[0.1, 0.5, 0.55, 0.35, 0.35]]))
+    blocks = torch.log(torch.tensor([[0.2, 0.3, 0.05]])).expand(3, -1)
+    found = near(blocks, torch.arange(3), Scale(first=1, count=3, radius=1)).exp()
+    torch.testing.assert_close(found, torch.tensor([0.5, 0.55, 0.35]))
 
 
 @pytest.mark.parametrize("beams", [1, 2])
