@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -104,6 +104,8 @@ class CausalDecoder:
     `first_place`: number of the first position. `prefix`: every place of a prompt sees all of it,
     and the model is told so by `token_type_ids`. `places`: numbers int64 [T, A] of a row's places
     on A axes; the answer goes on from the highest. `extra`: given to the model with the prompts.
+    `past`: keys and values [rows, kv heads, P, D] by layer of what was read before the rows, which
+    `places` leaves out. `then` is given the cache when the prompts have been read.
     """
 
     def __init__(
@@ -116,6 +118,8 @@ class CausalDecoder:
         prefix: bool = False,
         places: Sequence[Tensor] | None = None,
         extra: Mapping[str, Any] | None = None,
+        past: Sequence[tuple[Tensor, Tensor]] = (),
+        then: Callable[[Any], None] = lambda cache: None,
     ) -> None:
         from transformers import DynamicCache
 
@@ -127,10 +131,17 @@ class CausalDecoder:
         self._inputs, self.mask = pad_rows(rows, "left")
         #: Keys and values of what was taken in.
         self.cache = DynamicCache()
+        for layer, (keys, values) in enumerate(past):
+            self.cache.update(keys, values, layer)
+        if past:
+            seen = self.mask.new_ones((len(rows), past[0][0].shape[2]))
+            self.mask = torch.cat([seen, self.mask], dim=1)
         self._extra = dict(extra or {})
+        self._then = then
         if places is None:
             # Padding takes place 0 too; nothing looks at it.
             self._places = (self.mask.cumsum(dim=1) - 1).clamp(min=0)
+            self._places = self._places[:, -self._inputs.shape[1] :]
             place = self.mask.sum(dim=1)
         else:
             self._places = pad_places(places, "left")
@@ -140,18 +151,26 @@ class CausalDecoder:
 
     def first(self) -> Tensor:
         """See `decode.Decoder`."""
+        logits: Tensor = self._head(self.read()[:, -1])
+        return logits
+
+    def read(self) -> Tensor:
+        """Take in the prompts; gives their last states [rows, T, D]."""
         inputs, self._inputs = self._inputs, self._inputs[:, :0]
         extra, self._extra = self._extra, {}
         if self._prefix:
             extra["token_type_ids"] = torch.zeros_like(self.mask)
-        return self._step(inputs, self._places + self._first_place, **extra)
+        hidden = self._step(inputs, self._places + self._first_place, **extra)
+        self._then(self.cache)
+        return hidden
 
     def next(self, tokens: Tensor, allowed: range | None = None) -> Tensor:
         """See `decode.Decoder`."""
         self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
         place = self.place[:, None].expand(*self._places.shape[:-2], -1, 1)
         self.place = self.place + 1
-        logits = self._step(self._model.get_input_embeddings()(tokens[:, None]), place)
+        hidden = self._step(self._model.get_input_embeddings()(tokens[:, None]), place)
+        logits: Tensor = self._head(hidden[:, -1])
         return logits if allowed is None else logits[:, allowed.start : allowed.stop]
 
     def reorder(self, rows: Tensor) -> None:
@@ -173,5 +192,5 @@ class CausalDecoder:
             use_cache=True,
             **extra,
         )
-        logits: Tensor = self._head(output.last_hidden_state[:, -1])
-        return logits
+        hidden: Tensor = output.last_hidden_state
+        return hidden
