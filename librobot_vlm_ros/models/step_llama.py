@@ -84,12 +84,23 @@ class LlamaBuffers:
         ends = [heads * size, (heads + kv_heads) * size, (heads + 2 * kv_heads) * size]
         self.q_k_v = flat[:, : ends[0]], flat[:, ends[0] : ends[1]], flat[:, ends[1] :]
         self.qk = qkv[:, : heads + kv_heads]
+        #: The halves of each head the other way round, and room for them.
+        self.swapped = [self.qk[..., size // 2 :], self.qk[..., : size // 2]]
+        self.turned = torch.empty((rows, heads + kv_heads, size), **options)
         # A query that shares its keys with others is a further row of the same attention.
         self.query = qkv[:, :heads].view(rows, kv_heads, heads // kv_heads, size)
         #: The new keys and values as the cache has them, [2, rows, kv heads, 1, D].
         new = qkv[:, heads:].view(rows, 2, kv_heads, 1, size)
         self.new_kv = new.transpose(0, 1)
         self.layers = [(layer, layer[0], layer[1]) for layer in self.kv]
+        self.hidden = torch.empty((rows, step.width), **options)
+        self.normed = torch.empty((rows, step.width), **options)
+        self.gate = torch.empty((rows, step.inner), **options)
+        self.up = torch.empty((rows, step.inner), **options)
+        # The hidden states as rows and as columns, and their squares.
+        self.row, self.column = self.hidden.unsqueeze(1), self.hidden.unsqueeze(2)
+        self.square = torch.empty((rows, 1, 1), **options)
+        self.squares = self.square.squeeze(2)
 
     def clear(self) -> None:
         """As they were when made."""
@@ -134,8 +145,8 @@ class LlamaStep:
         self.eps = float(config.rms_norm_eps)
         # In float32 on a CPU a few small operations beat the one that torch offers.
         self.quick = self.dtype == torch.float32 and self.device.type == "cpu"
-        width = self.embedding.shape[1]
-        self.norm_eps = torch.full((1, 1, 1), width * self.eps, device=self.device)
+        self.width, self.inner = int(self.embedding.shape[1]), int(config.intermediate_size)
+        self.norm_eps = torch.full((1, 1, 1), self.width * self.eps, device=self.device)
         self.layers = [self._layer(layer) for layer in text_model.layers]
         self.norm = self._norm_weight(text_model.norm)
 
@@ -192,12 +203,13 @@ class LlamaStep:
         rows, slot = buffers.rows, buffers.slot
         buffers.mask.index_fill_(3, slot, 0.0)
         cos, sin = buffers.cos.index_select(0, slot)[0], buffers.sin.index_select(0, slot)[0]
-        hidden = functional.embedding(buffers.tokens, self.embedding)
+        hidden, normed, gate, up = buffers.hidden, buffers.normed, buffers.gate, buffers.up
+        hidden.copy_(functional.embedding(buffers.tokens, self.embedding))
         if self.embed_scale is not None:
-            hidden = hidden * self.embed_scale
-        qk, new, half = buffers.qk, buffers.new_kv, self.head_dim // 2
+            hidden.mul_(self.embed_scale)
+        qk, turned, new = buffers.qk, buffers.turned, buffers.new_kv
         for layer, (both, keys, values) in zip(self.layers, buffers.layers, strict=True):
-            normed = self._normed(hidden, layer.norm)
+            self._normalise(buffers, layer.norm)
             for (weight, bias), into in zip(layer.qkv, buffers.q_k_v, strict=True):
                 if bias is None:
                     torch.mm(normed, weight, out=into)
@@ -205,27 +217,33 @@ class LlamaStep:
                     torch.addmm(bias, normed, weight, out=into)
             if layer.qk_norm is not None:
                 self._norm_heads(qk, layer.qk_norm)
-            turned = qk.roll(half, -1)
+            torch.cat(buffers.swapped, dim=-1, out=turned)
             qk.mul_(cos).add_(turned.mul_(sin))
             both.index_copy_(3, slot, new)
             seen = functional.scaled_dot_product_attention(
                 buffers.query, keys, values, buffers.mask, scale=self.scaling
             )
-            hidden = self._added(hidden, seen.reshape(rows, -1), layer.out, layer.out_bias)
-            normed = self._normed(hidden, layer.mlp_norm)
-            gate = self.act(torch.mm(normed, layer.gate)).mul_(torch.mm(normed, layer.up))
-            hidden = self._added(hidden, gate, layer.down, None)
+            self._add(hidden, seen.reshape(rows, -1), layer.out, layer.out_bias)
+            self._normalise(buffers, layer.mlp_norm)
+            torch.mm(normed, layer.gate, out=gate)
+            torch.mm(normed, layer.up, out=up)
+            self._add(hidden, self.act(gate).mul_(up), layer.down, None)
         slot.add_(1)
-        return project(self._normed(hidden, self.norm), self.head, self.head_bias, allowed)
+        self._normalise(buffers, self.norm)
+        return project(normed, self.head, self.head_bias, allowed)
 
-    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _normalise(self, buffers: LlamaBuffers, weight: Tensor) -> None:
+        """`buffers.normed` from `buffers.hidden`."""
+        hidden, normed = buffers.hidden, buffers.normed
         if self.quick:
-            column = x.unsqueeze(2)
-            square = torch.baddbmm(self.norm_eps, column.transpose(1, 2), column)
-            return x.mul(square.squeeze(2).rsqrt_()).mul_(weight)
-        if self.from_one:
-            return functional.rms_norm(x.float(), x.shape[-1:], weight, self.eps).to(x.dtype)
-        return functional.rms_norm(x, x.shape[-1:], weight, self.eps)
+            torch.baddbmm(self.norm_eps, buffers.row, buffers.column, out=buffers.square)
+            buffers.square.rsqrt_()
+            torch.mul(hidden, buffers.squares, out=normed).mul_(weight)
+        elif self.from_one:
+            wide = functional.rms_norm(hidden.float(), (self.width,), weight, self.eps)
+            normed.copy_(wide)
+        else:
+            normed.copy_(functional.rms_norm(hidden, (self.width,), weight, self.eps))
 
     def _norm_heads(self, qk: Tensor, weight: Tensor) -> None:
         """In place, over the last axis, rounded where the module rounds."""
@@ -233,10 +251,11 @@ class LlamaStep:
         scale = wide.square().mean(-1, keepdim=True).add_(self.eps).rsqrt_()
         qk.copy_(wide.mul(scale)).mul_(weight)
 
-    def _added(self, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x + y W (+ bias); in half precision rounded where the module rounds."""
+    def _add(self, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        """x += y W (+ bias); in half precision rounded where the module rounds."""
         if bias is not None:
-            return torch.addmm(bias, y, weight).add_(x)
-        if self.dtype == torch.float32:
-            return torch.addmm(x, y, weight)
-        return torch.mm(y, weight).add_(x)
+            x.add_(torch.addmm(bias, y, weight))
+        elif self.dtype == torch.float32:
+            x.addmm_(y, weight)
+        else:
+            x.add_(torch.mm(y, weight))
