@@ -202,7 +202,7 @@ def vlm_leads(vlm: Any) -> bool:
 
 def pair_of(name: str, device: str, new_tokens: int, **config: Any) -> Pair:
     """A small model of a family, ready to be asked."""
-    sides = {"florence-2-base": 128, "llava-v1.5-7b": 56, "paligemma-3b": 56}
+    sides = {"florence-2-base": 128, "llava-v1.5-7b": 56, "paligemma-3b": 56, "qwen3-vl-4b": 96}
     vlm = build(name, device, **{**TINY[name], **config})
     return Pair(vlm, new_tokens, sides.get(name, 112))
 
