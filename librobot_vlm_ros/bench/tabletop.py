@@ -176,7 +176,10 @@ def _on_one_frame(bench: Bench, vlm: Any, frames: Sequence[Frame]) -> None:
     tasks = (("caption", ""), ("detect", ""), ("ground", "the red cube"))
     times = []
     for frame in frames:
-        alone = [bench.seconds(lambda f=again(frame), t=t: answer(vlm, ask(f, *t))) for t in tasks]
+        alone = []
+        for task in tasks:
+            fresh = again(frame)
+            alone.append(bench.seconds(lambda f=fresh, t=task: answer(vlm, ask(f, *t))))
         fresh = again(frame)
         together, _ = bench.seconds(lambda f=fresh: answer(vlm, *(ask(f, *t) for t in tasks)))
         times.append((max(spent for spent, _ in alone), together))
