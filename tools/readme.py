@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 FIGURES = ROOT / "librobot_vlm_ros/models/weights/florence_2_tabletop/evaluation.json"
+BENCHES = [ROOT / "docs/bench.json", ROOT / "docs/bench_gpu.json"]
 _PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.S)
 
 
@@ -78,11 +79,19 @@ def quality() -> str:
     return "\n".join(rows) + "\n"
 
 
+def performance() -> str:
+    """What `make bench` measured, from the committed copies of its summaries."""
+    from librobot_vlm_ros.bench.report import markdown
+
+    return "\n".join(markdown(json.loads(path.read_text())) for path in BENCHES if path.is_file())
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "parameters": parameters,
     "models": models,
     "errors": errors,
     "quality": quality,
+    "performance": performance,
 }
 
 

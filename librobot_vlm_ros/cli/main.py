@@ -18,7 +18,7 @@ __all__ = ["COMMANDS", "main"]
 
 #: Subcommands in the order of the help; each is a module of this folder (`_` for `-`) with
 #: `SUMMARY`, `configure(parser)` and `main(args) -> exit code`.
-COMMANDS = ("run", "demo", "replay", "annotate", "query", "models", "example-policy")
+COMMANDS = ("run", "demo", "replay", "annotate", "query", "models", "bench", "example-policy")
 
 _DESCRIPTION = """\
 Vision-language perception for ROS 2: cameras and instructions in, captions, grounded regions and
