@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,6 @@ TINY: dict[str, dict[str, Any]] = {
             "vocab_size": 1200,
             "init_std": 0.3,
         },
-        "image_token_id": 1100,
         "image_size": 128,
     },
 }
@@ -101,6 +101,7 @@ def build(name: str, device: str, dtype: str = "float32", **config: Any) -> Any:
     never = {*(ends if isinstance(ends, (list, tuple)) else [ends])}
     usual = vlm._suppressed
     if vlm.family == "florence-2":
+        vlm.settings = dataclasses.replace(vlm.settings, forced_eos_token_id=None)
         vlm._suppressed = lambda device: torch.tensor(
             sorted({*usual(device).tolist(), *never}), device=device
         )

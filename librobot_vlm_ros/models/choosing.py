@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from librobot_vlm_ros.core import ErrorCode, InferenceError
 from librobot_vlm_ros.models.decode_rules import DecodeRules, Scale
@@ -80,18 +81,14 @@ class Chooser:
         raw = token_log_probs(logits, None if only is not None else self._suppressed)
         if allowed is not None and only is None:
             raw = _restricted(raw, allowed)
-        scale = rules.scale
-        if scale is not None:
-            begin = scale.first if only is None else scale.first - only.start
-            block = raw[:, max(begin, 0) : begin + scale.count]
-            if block.shape[1] == scale.count:
-                self._marks[step] = block if only is not None else block.clone()
+        if rules.scale is not None:
+            self._marks[step] = _block(raw, rules.scale, only)
         forced = rules.forced(step)
         if forced is not None:
             tokens = torch.full_like(raw[:, 0], forced, dtype=torch.int64)
             return Picked(tokens, raw.amax(dim=1))
         scores = raw
-        if rules.no_repeat_ngram and only is None:
+        if rules.no_repeat_ngram:
             scores = apply_rules(raw, self._written[:, : self._before + step], rules, step)
         tokens = _choose(scores, rules, self._generators)
         log_probs = raw.gather(1, tokens[:, None])[:, 0]
@@ -125,6 +122,14 @@ class Chooser:
         marks = torch.tensor([mark for _, _, mark in found], device=blocks.device)
         for (row, step, _), value in zip(found, near(blocks, marks, scale).tolist(), strict=True):
             log_probs[row][step] = value
+
+
+def _block(raw: Tensor, scale: Scale, only: range | None) -> Tensor:
+    """Log-probabilities of the scale's marks [rows, count] among those of the tokens `only`."""
+    if only is None:
+        return raw[:, scale.first : scale.first + scale.count].clone()
+    before, behind = only.start - scale.first, scale.first + scale.count - only.stop
+    return functional.pad(raw, (before, behind), value=-math.inf)
 
 
 def suppressed(rules: DecodeRules, device: torch.device) -> Tensor | None:

@@ -58,18 +58,20 @@ def decode(
     stop: StopRow = lambda row: None,
     tell: TellIds | None = None,
     seeds: Sequence[int | None] | None = None,
+    grammars: Sequence[Grammar | None] = (),
 ) -> list[Generated | VlmError]:
     """Generate until every row has ended.
 
     `history`: int64 [rows, H], tokens before the first new one that the n-gram rule sees.
-    `seeds`: one a row, for sampling; None draws one.
+    `seeds`: one a row, for sampling; None draws one. `grammars`: one a row, for greedy answers;
+    beams and samples are free.
     Raises InferenceError NAN_LOGITS when the model gives no usable numbers.
     """
     if rules.num_beams > 1:
         from librobot_vlm_ros.models.beam import beam_search
 
         return beam_search(decoder, rules, history, stop=stop, tell=tell)
-    return _Loop(decoder, rules, history, seeds).run(stop, tell)
+    return _Loop(decoder, rules, history, seeds, grammars).run(stop, tell)
 
 
 class _Loop:
@@ -81,6 +83,7 @@ class _Loop:
         rules: DecodeRules,
         history: Tensor,
         seeds: Sequence[int | None] | None,
+        grammars: Sequence[Grammar | None] = (),
     ) -> None:
         self._decoder, self._rules = decoder, rules
         self._chooser = Chooser(rules, history, seeds)
@@ -93,7 +96,8 @@ class _Loop:
         self._eos = torch.tensor(rules.eos, device=history.device)
         #: Rows that have ended, as the device knows them.
         self._ended = torch.zeros(rows, dtype=torch.bool, device=history.device)
-        self._grammar = rules.grammar if rules.temperature == 0 else None
+        free = rules.temperature > 0 or not any(grammars)
+        self._grammars = () if free else tuple(grammars)
 
     def run(self, stop: StopRow, tell: TellIds | None) -> list[Generated | VlmError]:
         """See `decode`."""
@@ -118,7 +122,7 @@ class _Loop:
             if not self._open or last:
                 break
             if not self._ahead:
-                only = self._common()
+                only = self._common(step + 1)
                 logits = self._feed(picked.tokens, step, only)
         self._chooser.credit(self._ids, self._log_probs)
         return [
@@ -160,19 +164,21 @@ class _Loop:
             self._chooser.forget(step)
 
     def _allowed(self) -> list[range | tuple[int, ...] | None] | None:
-        """What the grammar lets each row choose from now; None where there is none."""
-        if self._grammar is None:
+        """What the grammars let each row choose from now; None where there are none."""
+        if not self._grammars:
             return None
         still = set(self._open)
         return [
-            self._grammar.allowed(ids) if row in still else None
-            for row, ids in enumerate(self._ids)
+            grammar.allowed(ids) if grammar is not None and row in still else None
+            for row, (ids, grammar) in enumerate(zip(self._ids, self._grammars, strict=True))
         ]
 
-    def _common(self) -> range | None:
-        """The range of tokens that every row must choose from; None where there is none."""
+    def _common(self, step: int) -> range | None:
+        """The range that every row must choose from at that step; None where there is none."""
         allowed = self._allowed()
-        if not allowed or len(self._open) < len(allowed):
+        # The n-gram rule is about the whole vocabulary, and so is a forced token.
+        whole = self._rules.no_repeat_ngram or self._rules.forced(step) is not None
+        if not allowed or whole or len(self._open) < len(allowed):
             return None
         first = allowed[0]
         return first if isinstance(first, range) and set(allowed) == {first} else None

@@ -54,8 +54,6 @@ class DecodeRules:
     scale: Scale | None = None
     length_penalty: float = 1.0
     early_stopping: bool = False
-    #: What may follow what, for greedy answers; beams and samples are free.
-    grammar: Grammar | None = None
 
     def forced(self, step: int) -> int | None:
         """The token that must stand at place `step`, counted from 0."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from librobot_vlm_ros.core import Region
 from librobot_vlm_ros.models import questions
 
-__all__ = ["PALIGEMMA_TASKS", "parse_locations", "question"]
+__all__ = ["BINS", "PALIGEMMA_TASKS", "parse_locations", "question"]
 
 BINS = 1024
 #: A task's prefix; `{text}` stands for the user's words.
