@@ -28,6 +28,7 @@ COMMANDS = (
     "models",
     "convert",
     "doctor",
+    "bench",
     "example-policy",
 )
 

@@ -20,6 +20,7 @@ from librobot_vlm_ros.core import (
     DEFAULT_LIMITS,
     ErrorCode,
     Limits,
+    ModelError,
     RequestError,
 )
 from librobot_vlm_ros.models.adapters import adapter_parameters
@@ -27,6 +28,8 @@ from librobot_vlm_ros.models.adapting import Adapting
 from librobot_vlm_ros.models.frame_cache import FrameCache
 from librobot_vlm_ros.models.registry import model_info
 from librobot_vlm_ros.models.resize import Resizing, resizing
+from librobot_vlm_ros.models.step_parts import DECODERS, make_step
+from librobot_vlm_ros.models.step_pool import StepPool
 
 __all__ = ["AbstractVLM"]
 
@@ -52,9 +55,19 @@ class AbstractVLM(Adapting):
         limits: Limits = DEFAULT_LIMITS,
         embedding_pooling: str = "mean",
         resize: str = "auto",
+        decoder: str = "auto",
     ) -> None:
+        """`decoder`: "module" takes each step of an answer through transformers' module,
+        "functional" through our arithmetic on its weights, "auto" through that where it can.
+        """
         super().__init__()
         resizing(resize, torch.device("cpu"))
+        if decoder not in DECODERS:
+            raise ModelError(
+                ErrorCode.BAD_CONFIG,
+                f"there is no decoder {decoder!r}",
+                f"use one of: {', '.join(DECODERS)}",
+            )
         if embedding_pooling not in ("mean", "none"):
             raise RequestError(
                 ErrorCode.BAD_PARAMETER,
@@ -69,6 +82,8 @@ class AbstractVLM(Adapting):
         self.module = module
         self.train(module.training)  # a new torch module says that it trains, a loaded one doesn't
         self.frames = FrameCache()
+        self.decoder = decoder
+        self._pool: StepPool | None = None
 
     @property
     def resizing(self) -> Resizing:
@@ -127,6 +142,20 @@ class AbstractVLM(Adapting):
     @abstractmethod
     def language_model(self) -> nn.Module:
         """The part that reads and writes."""
+
+    # Inside.
+
+    def _step_pool(self, kind: type[Any], text_model: Any, head: Any) -> StepPool | None:
+        """Steps over the weights as they are now; None where the module is to take them.
+
+        Graphs over buffers are kept from answer to answer, as long as the weights stay in place.
+        """
+        step = make_step(kind, text_model, head, self.decoder)
+        if step is None:
+            self._pool = None
+        elif self._pool is None or not self._pool.fits(step):
+            self._pool = StepPool(step)
+        return self._pool
 
     # The learner's side.
 

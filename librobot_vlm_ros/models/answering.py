@@ -36,7 +36,7 @@ from librobot_vlm_ros.core import (
     as_vlm_error,
 )
 from librobot_vlm_ros.models.base import OnToken, ShouldStop, stop_reason
-from librobot_vlm_ros.models.decode import Decoder, DecodeRules, Generated, decode
+from librobot_vlm_ros.models.decode import Decoder, DecodeRules, Generated, Grammar, decode
 from librobot_vlm_ros.models.detokenize import TextStream
 from librobot_vlm_ros.models.frame_cache import FrameCache, FrameEntry
 from librobot_vlm_ros.models.placement import dtype_name, free_bytes, usable_cores
@@ -127,6 +127,10 @@ class Answering(nn.Module, ABC):
     @abstractmethod
     def decode_text(self, ids: Sequence[int]) -> str:
         """Token ids to text, control tokens of the notation kept, begin, end and pad left out."""
+
+    def grammar(self, request: InferenceRequest) -> Grammar | None:
+        """Which tokens may follow which in an answer to this; None where anything may."""
+        return None
 
     # What follows from it.
 
@@ -369,6 +373,7 @@ class Answering(nn.Module, ABC):
             stop=lambda row: stop_reason(jobs[row].request, jobs[row].index, should_stop),
             tell=tell if on_token is not None else None,
             seeds=[job.request.params.seed for job in jobs],
+            grammars=[self.grammar(job.request) for job in jobs],
         )
         entries: dict[int, ModelAnswer | VlmError] = {}
         for job, row in zip(jobs, generated, strict=True):

@@ -179,7 +179,8 @@ class CausalVLM(CausalTensors):
 
     def start(self, jobs: Sequence[Job]) -> tuple[Decoder, Tensor]:
         """See `AbstractVLM.start`."""
-        return self._start(self._look_at(jobs), [list(job.prompt) for job in jobs])
+        seen = self._look_at(jobs)
+        return self._start(seen, [job.prompt for job in jobs], [job.frame for job in jobs])
 
     def embed(self, jobs: Sequence[Job]) -> list[Tensor]:
         """Projected vision features [N, D] of each job's frame, computed once a frame."""

@@ -27,7 +27,7 @@ from librobot_vlm_ros.models.adapting import quantization_for
 from librobot_vlm_ros.models.answering import Job
 from librobot_vlm_ros.models.checkpoint import build_random
 from librobot_vlm_ros.models.checksum import check_sha256
-from librobot_vlm_ros.models.decode import Decoder, DecodeRules, Generated, Scale
+from librobot_vlm_ros.models.decode import Decoder, DecodeRules, Generated, Grammar, Scale
 from librobot_vlm_ros.models.detokenize import TokenSpans, geometric_mean
 from librobot_vlm_ros.models.florence_config import FlorenceConfig, variants
 from librobot_vlm_ros.models.florence_convert import plan_for
@@ -42,6 +42,7 @@ from librobot_vlm_ros.models.florence_parse import parse_answer, without_locatio
 from librobot_vlm_ros.models.florence_prompts import BINS, FLORENCE_TASKS, build_prompt
 from librobot_vlm_ros.models.florence_tensors import FlorenceTensors
 from librobot_vlm_ros.models.frame_cache import FrameEntry
+from librobot_vlm_ros.models.grammar import BoxGrammar, OutlineGrammar
 from librobot_vlm_ros.models.placement import place
 from librobot_vlm_ros.models.preprocess import ImageSettings, normalise, squash
 from librobot_vlm_ros.models.registry import model_info, register_vlm
@@ -252,6 +253,22 @@ class FlorenceVLM(FlorenceTensors):
             default_label=request.prompt if task.takes == "text" else "",
         )
         return ModelAnswer(text=spans.text, score=whole, regions=regions, malformed=malformed)
+
+    def grammar(self, request: InferenceRequest) -> Grammar | None:
+        """Whole boxes, quadrangles and polygons, as the task writes them."""
+        task = FLORENCE_TASKS[request.task]
+        if self.tokenizer is None or task.answer == "text":
+            return None
+        first = self.tokenizer.first_location
+        if task.answer == "polygons":
+            return OutlineGrammar(first, BINS)
+        if task.answer == "quads":
+            return BoxGrammar(first, BINS, size=8, ordered=False)
+        # The n-gram rule may forbid what little an order leaves.
+        ordered = not self.settings.no_repeat_ngram_size
+        ids = self.tokenizer.tokenizer.convert_tokens_to_ids
+        poly = ids("<poly>") if task.answer == "boxes_or_polygons" else None
+        return BoxGrammar(first, BINS, ordered=ordered, unless=poly)
 
     def _scale(self) -> Scale | None:
         """Locations count as right when they are within 1 % of the image's side."""

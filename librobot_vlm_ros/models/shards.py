@@ -25,8 +25,9 @@ __all__ = ["iterate_tensors", "read_config", "read_json", "tensor_kinds", "weigh
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLES = ("model.safetensors", "pytorch_model.bin")
-#: Bytes of a file that are mapped at a time.
-_MAPPED_BYTES = 64 << 20
+#: Bytes of a file that are mapped at a time, at least; else a share of the file.
+_MAPPED_BYTES = 8 << 20
+_MAPPED_SHARE = 1 / 32
 _PICKLES = (".bin", ".pt", ".pth")
 _SAFETENSORS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -79,7 +80,9 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def iterate_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of one file with its key, on the CPU, in the file's order.
+    """Every tensor of one file with its key, on the CPU; of a safetensors file the largest first.
+
+    So what is mapped beside what has been copied is small when most has been copied.
 
     Raises ModelError WEIGHTS_CORRUPT or UNSAFE_CHECKPOINT.
     """
@@ -88,10 +91,11 @@ def iterate_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         return
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            keys = list(file.keys())
+            keys = sorted(file.keys(), key=lambda key: -math.prod(file.get_slice(key).get_shape()))
+        at_once = max(_MAPPED_BYTES, int(path.stat().st_size * _MAPPED_SHARE))
         while keys:
             # What was read stays mapped, and counts as our memory, until the file is closed.
-            left = _MAPPED_BYTES
+            left = at_once
             with safe_open(path, framework="pt", device="cpu") as file:
                 while keys and left > 0:
                     tensor = file.get_tensor(keys[0])
