@@ -77,6 +77,10 @@ class LlamaBuffers:
         self.cos = torch.zeros((capacity, rows, 1, size), **options)
         self.sin = torch.zeros_like(self.cos)
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=step.device)
+        #: Of `StepPool`: a graph over these buffers, what it writes, and who uses them now.
+        self.graph: Any = None
+        self.logits: Any = None
+        self.owner: Any = lambda: None
         #: Where the next token goes.
         self.slot = torch.zeros(1, dtype=torch.int64, device=step.device)
         qkv = torch.empty((rows, heads + 2 * kv_heads, size), **options)

@@ -217,11 +217,9 @@ def test_padded_rows_of_a_pool_do_not_change_the_answers(causal) -> None:
     rows = [[5, 6, 7, 8], [9], [10, 11, 12, 13, 14, 15]]
     params = GenerationParams(max_new_tokens=10)
     expected = generated(causal, "functional", rows, params)
-    causal._pool.cuda, causal._pool.refused = True, "not here"
-    pool = causal._pool
     with causal._answering():
         made, history = causal._start(None, rows)
-        made._pool = pool
+        made._pool.cuda, made._pool.refused = True, "not here"
         found = decode(made, causal.rules(params), history)
         assert [row.ids for row in found] == [row.ids for row in expected]
         assert made._buffers.rows == 4
