@@ -252,8 +252,11 @@ class LlamaStep:
     def _norm_heads(self, qk: Tensor, weight: Tensor) -> None:
         """In place, over the last axis, rounded where the module rounds."""
         wide = qk.float()
-        scale = wide.square().mean(-1, keepdim=True).add_(self.eps).rsqrt_()
-        qk.copy_(wide.mul(scale)).mul_(weight)
+        scale = (wide * wide).mean(-1, keepdim=True).add_(self.eps).rsqrt_()
+        if self.dtype == torch.float32:
+            qk.mul_(scale).mul_(weight)
+        else:
+            qk.copy_(wide.mul(scale)).mul_(weight)
 
     def _add(self, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         """x += y W (+ bias); in half precision rounded where the module rounds."""
