@@ -47,7 +47,7 @@ node-check: setup
 	@$(RUN) python -m librobot_vlm_ros.cli.node_check $(ARGS)
 
 bench: setup
-	@$(RUN) python -m librobot_vlm_ros.bench --out build/bench $(ARGS)
+	@$(RUN) librobot-vlm bench --out build/bench $(ARGS)
 
 lint: setup
 	@$(RUN) ruff check .

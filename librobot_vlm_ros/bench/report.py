@@ -103,7 +103,9 @@ def table(rows: Sequence[Measurement]) -> str:
 def markdown(summary: Mapping[str, Any]) -> str:
     """The README's part: only ratios where a CPU was measured, whose seconds mean little."""
     about = summary["machine"]
-    where = about.get("gpu") or f"{about['cpu']}, {about['threads']} of {about['cores']} cores"
+    where = about.get("gpu") or (
+        f"{about['cpu']}, {about['threads']} of {about['cores']} cores at a load of {about['load']}"
+    )
     lines = [
         f"`make bench` on {about['date']}: {where}, torch {about['torch']}, "
         f"transformers {about['transformers']}. Medians over pairs of runs, and their spread.",

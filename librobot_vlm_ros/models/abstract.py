@@ -83,7 +83,6 @@ class AbstractVLM(Adapting):
         self.train(module.training)  # a new torch module says that it trains, a loaded one doesn't
         self.frames = FrameCache()
         self.decoder = decoder
-        self._pool: StepPool | None = None
 
     @property
     def resizing(self) -> Resizing:
@@ -148,14 +147,18 @@ class AbstractVLM(Adapting):
     def _step_pool(self, kind: type[Any], text_model: Any, head: Any) -> StepPool | None:
         """Steps over the weights as they are now; None where the module is to take them.
 
-        Graphs over buffers are kept from answer to answer, as long as the weights stay in place.
+        On CUDA graphs over buffers are kept from answer to answer, as long as the weights stay in
+        place.
         """
         step = make_step(kind, text_model, head, self.decoder)
         if step is None:
-            self._pool = None
-        elif self._pool is None or not self._pool.fits(step):
-            self._pool = StepPool(step)
-        return self._pool
+            return None
+        if self._pool is None or not self._pool.fits(step):
+            pool = StepPool(step)
+            self._pool = pool if pool.cuda else None
+            return pool
+        kept: StepPool = self._pool
+        return kept
 
     # The learner's side.
 

@@ -90,6 +90,8 @@ class Answering(nn.Module, ABC):
     frames: FrameCache
     #: The transformers model; None once closed.
     module: Any
+    #: Buffers of decode steps that are kept from answer to answer (`step_pool.StepPool`).
+    _pool: Any = None
 
     # What a family fills in.
 
@@ -210,10 +212,11 @@ class Answering(nn.Module, ABC):
         return {"hits": frames.hits, "misses": frames.misses, "ahead": frames.ahead}
 
     def free_caches(self) -> None:
-        """Give back what is only kept to be quick: features of frames, and on a GPU the memory
-        that torch holds for the next request. Answers stay the same.
+        """Give back what is only kept to be quick: features of frames, and on a GPU buffers and
+        the memory that torch holds for the next request. Answers stay the same.
         """
         self.frames.clear()
+        self._pool = None
         if self.module is not None and self.device.startswith("cuda"):
             torch.cuda.empty_cache()
 
@@ -224,7 +227,7 @@ class Answering(nn.Module, ABC):
     def close(self) -> None:
         """Free the weights; requests get MODEL_NOT_LOADED from here on."""
         on_gpu = self.module is not None and self.device.startswith("cuda")
-        self.module = None
+        self.module = self._pool = None
         self.frames.clear()
         if on_gpu:
             torch.cuda.empty_cache()

@@ -67,7 +67,7 @@ class CausalTensors(CausalWords):
     image_leads = False
 
     def _take(self, parts: CausalParts) -> None:
-        self.module = parts.module
+        self.module, self._pool = parts.module, None
         self.images = parts.images
         self.tokenizer = parts.tokenizer
         self.config = parts.module.config

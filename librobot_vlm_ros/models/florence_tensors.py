@@ -39,7 +39,7 @@ class FlorenceTensors(AbstractVLM):
     family = "florence-2"
 
     def _take(self, parts: FlorenceParts) -> None:
-        self.module = parts.module
+        self.module, self._pool = parts.module, None
         self.images = parts.images
         self.settings = parts.settings
         self.tokenizer = parts.tokenizer

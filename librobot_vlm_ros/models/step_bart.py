@@ -65,6 +65,10 @@ class BartBuffers:
         self.mask = torch.full((rows, 1, 1, capacity), -math.inf, **options)
         self.cross_mask = torch.zeros((prompts, 1, 1, width), **options)
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=step.device)
+        #: Of `StepPool`: a graph over these buffers, what it writes, and who uses them now.
+        self.graph: Any = None
+        self.logits: Any = None
+        self.owner: Any = lambda: None
         #: Where the next token goes.
         self.slot = torch.zeros(1, dtype=torch.int64, device=step.device)
         qkv = torch.empty((3, rows, heads, size), **options)

@@ -73,13 +73,15 @@ class CausalStepDecoder(_StepDecoder):
         if len(rows) == self._rows and self._reorder_within(rows):
             return
         old, step = self._buffers, self._pool.step
-        fresh = self._pool.take(self, len(rows), old.capacity)
-        fresh.kv[:, :, : len(rows)].copy_(old.kv.index_select(2, rows))
-        fresh.mask[: len(rows)].copy_(old.mask.index_select(0, rows))
+        count, length = len(rows), self._length
+        fresh = self._pool.take(self, count, length + 1)
+        kept = old.kv[..., :length, :].index_select(2, rows)
+        fresh.kv[:, :, :count, :, :length].copy_(kept)
+        fresh.mask[:count, ..., :length].copy_(old.mask[..., :length].index_select(0, rows))
         self._place = self._place[rows]
         step.place(fresh, _padded(self._place, fresh.rows), self._common)
-        fresh.slot.fill_(self._length)
-        self._prompt, self._rows, self._buffers = self._prompt[rows], len(rows), fresh
+        fresh.slot.fill_(length)
+        self._prompt, self._rows, self._buffers = self._prompt[rows], count, fresh
 
     def _ready(self) -> Any:
         if self._buffers is None:

@@ -77,6 +77,10 @@ class LlamaBuffers:
         self.cos = torch.zeros((capacity, rows, 1, size), **options)
         self.sin = torch.zeros_like(self.cos)
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=step.device)
+        #: Of `StepPool`: a graph over these buffers, what it writes, and who uses them now.
+        self.graph: Any = None
+        self.logits: Any = None
+        self.owner: Any = lambda: None
         #: Where the next token goes.
         self.slot = torch.zeros(1, dtype=torch.int64, device=step.device)
         qkv = torch.empty((rows, heads + 2 * kv_heads, size), **options)
@@ -248,8 +252,11 @@ class LlamaStep:
     def _norm_heads(self, qk: Tensor, weight: Tensor) -> None:
         """In place, over the last axis, rounded where the module rounds."""
         wide = qk.float()
-        scale = wide.square().mean(-1, keepdim=True).add_(self.eps).rsqrt_()
-        qk.copy_(wide.mul(scale)).mul_(weight)
+        scale = (wide * wide).mean(-1, keepdim=True).add_(self.eps).rsqrt_()
+        if self.dtype == torch.float32:
+            qk.mul_(scale).mul_(weight)
+        else:
+            qk.copy_(wide.mul(scale)).mul_(weight)
 
     def _add(self, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         """x += y W (+ bias); in half precision rounded where the module rounds."""

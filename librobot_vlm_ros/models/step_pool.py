@@ -3,7 +3,7 @@
 On a CPU buffers are made for each answer, as large as it asks for. On CUDA they come in powers of
 two and are kept, with the graph that was captured over them: replaying it costs one launch where
 the step costs hundreds. Where a capture fails, its reason is logged once and the step runs as it
-is.
+is. (Written against torch 2.11's interface; it has not been run on a GPU yet.)
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class StepPool:
     def __init__(self, step: Any) -> None:
         self.step = step
         self.cuda = step.device.type == "cuda"
-        self._kept: OrderedDict[tuple[int, ...], _Held] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, ...], Any] = OrderedDict()
         #: Why the step is not run as a graph; "" while it is.
         self.refused = "" if self.cuda else "there is no CUDA device"
 
@@ -59,29 +59,27 @@ class StepPool:
         rows = rows if prompts else bucket(rows, 1)
         far = (prompts, -(-width // _SLOTS) * _SLOTS) if prompts else ()
         key = (rows, bucket(capacity, _CUDA_SLOTS), *far)
-        held = self._kept.pop(key, None)
-        if held is None or held.owner() is not None:  # in use, perhaps by the owner itself
-            held = _Held(self.step.buffers(*key))
-            self._capture(held)
-        held.owner = weakref.ref(owner)
-        self._kept[key] = held
+        buffers = self._kept.pop(key, None)
+        if buffers is None or buffers.owner() is not None:  # in use, perhaps by the owner itself
+            buffers = self.step.buffers(*key)
+            self._capture(buffers)
+        buffers.owner = weakref.ref(owner)
+        self._kept[key] = buffers
         while len(self._kept) > _KEPT:
             self._kept.popitem(last=False)
-        held.buffers.clear()
-        held.buffers.held = held
-        return held.buffers
+        buffers.clear()
+        return buffers
 
     def run(self, buffers: Any, allowed: range | None = None) -> Tensor:
         """Logits [rows, V] after `buffers.tokens`, or of the tokens `allowed` alone."""
-        held = getattr(buffers, "held", None)
-        if held is None or held.graph is None:
+        if buffers.graph is None:
             logits: Tensor = self.step(buffers, allowed)
             return logits
-        held.graph.replay()
-        whole: Tensor = held.logits
+        buffers.graph.replay()
+        whole: Tensor = buffers.logits
         return whole if allowed is None else whole[:, allowed.start : allowed.stop]
 
-    def _capture(self, held: _Held) -> None:
+    def _capture(self, buffers: Any) -> None:
         """A graph of one step; what it writes meanwhile is cleared after."""
         if self.refused:
             return
@@ -91,22 +89,13 @@ class StepPool:
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(2):
-                    self.step(held.buffers)
+                    self.step(buffers)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                held.logits = self.step(held.buffers)
-            held.graph = graph
+            # Another thread may bring the next frame to the device meanwhile.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                buffers.logits = self.step(buffers)
+            buffers.graph = graph
         except Exception as problem:
             self.refused = f"{type(problem).__name__}: {problem}"
             _log.warning("decode steps run without a CUDA graph: %s", self.refused)
-
-
-class _Held:
-    """Buffers that are kept, their graph and what it writes its logits to."""
-
-    def __init__(self, buffers: Any) -> None:
-        self.buffers = buffers
-        self.graph: Any = None
-        self.logits: Any = None
-        self.owner: Any = lambda: None

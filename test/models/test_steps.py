@@ -108,6 +108,27 @@ def test_florence_continues_as_through_the_module(vlm, params: GenerationParams)
         assert row.log_probs == pytest.approx(other.log_probs, abs=2e-4, nan_ok=True)
 
 
+def moved_about(vlm: Any, decoder: str, rows: list[list[int]]) -> torch.Tensor:
+    """Logits after rows were swapped among prompts, and became more and fewer, on their way."""
+    vlm.decoder = decoder
+    with vlm._answering():
+        made, _ = vlm._start(None, rows)
+        made.first()
+        for order in (None, [1, 0], [0, 0, 1, 1], [3, 1, 0, 2], [2, 0]):
+            if order is not None:
+                made.reorder(torch.tensor(order))
+            count = 2 if order is None else len(order)
+            logits = made.next(torch.arange(20, 20 + count))
+        return logits
+
+
+def test_rows_may_change_their_prompts_and_their_number(causal, vlm) -> None:
+    for model, rows in ((causal, [[5, 6, 7], [9]]), (vlm, [[0, 5, 2], [0, 9, 9, 9, 2]])):
+        expected = moved_about(model, "module", rows)
+        found = moved_about(model, "functional", rows)
+        assert (found - expected).abs().max() < 1e-3
+
+
 @pytest.mark.parametrize("name", ["llava-v1.5-7b", "qwen3-vl-4b"])
 def test_half_precision_stays_close_to_the_module(name: str) -> None:
     torch.manual_seed(3)
@@ -217,11 +238,9 @@ def test_padded_rows_of_a_pool_do_not_change_the_answers(causal) -> None:
     rows = [[5, 6, 7, 8], [9], [10, 11, 12, 13, 14, 15]]
     params = GenerationParams(max_new_tokens=10)
     expected = generated(causal, "functional", rows, params)
-    causal._pool.cuda, causal._pool.refused = True, "not here"
-    pool = causal._pool
     with causal._answering():
         made, history = causal._start(None, rows)
-        made._pool = pool
+        made._pool.cuda, made._pool.refused = True, "not here"
         found = decode(made, causal.rules(params), history)
         assert [row.ids for row in found] == [row.ids for row in expected]
         assert made._buffers.rows == 4
