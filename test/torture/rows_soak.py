@@ -6,7 +6,7 @@ import itertools
 import time
 from typing import Any
 
-from suite import Findings, Watched, camera_of, robot_and_node, row, slope, wait_for
+from suite import Findings, Watched, accepted_goal, camera_of, robot_and_node, row, slope, wait_for
 
 _WARM_UP_SHARE = 0.25
 _SLOPE_MIB_PER_H = 1.0
@@ -96,8 +96,6 @@ class _Load:
         if not hasattr(self, "_client"):
             self._client = ActionClient(self._robot.node, Generate, f"{self._vlm.name}/generate")
             wait_for(self._client.server_is_ready, 20.0, "the action")
-        sent = self._client.send_goal_async(Generate.Goal(task="caption"))
-        wait_for(sent.done, 20.0, "the goal's acceptance")
-        ended = sent.result().get_result_async()
+        ended = accepted_goal(self._client, Generate.Goal(task="caption")).get_result_async()
         wait_for(ended.done, 20.0, "the goal's result")
         found.check(ended.result().result.success, ended.result().result.error_msg)
