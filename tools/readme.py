@@ -96,7 +96,9 @@ def reliability() -> str:
             if name + "_limit" in entry
         )
         others = ", ".join(
-            f"{_figure(name)} {entry[name]:,.4g}" for name in _SHOWN if name in entry
+            f"{_figure(name)} {entry[name]:,.4g}"
+            for name in _SHOWN
+            if name in entry and f"{name}_limit" not in entry
         )
         priority = f"{entry['priority']} priority" if "priority" in entry else ""
         measured = ", ".join(text for text in (figures, others, priority) if text)

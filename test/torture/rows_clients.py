@@ -9,6 +9,7 @@ from typing import Any
 from suite import (
     Findings,
     Watched,
+    accepted_goal,
     camera_of,
     figures_of,
     robot_and_node,
@@ -109,9 +110,8 @@ def _left(robot: Any, vlm: Any, statuses: list[Any]) -> int:
         wait_for(client.server_is_ready, 20.0, "the action")
         heard = len(statuses)
         image = camera_of(robot, "/torture/unused").message()
-        sent = client.send_goal_async(Generate.Goal(task="caption", use_image=True, image=image))
-        wait_for(sent.done, 20.0, "the goal's acceptance")
-        ended = sent.result().get_result_async()
+        goal = Generate.Goal(task="caption", use_image=True, image=image)
+        ended = accepted_goal(client, goal).get_result_async()
         wait_for(ended.done, 30.0, "the goal's result")
         wait_for(lambda: len(statuses) > heard, 10.0, "the list of goals")
         return len(statuses[-1].status_list) - 1

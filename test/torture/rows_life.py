@@ -11,6 +11,7 @@ from typing import Any
 from suite import (
     Findings,
     Watched,
+    accepted_goal,
     camera_of,
     figures_of,
     percentile,
@@ -135,9 +136,7 @@ def _cancelled_after(robot: Any, vlm: Any) -> float:
         wait_for(client.server_is_ready, 20.0, "the action")
         image = camera_of(robot, "/torture/unused").message()
         goal = Generate.Goal(task="caption", use_image=True, image=image, timeout_s=600.0)
-        sent = client.send_goal_async(goal)
-        wait_for(sent.done, 20.0, "the goal's acceptance")
-        handle = sent.result()
+        handle = accepted_goal(client, goal)
         ended = handle.get_result_async()
         time.sleep(0.5)  # the model's thread shows in no interface: time for it to begin
         start = time.monotonic()

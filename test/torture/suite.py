@@ -161,6 +161,18 @@ def camera_of(robot: Any, topic: str = "/torture/image", qos: Any = 10) -> Any:
     return borrowed("ros/conftest.py").CameraSim(robot, topic, qos)
 
 
+def accepted_goal(client: Any, goal: Any) -> Any:
+    """The goal's handle. rclpy's client forgets an answer that comes before it has noted what it
+    asked, when another thread spins: then it is asked again.
+    """
+    for timeout_s in (5.0, 5.0, 20.0):
+        sent = client.send_goal_async(goal)
+        with contextlib.suppress(TimeoutError):
+            wait_for(sent.done, timeout_s, "the goal's acceptance")
+            return sent.result()
+    raise TimeoutError("the goal was not accepted")
+
+
 def started(script: str, *words: object) -> subprocess.Popen[str]:
     """A script of this folder as a process of its own."""
     return subprocess.Popen(
