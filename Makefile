@@ -12,13 +12,14 @@ SET_UP := $(PYTHON) tools/set_up.py
 RUN := bash tools/run
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test torture node-check lint format setup evaluate clean distclean python
+.PHONY: help demo test torture node-check bench lint format setup evaluate clean distclean python
 
 help:
 	@echo "make demo       set up what is missing, run the demo, leave build/demo/report.html"
 	@echo "make test       set up what is missing, run the whole test suite (ARGS=... go to pytest)"
 	@echo "make node-check the node under load (ARGS=\"--seconds 10\"), leaves build/node/summary.json"
 	@echo "make torture    hostile input and faults, 15 min (ARGS=\"--row NAME\", \"--soak 8h\"): build/torture/summary.json"
+	@echo "make bench      against transformers' generate, leaves build/bench/summary.json"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff rewrite the sources"
 	@echo "make evaluate   score the embedded model on renders of its world: SEED=1 FRAMES=200"
@@ -44,6 +45,9 @@ torture: setup
 
 node-check: setup
 	@$(RUN) python -m librobot_vlm_ros.cli.node_check $(ARGS)
+
+bench: setup
+	@$(RUN) librobot-vlm bench --out build/bench $(ARGS)
 
 lint: setup
 	@$(RUN) ruff check .

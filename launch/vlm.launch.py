@@ -7,8 +7,10 @@ How it is used:
 
 from launch import LaunchContext, LaunchDescription, LaunchDescriptionEntity
 from launch.actions import DeclareLaunchArgument, OpaqueFunction
+from launch.logging import get_logger
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import LifecycleNode
+from launch_ros.utilities import prefix_namespace
 
 from librobot_vlm_ros.ros.arguments import (
     LAUNCH_PARAMETERS,
@@ -16,7 +18,9 @@ from librobot_vlm_ros.ros.arguments import (
     existing_file,
     given_arguments,
     logger_name,
+    near_arguments,
     parse_values,
+    unknown_argument,
 )
 from librobot_vlm_ros.ros.transport import TRANSPORT_VARIABLE
 
@@ -38,11 +42,18 @@ def generate_launch_description() -> LaunchDescription:
 
 def start_node(context: LaunchContext) -> list[LaunchDescriptionEntity]:
     texts = {item.name: LaunchConfiguration(item.name).perform(context) for item in ARGUMENTS}
-    said = {word.partition(":=")[0] for word in context.argv}
+    said = [word.partition(":=")[0] for word in context.argv if ":=" in word]
     given = given_arguments(texts, said, ARGUMENTS)
     values = parse_values(given)
     files = [str(existing_file(texts["params_file"]))] if texts["params_file"] else []
-    level = f"{logger_name(texts['namespace'])}:={texts['log_level']}"
+    known = [item.name for item in ARGUMENTS]
+    for name in said:
+        # ros2 launch says nothing. No error, and nothing of words that are like none of ours: they
+        # may be for a launch file that includes this one.
+        if name not in known and near_arguments(name, known):
+            get_logger("vlm.launch.py").warning(f"ignored: {unknown_argument(name, known)}")
+    outer = context.launch_configurations.get("ros_namespace")  # of PushRosNamespace
+    logger = logger_name(prefix_namespace(outer, texts["namespace"]) or "")
     return [
         LifecycleNode(
             package="librobot_vlm_ros",
@@ -50,12 +61,17 @@ def start_node(context: LaunchContext) -> list[LaunchDescriptionEntity]:
             name="vlm",
             namespace=texts["namespace"],
             # The file wins over this default for all nodes, and what was asked for here over both.
-            ros_arguments=["-p", "autostart:=true", "--log-level", level],
+            ros_arguments=[
+                "-p",
+                "autostart:=true",
+                "--log-level",
+                f"{logger}:={texts['log_level']}",
+            ],
             parameters=[*files, {name: as_parameter(value) for name, value in values.items()}],
             additional_env={TRANSPORT_VARIABLE: texts["transport"]},
             output="screen",
             emulate_tty=True,
-        )
+        ),
     ]
 
 

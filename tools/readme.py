@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 FIGURES = ROOT / "librobot_vlm_ros/models/weights/florence_2_tabletop/evaluation.json"
 TORTURE = ROOT / "docs/torture.json"
+BENCHES = [ROOT / "docs/bench.json", ROOT / "docs/bench_gpu.json"]
 _PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.S)
 
 
@@ -120,12 +121,20 @@ def _figure(name: str) -> str:
     return name.replace("_", " ")
 
 
+def performance() -> str:
+    """What `make bench` measured, from the committed copies of its summaries."""
+    from librobot_vlm_ros.bench.report import markdown
+
+    return "\n".join(markdown(json.loads(path.read_text())) for path in BENCHES if path.is_file())
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "parameters": parameters,
     "models": models,
     "errors": errors,
     "quality": quality,
     "reliability": reliability,
+    "performance": performance,
 }
 
 

@@ -155,8 +155,9 @@ def _plan(run: Run, journal: Journal, readers: Sequence[BagReader]) -> dict[str,
     """The plan's meta data: of an unfinished run of the same job, or of a new plan."""
     asked = json.loads(json.dumps(run.job.fingerprint()))
     meta = journal.meta()
-    if meta:
-        different = [name for name in asked if meta["fingerprint"].get(name) != asked[name]]
+    different = [name for name in asked if meta.get("fingerprint", {}).get(name) != asked[name]]
+    # A run that ended before its first frames, for want of weights say, is in nobody's way.
+    if meta and not (different and journal.done_count() == 0):
         if different:
             raise BagError(
                 ErrorCode.PATH_NOT_ALLOWED,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import re
 
-__all__ = ["count", "positive", "remapping", "seconds"]
+__all__ = ["count", "positive", "remapping", "seconds", "stamp"]
 
 _MOST = 1e9
 
@@ -33,6 +34,16 @@ def count(text: str) -> int:
     if not text.isdecimal() or len(text) > 9:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 0")
     return int(text)
+
+
+def stamp(text: str) -> tuple[int, int]:
+    """Seconds with up to nine decimals as (seconds, nanoseconds), exact."""
+    found = re.fullmatch(r"(\d{1,10})(?:\.(\d{1,9}))?", text)
+    if found is None or int(found[1]) >= 2**31:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no stamp: expected seconds, as 1700000000.25"
+        )
+    return int(found[1]), int((found[2] or "").ljust(9, "0"))
 
 
 def remapping(text: str) -> tuple[str, str]:

@@ -18,7 +18,19 @@ __all__ = ["COMMANDS", "main"]
 
 #: Subcommands in the order of the help; each is a module of this folder (`_` for `-`) with
 #: `SUMMARY`, `configure(parser)` and `main(args) -> exit code`.
-COMMANDS = ("run", "demo", "replay", "annotate", "query", "models", "example-policy")
+COMMANDS = (
+    "run",
+    "demo",
+    "replay",
+    "annotate",
+    "query",
+    "ask",
+    "models",
+    "convert",
+    "doctor",
+    "bench",
+    "example-policy",
+)
 
 _DESCRIPTION = """\
 Vision-language perception for ROS 2: cameras and instructions in, captions, grounded regions and
@@ -30,6 +42,8 @@ _EPILOG = """\
   librobot-vlm demo                          see it work, with the model and the bag that ship
   librobot-vlm run model:=florence-2-base image_topic:=/camera/image_raw
   librobot-vlm query detect                  ask the running node about the newest frame
+  librobot-vlm ask photo.jpg --task detect   ask about a picture, without a node
+  librobot-vlm doctor                        what is missing on this machine, and how to get it
 
 Errors are printed as NAME(code): what was wrong, what was expected, what to do. Codes are stable
 and listed in msg/ErrorCode.msg.

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,14 +29,22 @@ Examples:
   librobot-vlm models
   librobot-vlm models --check florence-2-base paligemma-3b
   librobot-vlm models --check --json
+  librobot-vlm models --sha256 /models/florence
 """
-_DTYPES = ("float32", "float16", "int8", "nf4")
+_DTYPES = ("float32", "float16", "bfloat16", "int8", "nf4")
+_COLUMNS = ("float32", "float16", "int8", "nf4")  # bfloat16 takes what float16 does
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments and help."""
     parser.epilog = _EPILOG
     parser.add_argument("names", nargs="*", metavar="NAME", help="only these models (default: all)")
+    parser.add_argument(
+        "--sha256",
+        type=Path,
+        metavar="FOLDER",
+        help="print the sha256 of the weights in a folder, for the parameter weights_sha256",
+    )
     parser.add_argument("--check", action="store_true", help="try the models at tiny size")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
@@ -44,12 +53,30 @@ def main(args: argparse.Namespace) -> int:
     """Print the registry, or what the check found; 1 when a model is not as it should be."""
     from librobot_vlm_ros.models import list_vlms, model_info
 
+    if args.sha256 is not None:
+        return _sha256(args.sha256)
     named = [model_info(name) for name in args.names or list_vlms()]
     infos = list(dict.fromkeys(named))  # a name and its alias are one model
-    return _check(infos, args.json) if args.check else _list(infos, args.json)
+    if args.check:
+        return _check(infos, args.json)
+    return _list(infos, args.json, [name.strip().lower() for name in args.names])
 
 
-def _list(infos: list[ModelInfo], as_json: bool) -> int:
+def _sha256(folder: Path) -> int:
+    """Print the digest of a folder's weights, as `weights_sha256` takes it."""
+    from librobot_vlm_ros.models import get_vlm
+
+    from .log_lines import log_on_stderr
+
+    get_vlm("florence-2-base")  # names a package that is missing
+    from librobot_vlm_ros.models.checksum import weights_sha256
+
+    with log_on_stderr():
+        print(weights_sha256(folder))
+    return 0
+
+
+def _list(infos: list[ModelInfo], as_json: bool, asked: list[str]) -> int:
     from librobot_vlm_ros.ros.weights_here import weights_present
 
     from .console import table
@@ -61,18 +88,29 @@ def _list(infos: list[ModelInfo], as_json: bool) -> int:
         (
             info.name,
             _count(info.parameters),
-            *(_bytes(info.memory_bytes(dtype)) for dtype in _DTYPES),
+            *(_bytes(info.memory_bytes(dtype)) for dtype in _COLUMNS),
             info.licence,
             _source(info),
             "yes" if weights_present(info) else "no",
         )
         for info in infos
     ]
-    header = ("model", "parameters", *_DTYPES, "licence", "weights from", "here")
+    header = ("model", "parameters", *_COLUMNS, "licence", "weights from", "here")
     print(table(rows, header=header, right="lrrrrrlll"))
-    print("\nMemory of the weights by dtype. Tasks:")
+    print("\nMemory of the weights by dtype; bfloat16 as float16. Tasks:")
     for info in infos:
         print(f"{info.name}: {', '.join(info.tasks)}")
+    # Hub ids are names too, but they say themselves what they are.
+    short = {
+        alias: info
+        for info in infos
+        for alias in info.aliases
+        if alias in asked or (not asked and "/" not in alias)
+    }
+    if short:
+        print("\nOther names:")
+    for alias, info in short.items():
+        print(f"{alias} is {info.name}: {info.description}")
     return 0
 
 

@@ -8,10 +8,22 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Answer", "Ask", "limits", "misses", "summary"]
+__all__ = [
+    "SLOWER",
+    "Answer",
+    "Ask",
+    "limits",
+    "misses",
+    "single_limits",
+    "single_summary",
+    "summary",
+]
 
 _SHARE = 1.1
 _MARGIN_S = 0.02
+_OVERHEAD_S = 0.002
+#: Periods of the camera that the slow model takes.
+SLOWER = 5
 
 
 @dataclass(frozen=True)
@@ -25,6 +37,8 @@ class Answer:
     end_to_end_s: float
     """From the camera's publishing to the result's arrival, as seen from outside."""
     error_code: int = 0
+    model_s: float = 0.0
+    """What the model took of it."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +91,45 @@ def summary(
         "query_p99_s": percentile((ask.seconds for ask in asks), 99),
         "cpu_share": cpu_share,
     }
-    return {
-        key: (round(value, 6) if math.isfinite(value) else None)
-        if isinstance(value, float)
-        else value
-        for key, value in figures.items()
+    return {key: _plain(value) for key, value in figures.items()}
+
+
+def _plain(value: Any) -> Any:
+    """As JSON takes it: NaN and infinity become None."""
+    if not isinstance(value, float):
+        return value
+    return round(value, 6) if math.isfinite(value) else None
+
+
+def single_summary(
+    idle: Sequence[Answer],
+    slow: Sequence[Answer],
+    slow_s: float,
+    percentile: Callable[[Iterable[float], float], float],
+) -> dict[str, Any]:
+    """Figures of the runs with one camera: `idle`, of a model that takes no time, and `slow`, of
+    one that takes `slow_s` seconds.
+
+    The node's overhead is a result's age at publication less the model's own time: the callback,
+    the checks, the way to the model's thread and back, the message.
+    """
+    overheads = [answer.age_s - answer.model_s for answer in idle]
+    ages = [answer.age_s for answer in slow]
+    figures = {
+        "overhead_results": len(idle),
+        "overhead_p50_s": percentile(overheads, 50),
+        "overhead_p99_s": percentile(overheads, 99),
+        "slow_model_s": slow_s,
+        "slow_results": len(slow),
+        "slow_age_p50_s": percentile(ages, 50),
+        "slow_age_p99_s": percentile(ages, 99),
     }
+    return {key: _plain(value) for key, value in figures.items()}
+
+
+def single_limits(slow_s: float, rate_hz: float) -> dict[str, float]:
+    """The most that a figure of `single_summary` may be."""
+    return {"overhead_p50_s": _OVERHEAD_S, "slow_age_p99_s": 2 * slow_s + 1 / rate_hz}
 
 
 def limits(latency_s: float, rate_hz: float) -> dict[str, float]:

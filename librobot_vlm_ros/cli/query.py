@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any
 
-from .argument_types import count, positive
+from .argument_types import count, positive, stamp
 
 SUMMARY = "ask the running node about the newest camera frame, or about a picture"
 
@@ -24,6 +23,9 @@ Examples:
 """
 
 
+_FIND_S = 10.0
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments and help."""
     parser.epilog = _EPILOG
@@ -31,6 +33,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="?", default="", help="text, for tasks that need one")
     parser.add_argument("--image", type=Path, help="ask about this picture, not a camera's frame")
     parser.add_argument("--camera", default="", help="which camera (default: the only one)")
+    parser.add_argument(
+        "--stamp",
+        type=stamp,
+        metavar="S",
+        help="the frame of exactly this stamp in seconds, as 1700000000.250000000, among the "
+        "latest (default: the newest)",
+    )
     parser.add_argument(
         "--region",
         type=float,
@@ -60,12 +69,15 @@ def main(args: argparse.Namespace) -> int:
         max_new_tokens=args.max_new_tokens,
         timeout_s=args.timeout,
     )
+    if args.stamp is not None:
+        request.stamp.sec, request.stamp.nanosec = args.stamp
     if args.image is not None:
         request.use_image, request.image = True, _image_message(args.image)
     with Session("librobot_vlm_query") as session:
         node = args.node if args.node.startswith("/") else f"/{args.node}"
         client = session.node.create_client(Query, f"{node}/query")
-        answer = session.call(client, request, args.timeout + 2.0)
+        # The node keeps the deadline; that there is no node is known sooner.
+        answer = session.call(client, request, args.timeout + 2.0, find_s=_FIND_S)
     if args.json:
         print(json.dumps(_as_dict(answer), indent=2))
     if not answer.success:
@@ -81,20 +93,11 @@ def main(args: argparse.Namespace) -> int:
 def _image_message(path: Path) -> Any:
     import array
 
-    import numpy as np
-    from PIL import Image as Picture
-    from PIL import UnidentifiedImageError
     from sensor_msgs.msg import Image
 
-    from librobot_vlm_ros.core import ErrorCode, ImageError
+    from .picture_file import read_picture
 
-    try:
-        with Picture.open(path) as picture:
-            pixels = np.asarray(picture.convert("RGB"))
-    except (UnidentifiedImageError, Picture.DecompressionBombError) as error:
-        raise ImageError(
-            ErrorCode.BAD_IMAGE, f"{path} cannot be used as a picture: {error}", "Use JPEG or PNG."
-        ) from error
+    pixels = read_picture(path)
     height, width = pixels.shape[:2]
     image = Image(height=height, width=width, encoding="rgb8", step=3 * width)
     image.header.frame_id = path.name
@@ -103,11 +106,13 @@ def _image_message(path: Path) -> Any:
 
 
 def _as_dict(answer: Any) -> dict[str, Any]:
+    from .answers import number_or_none
+
     info = answer.info
     regions = [
         {
             "label": region.label,
-            "score": _number(region.score),
+            "score": number_or_none(region.score),
             "box": [region.x_min, region.y_min, region.x_max, region.y_max],
             "polygon": [[point.x, point.y] for point in region.polygon],
         }
@@ -119,7 +124,7 @@ def _as_dict(answer: Any) -> dict[str, Any]:
         "error_code": answer.error_code,
         "error_msg": answer.error_msg,
         "text": answer.text,
-        "score": _number(answer.score),
+        "score": number_or_none(answer.score),
         "regions": regions,
         "embedding_shape": list(answer.embedding.shape),
         "stamp_ns": stamp.sec * 10**9 + stamp.nanosec,
@@ -133,32 +138,17 @@ def _as_dict(answer: Any) -> dict[str, Any]:
     }
 
 
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else value
-
-
 def _print(answer: Any) -> None:
-    from .console import table
+    from .answers import embedding_words, print_answer
 
-    regions = answer.grounding.regions
-    if answer.text and not regions:
-        print(answer.text)
-    if regions:
-        rows = [
-            (
-                region.label,
-                "-" if math.isnan(region.score) else f"{region.score:.2f}",
-                *(
-                    f"{edge:.1f}"
-                    for edge in (region.x_min, region.y_min, region.x_max, region.y_max)
-                ),
-            )
-            for region in regions
-        ]
-        header = ("label", "score", "x_min", "y_min", "x_max", "y_max")
-        print(table(rows, header=header, right="lrrrrr"))
-    elif not answer.text:
-        shape = list(answer.embedding.shape)
-        print(f"embedding {answer.embedding.dtype}{shape}" if shape else "nothing found")
-    took_s = answer.info.preprocess_s + answer.info.inference_s
-    print(f"({answer.info.model}, {answer.info.task}, {took_s:.3f} s)", file=sys.stderr)
+    shape, info = list(answer.embedding.shape), answer.info
+    regions = [
+        (region.label, region.score, (region.x_min, region.y_min, region.x_max, region.y_max))
+        for region in answer.grounding.regions
+    ]
+    print_answer(
+        answer.text,
+        regions,
+        embedding_words(answer.embedding.dtype, shape) if shape else "",
+        f"{info.model}, {info.task}, {info.preprocess_s + info.inference_s:.3f} s",
+    )

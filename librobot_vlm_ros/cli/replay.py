@@ -27,6 +27,7 @@ tasks without a rate:
   librobot-vlm replay my_bag --lock-step
 
 Examples:
+  librobot-vlm replay --loop                                    the shipped bag, for ever
   librobot-vlm replay my_bag                                    as it was recorded
   librobot-vlm replay my_bag --rate 2 --loop --clock            twice as fast, for ever, with /clock
   librobot-vlm replay my_bag --topics /front/image_raw --remap /front/image_raw:=/camera/image_raw
@@ -36,7 +37,12 @@ Examples:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments and help."""
     parser.epilog = _EPILOG
-    parser.add_argument("bag", type=Path, help="bag folder, or a .mcap or .db3 file")
+    parser.add_argument(
+        "bag",
+        type=Path,
+        nargs="?",
+        help="bag folder, or a .mcap or .db3 file (default: the tabletop bag that ships)",
+    )
     timing = parser.add_argument_group("timing")
     timing.add_argument(
         "--rate",
@@ -94,7 +100,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Play; 1 when frames stayed without results in lock-step."""
-    from librobot_vlm_ros.bags import BagReader
+    from librobot_vlm_ros.bags import BagReader, shipped_bag
 
     from .console import Console
     from .node_link import NodeLink
@@ -103,12 +109,13 @@ def main(args: argparse.Namespace) -> int:
 
     console = Console()
     options = _options(args)
+    path = args.bag or shipped_bag()
     with (
-        BagReader(args.bag, salvage=args.salvage) as reader,
+        BagReader(path, salvage=args.salvage) as reader,
         Session("librobot_vlm_replay") as session,
     ):
         if reader.lost:
-            console.warn(f"{args.bag} is cut off, lost is {reader.lost}")
+            console.warn(f"{path} is cut off, lost is {reader.lost}")
         link = None
         if args.lock_step:
             link = NodeLink(session, args.node)
@@ -118,7 +125,7 @@ def main(args: argparse.Namespace) -> int:
         player = Player(session, reader, options, link=link)
         player.open()
         _announce(console, player.report)
-        console.stage(f"playing {args.bag} ({player.total} messages, {reader.duration_s:.1f} s)")
+        console.stage(f"playing {path} ({player.total} messages, {reader.duration_s:.1f} s)")
         with console.progress(player.total, "messages") as progress:
             player.on_publish = lambda message, _sent_s: progress.step(
                 message.topic, to=progress.done % player.total + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -70,14 +71,17 @@ class Session:
         with signals.held():
             self._executor.spin_once(timeout_s)
 
-    def call(self, client: Any, request: Any, timeout_s: float) -> Any:
-        """A service's answer. Raises `EngineError` DEADLINE_EXCEEDED when none comes in time."""
-        until_s = time.monotonic() + timeout_s
+    def call(self, client: Any, request: Any, timeout_s: float, *, find_s: float = math.inf) -> Any:
+        """A service's answer. Raises `EngineError` DEADLINE_EXCEEDED when none comes in time, or
+        when no such service is found within `find_s`.
+        """
+        began_s = time.monotonic()
+        find_s, until_s = min(find_s, timeout_s), began_s + timeout_s
         name = client.srv_name
-        if not self.spin_until(client.service_is_ready, until_s):
+        if not self.spin_until(client.service_is_ready, began_s + find_s):
             raise EngineError(
                 ErrorCode.DEADLINE_EXCEEDED,
-                f"there is no service {name} after {timeout_s:g} s",
+                f"there is no service {name} after {find_s:g} s",
                 "Is the node running, under this name and on this ROS_DOMAIN_ID? "
                 "Start it with: librobot-vlm run",
             )

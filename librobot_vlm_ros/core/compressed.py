@@ -25,6 +25,7 @@ from .logtext import escape_for_log
 __all__ = ["CompressedHeader", "decode_compressed", "read_compressed_header"]
 
 _MAX_FORMAT_CHARS = 200
+_REDUCTIONS = (8, 4, 2)  # what the transform of a JPEG's 8x8 blocks gives for nothing
 
 _FORMAT_WORDS = {
     "jpeg": "JPEG",
@@ -172,6 +173,7 @@ def decode_compressed(
     *,
     format: str = "",  # noqa: A002  the name of the message's field
     allow_depth: bool = False,
+    at_least: tuple[int, int] | None = None,
     limits: Limits = DEFAULT_LIMITS,
 ) -> npt.NDArray[np.uint8]:
     """The fields of a `sensor_msgs/CompressedImage` (JPEG or PNG) as RGB uint8 [H, W, 3],
@@ -182,6 +184,9 @@ def decode_compressed(
     cv_bridge does: a camera's calibration and transforms refer to the pixels as they are stored.
     Size and structure are checked before decoding, so truncated files and decompression bombs cost
     nothing.
+
+    `at_least` (width, height): a JPEG of which less is enough is decoded at 1/2, 1/4 or 1/8 of its
+    size, which costs much less; only where that divides both its sides.
 
     A 16-bit PNG whose `format` starts with `16UC1` is a depth image: refused unless `allow_depth`.
 
@@ -205,7 +210,7 @@ def decode_compressed(
     else:
         png.check_png_structure(view, header.structure)
     try:
-        pixels = _decode(flat, header, depth=is_depth)
+        pixels = _decode(flat, header, _reduction(header, at_least), depth=is_depth)
     except MemoryError as exc:
         raise as_vlm_error(exc) from exc
     pixels.flags.writeable = False
@@ -225,11 +230,27 @@ def _opencv() -> Any:
         ) from exc
 
 
+def _reduction(header: CompressedHeader, at_least: tuple[int, int] | None) -> int:
+    """By how much the image can be decoded smaller; 1 where it cannot.
+
+    A side that is no multiple would be rounded up, and all coordinates with it.
+    """
+    if at_least is None or header.kind != "JPEG" or header.channels == 4:
+        return 1
+    sides = ((header.width, at_least[0]), (header.height, at_least[1]))
+    for scale in _REDUCTIONS:
+        if all(side % scale == 0 and side // scale >= max(1, least) for side, least in sides):
+            return scale
+    return 1
+
+
 def _decode(
-    flat: npt.NDArray[np.uint8], header: CompressedHeader, *, depth: bool
+    flat: npt.NDArray[np.uint8], header: CompressedHeader, reduction: int, *, depth: bool
 ) -> npt.NDArray[np.uint8]:
     cv2 = _opencv()
     colour = int(cv2.IMREAD_GRAYSCALE if depth else cv2.IMREAD_COLOR)
+    if reduction > 1:
+        colour = int(getattr(cv2, f"IMREAD_REDUCED_COLOR_{reduction}"))
     flags = colour | int(cv2.IMREAD_IGNORE_ORIENTATION)
     if header.bits == 16:
         flags |= int(cv2.IMREAD_ANYDEPTH)
@@ -240,7 +261,8 @@ def _decode(
         if exc.code == cv2.Error.StsNoMem:
             raise MemoryError(str(exc)) from exc
         decoded = None
-    if decoded is None or decoded.shape[:2] != (header.height, header.width):
+    expected = (header.height // reduction, header.width // reduction)
+    if decoded is None or decoded.shape[:2] != expected:
         raise ImageError(
             ErrorCode.CORRUPT_COMPRESSED,
             f"{header.kind} of {header.width}x{header.height} pixels cannot be decoded",

@@ -76,6 +76,7 @@ class ErrorCode(IntEnum):
     MISSING_DEPENDENCY = 312
     NAN_WEIGHTS = 313
     LOAD_CANCELLED = 314
+    CHECKSUM_MISMATCH = 315
     # inference
     INFERENCE_FAILED = 400
     OUT_OF_MEMORY = 401

@@ -21,7 +21,9 @@ class Frame:
     """
 
     pixels: npt.NDArray[np.uint8]
-    """uint8 [H, W, 3], RGB, read-only; may be a view of the message's own bytes, also strided."""
+    """uint8 [H, W, 3], RGB, read-only; may be a view of the message's own bytes, also strided, and
+    smaller than the source image (see `source_width`).
+    """
     camera: str
     """Name of the camera (parameter `cameras`), "" for an image that came with a request."""
     stamp_ns: int
@@ -34,6 +36,9 @@ class Frame:
     """Arrival on this machine's steady clock, in nanoseconds: ages are measured with this one."""
     header: object | None = None
     """The source message's header object, carried through unchanged."""
+    source_width: int = 0
+    source_height: int = 0
+    """Size of the image that `pixels` were made smaller from; 0 = they are the image itself."""
 
     def __post_init__(self) -> None:
         pixels = self.pixels
@@ -55,6 +60,14 @@ class Frame:
             raise ImageError(
                 ErrorCode.EMPTY_IMAGE, f"frame is {pixels.shape[1]}x{pixels.shape[0]} pixels"
             )
+        height, width = pixels.shape[:2]
+        source = (self.source_width, self.source_height)
+        if source != (0, 0) and (source[0] < width or source[1] < height):
+            raise ImageError(
+                ErrorCode.BAD_IMAGE,
+                f"frame of {width}x{height} pixels comes from an image of {source[0]}x{source[1]}",
+                "expected an image of at least that size",
+            )
         if pixels.flags.writeable:
             view = pixels.view()
             view.flags.writeable = False
@@ -62,13 +75,13 @@ class Frame:
 
     @property
     def height(self) -> int:
-        """Rows, in pixels."""
-        return int(self.pixels.shape[0])
+        """Rows of the source image, in pixels: what regions refer to."""
+        return self.source_height or int(self.pixels.shape[0])
 
     @property
     def width(self) -> int:
-        """Columns, in pixels."""
-        return int(self.pixels.shape[1])
+        """Columns of the source image, in pixels: what regions refer to."""
+        return self.source_width or int(self.pixels.shape[1])
 
     def age_s(self, now_ns: int) -> float:
         """Seconds since arrival, `now_ns` being the steady clock; never negative."""

@@ -16,6 +16,7 @@ from librobot_vlm_ros.models.registry import (
     model_info,
     models_with_task,
     register_vlm,
+    sha256_list,
 )
 
 #: Names that need torch, and the module of this package that holds each.
@@ -35,6 +36,7 @@ __all__ = [
     "model_info",
     "models_with_task",
     "register_vlm",
+    "sha256_list",
 ]
 
 

@@ -13,18 +13,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from librobot_vlm_ros.core import (
     DEFAULT_LIMITS,
     ErrorCode,
     Limits,
+    ModelError,
     RequestError,
 )
 from librobot_vlm_ros.models.adapters import adapter_parameters
 from librobot_vlm_ros.models.adapting import Adapting
 from librobot_vlm_ros.models.frame_cache import FrameCache
 from librobot_vlm_ros.models.registry import model_info
+from librobot_vlm_ros.models.resize import Resizing, resizing
+from librobot_vlm_ros.models.step_parts import DECODERS, make_step
+from librobot_vlm_ros.models.step_pool import StepPool
 
 __all__ = ["AbstractVLM"]
 
@@ -33,9 +38,13 @@ class AbstractVLM(Adapting):
     """A vision-language model. One thread at a time may use it.
 
     `module` is the transformers model inside. `device` and `dtype` are names ("cuda:0", "float16").
+    `resize` says how images of requests come to the model's size: `exact` as the published
+    processors do it, `fast` (see `resize.py`), or `auto`.
     """
 
     family: ClassVar[str] = ""
+    #: How images become tensors, with `resample`, `mean` and `std`.
+    images: Any
 
     def __init__(
         self,
@@ -45,8 +54,20 @@ class AbstractVLM(Adapting):
         revision: str = "random",
         limits: Limits = DEFAULT_LIMITS,
         embedding_pooling: str = "mean",
+        resize: str = "auto",
+        decoder: str = "auto",
     ) -> None:
+        """`decoder`: "module" takes each step of an answer through transformers' module,
+        "functional" through our arithmetic on its weights, "auto" through that where it can.
+        """
         super().__init__()
+        resizing(resize, torch.device("cpu"))
+        if decoder not in DECODERS:
+            raise ModelError(
+                ErrorCode.BAD_CONFIG,
+                f"there is no decoder {decoder!r}",
+                f"use one of: {', '.join(DECODERS)}",
+            )
         if embedding_pooling not in ("mean", "none"):
             raise RequestError(
                 ErrorCode.BAD_PARAMETER,
@@ -56,10 +77,17 @@ class AbstractVLM(Adapting):
         self.revision = revision
         self.limits = limits
         self.embedding_pooling = embedding_pooling
+        self.resize = resize
         self.tasks = frozenset(model_info(name).tasks)
         self.module = module
         self.train(module.training)  # a new torch module says that it trains, a loaded one doesn't
         self.frames = FrameCache()
+        self.decoder = decoder
+
+    @property
+    def resizing(self) -> Resizing:
+        """How images of requests come to the model's size; see `resize.py`."""
+        return resizing(self.resize, self.torch_device, self.images.resample)
 
     # What a family fills in.
 
@@ -113,6 +141,24 @@ class AbstractVLM(Adapting):
     @abstractmethod
     def language_model(self) -> nn.Module:
         """The part that reads and writes."""
+
+    # Inside.
+
+    def _step_pool(self, kind: type[Any], text_model: Any, head: Any) -> StepPool | None:
+        """Steps over the weights as they are now; None where the module is to take them.
+
+        On CUDA graphs over buffers are kept from answer to answer, as long as the weights stay in
+        place.
+        """
+        step = make_step(kind, text_model, head, self.decoder)
+        if step is None:
+            return None
+        if self._pool is None or not self._pool.fits(step):
+            pool = StepPool(step)
+            self._pool = pool if pool.cuda else None
+            return pool
+        kept: StepPool = self._pool
+        return kept
 
     # The learner's side.
 

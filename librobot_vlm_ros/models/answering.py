@@ -12,7 +12,7 @@ import functools
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -36,11 +36,12 @@ from librobot_vlm_ros.core import (
     as_vlm_error,
 )
 from librobot_vlm_ros.models.base import OnToken, ShouldStop, stop_reason
-from librobot_vlm_ros.models.decode import Decoder, DecodeRules, Generated, decode
+from librobot_vlm_ros.models.decode import Decoder, DecodeRules, Generated, Grammar, decode
 from librobot_vlm_ros.models.detokenize import TextStream
 from librobot_vlm_ros.models.frame_cache import FrameCache, FrameEntry
-from librobot_vlm_ros.models.placement import dtype_name, free_bytes
+from librobot_vlm_ros.models.placement import dtype_name, free_bytes, usable_cores
 from librobot_vlm_ros.models.registry import models_with_task
+from librobot_vlm_ros.models.resize import ahead_of
 
 __all__ = ["Answering", "Job", "again_in_safer_dtype"]
 
@@ -89,6 +90,8 @@ class Answering(nn.Module, ABC):
     frames: FrameCache
     #: The transformers model; None once closed.
     module: Any
+    #: Buffers of decode steps that are kept from answer to answer (`step_pool.StepPool`).
+    _pool: Any = None
 
     # What a family fills in.
 
@@ -102,6 +105,10 @@ class Answering(nn.Module, ABC):
 
         Raises VlmError for a request that the model cannot take.
         """
+
+    @abstractmethod
+    def _pixels(self, pixels: Any) -> Any:
+        """A frame's uint8 [H, W, 3] in the prepared form; called from any thread."""
 
     @abstractmethod
     def start(self, jobs: Sequence[Job]) -> tuple[Decoder, Tensor]:
@@ -122,6 +129,10 @@ class Answering(nn.Module, ABC):
     @abstractmethod
     def decode_text(self, ids: Sequence[int]) -> str:
         """Token ids to text, control tokens of the notation kept, begin, end and pad left out."""
+
+    def grammar(self, request: InferenceRequest) -> Grammar | None:
+        """Which tokens may follow which in an answer to this; None where anything may."""
+        return None
 
     # What follows from it.
 
@@ -175,11 +186,37 @@ class Answering(nn.Module, ABC):
         if isinstance(entry, VlmError):
             raise entry
 
+    @property
+    def prepares_ahead(self) -> bool:
+        """Whether preparing frames beside `run` pays: on a GPU, and where torch leaves a core."""
+        return self.torch_device.type != "cpu" or torch.get_num_threads() < usable_cores()
+
+    def prepare_frame(self, frame: Frame) -> None:
+        """Make the frame's pixels ready before a request asks for them. The one method that may be
+        called while another thread is in `run`. Raises what `prepare` would raise for the frame.
+        """
+        with torch.inference_mode(), ahead_of(self.torch_device):
+            self.frames.held(frame).prepare(self._pixels)
+
+    def input_size(self, width: int, height: int) -> tuple[int, int] | None:
+        """Width and height that an image of this size is brought to; None where the number of
+        vectors depends on the image, as it does unless a family says otherwise.
+        """
+        return None
+
+    def frame_counts(self) -> Mapping[str, int]:
+        """Requests that shared features of their frame (`hits`) and that had them computed
+        (`misses`), frames prepared before their first request (`ahead`).
+        """
+        frames = self.frames
+        return {"hits": frames.hits, "misses": frames.misses, "ahead": frames.ahead}
+
     def free_caches(self) -> None:
-        """Give back what is only kept to be quick: features of frames, and on a GPU the memory
-        that torch holds for the next request. Answers stay the same.
+        """Give back what is only kept to be quick: features of frames, and on a GPU buffers and
+        the memory that torch holds for the next request. Answers stay the same.
         """
         self.frames.clear()
+        self._pool = None
         if self.module is not None and self.device.startswith("cuda"):
             torch.cuda.empty_cache()
 
@@ -190,7 +227,7 @@ class Answering(nn.Module, ABC):
     def close(self) -> None:
         """Free the weights; requests get MODEL_NOT_LOADED from here on."""
         on_gpu = self.module is not None and self.device.startswith("cuda")
-        self.module = None
+        self.module = self._pool = None
         self.frames.clear()
         if on_gpu:
             torch.cuda.empty_cache()
@@ -339,6 +376,7 @@ class Answering(nn.Module, ABC):
             stop=lambda row: stop_reason(jobs[row].request, jobs[row].index, should_stop),
             tell=tell if on_token is not None else None,
             seeds=[job.request.params.seed for job in jobs],
+            grammars=[self.grammar(job.request) for job in jobs],
         )
         entries: dict[int, ModelAnswer | VlmError] = {}
         for job, row in zip(jobs, generated, strict=True):

@@ -7,22 +7,26 @@ them agree on can no longer change: that common beginning is what a listener is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from librobot_vlm_ros.core import VlmError
+from librobot_vlm_ros.models.choosing import (
+    apply_rules,
+    near,
+    not_finite,
+    suppressed,
+    token_log_probs,
+)
 from librobot_vlm_ros.models.decode import (
     Decoder,
     DecodeRules,
     Generated,
     StopRow,
     TellIds,
-    apply_rules,
-    credited,
-    token_log_probs,
 )
 
 __all__ = ["beam_search"]
@@ -32,28 +36,69 @@ _WORST = -1.0e9
 
 @dataclass
 class _Beams:
-    """Hypotheses of all prompts. Shapes [B, n, ...]; unwritten places hold the pad token."""
+    """Hypotheses of all prompts, [B, n, ...].
 
-    tokens: Tensor
-    #: Log-probability of each token, as `credited` counts it.
-    log_probs: Tensor
+    A token stands as its place among all that were to choose from: beam it goes on from *
+    vocabulary + token; -1 where none is written yet.
+    """
+
+    places: Tensor
     scores: Tensor
 
     def pick(self, index: Tensor) -> _Beams:
         """The hypotheses at `index`, int64 [B, m]."""
-        wide = index[:, :, None].expand(-1, -1, self.tokens.shape[2])
-        return _Beams(
-            self.tokens.gather(1, wide),
-            self.log_probs.gather(1, wide),
-            self.scores.gather(1, index),
-        )
+        wide = index[:, :, None].expand(-1, -1, self.places.shape[2])
+        return _Beams(self.places.gather(1, wide), self.scores.gather(1, index))
 
     def merge(self, other: _Beams) -> _Beams:
         return _Beams(
-            torch.cat([self.tokens, other.tokens], 1),
-            torch.cat([self.log_probs, other.log_probs], 1),
-            torch.cat([self.scores, other.scores], 1),
+            torch.cat([self.places, other.places], 1), torch.cat([self.scores, other.scores], 1)
         )
+
+
+class _Diary:
+    """What the model gave each token, step by step, to be read for the answers alone."""
+
+    def __init__(self, rules: DecodeRules) -> None:
+        self._scale = rules.scale
+        #: Places [B, keep] and their log-probabilities, NaN where the token was forced.
+        self._steps: list[tuple[Tensor, Tensor]] = []
+        #: Log-probabilities of the scale's marks, [B, beams, count].
+        self._marks: list[Tensor] = []
+
+    def write(self, raw: Tensor, place: Tensor, *, forced: bool) -> None:
+        """`raw` [B, beams, V], of which `place` [B, keep] were chosen."""
+        chosen = raw.flatten(1).gather(1, place)
+        self._steps.append((place, torch.full_like(chosen, math.nan) if forced else chosen))
+        if self._scale is not None:
+            begin = self._scale.first
+            self._marks.append(raw[:, :, begin : begin + self._scale.count].clone())
+
+    def read(self, row: int, places: Sequence[int], vocabulary: int) -> Generated:
+        """The answer that was written at these places."""
+        ids = [place % vocabulary for place in places]
+        log_probs: list[float] = []
+        if places:
+            steps = self._steps[: len(places)]
+            known = torch.stack([at[row] for at, _ in steps]).tolist()
+            values = torch.stack([value[row] for _, value in steps]).tolist()
+            for place, some, of_those in zip(places, known, values, strict=True):
+                log_probs.append(of_those[some.index(place)])
+        scale = self._scale
+        found = [
+            step
+            for step, token in enumerate(ids)
+            if scale is not None
+            and 0 <= token - scale.first < scale.count
+            and not math.isnan(log_probs[step])
+        ]
+        if scale is not None and found:
+            blocks = [self._marks[step][row, places[step] // vocabulary] for step in found]
+            marks = torch.tensor([ids[step] - scale.first for step in found])
+            counted = near(torch.stack(blocks), marks.to(blocks[0].device), scale)
+            for step, value in zip(found, counted.tolist(), strict=True):
+                log_probs[step] = value
+        return Generated(tuple(ids), tuple(log_probs))
 
 
 def beam_search(
@@ -77,12 +122,14 @@ def beam_search(
     is_finished = torch.zeros((batch, beams), dtype=torch.bool, device=device)
     can_improve = torch.ones((batch, 1), dtype=torch.bool, device=device)
 
+    unused = suppressed(rules, device)
     errors: dict[int, VlmError] = {}
-    listener = _Listener(tell, batch)
+    listener, diary = _Listener(tell, batch), _Diary(rules)
     logits = decoder.first().repeat_interleave(beams, dim=0)
     parents = torch.arange(batch, device=device).repeat_interleave(beams)
     past = history.repeat_interleave(beams, dim=0)
     closed: set[int] = set()
+    vocabulary = logits.shape[-1]
     for step in range(rules.max_new_tokens):
         for row in range(batch):
             if row not in closed and (error := stop(row)) is not None:
@@ -90,25 +137,21 @@ def beam_search(
                 closed.add(row)
         if len(closed) == batch:
             break
-        open_beams = [
-            row * beams + b for row in range(batch) if row not in closed for b in range(beams)
-        ]
-        raw = token_log_probs(logits, rules, open_beams)
-        written = torch.cat([past, running.tokens[:, :, :step].flatten(0, 1)], dim=1)
+        raw = token_log_probs(logits, unused)
+        written = past
+        if rules.no_repeat_ngram:
+            before = running.places[:, :, :step].flatten(0, 1) % vocabulary
+            written = torch.cat([past, before], dim=1)
         scores = apply_rules(raw, written, rules, step)
-        vocabulary = scores.shape[-1]
         total = scores.view(batch, beams, vocabulary) + running.scores[:, :, None]
         best, place = total.flatten(1).topk(keep, dim=1)
         parent, token = place // vocabulary, place % vocabulary
 
         grown = running.pick(parent)
         grown.scores = best
-        grown.tokens[:, :, step] = token
-        if rules.forced(step) is None:
-            chosen = credited(raw, rules).view(batch, -1).gather(1, place)
-        else:
-            chosen = torch.full_like(best, math.nan)
-        grown.log_probs[:, :, step] = chosen
+        grown.places[:, :, step] = place
+        forced = rules.forced(step) is not None
+        diary.write(raw.view(batch, beams, vocabulary), place, forced=forced)
 
         ended = torch.isin(token, eos) | (step == rules.max_new_tokens - 1)
         next_index = (best + ended * _WORST).topk(beams, dim=1).indices
@@ -117,7 +160,7 @@ def beam_search(
         # A hypothesis that is not finished, or comes when nothing can be gained, ranks last.
         barred = full.float() + (~can_improve).float() + (~may_finish).float()
         value = best / (step + 1) ** rules.length_penalty + barred * _WORST
-        merged = finished.merge(_Beams(grown.tokens, grown.log_probs, value))
+        merged = finished.merge(_Beams(grown.places, value))
         order = merged.scores.topk(beams, dim=1).indices
         finished = merged.pick(order)
         is_finished = torch.cat([is_finished, may_finish], dim=1).gather(1, order)
@@ -129,22 +172,27 @@ def beam_search(
         can_improve = can_improve & (hypothetical > worst).any(dim=-1, keepdim=True)
         exhausted = ended.all(dim=1) if step == rules.max_new_tokens - 1 else ~can_improve[:, 0]
         done = exhausted | (is_finished.all(dim=1) & rules.early_stopping)
-        for row in done.nonzero()[:, 0].tolist():
-            closed.add(row)
-        listener.hear(step + 1, running, finished, is_finished, closed)
+        # One NaN makes the whole row NaN, and it is what the search finds best.
+        broken = raw.view(batch, -1).amax(dim=1) if forced else best[:, 0]
+        for row, (is_done, best_one) in enumerate(zip(done.tolist(), broken.tolist(), strict=True)):
+            if row not in closed and math.isnan(best_one):
+                raise not_finite()
+            if is_done:
+                closed.add(row)
+        listener.hear(step + 1, running, finished, is_finished, closed, vocabulary)
         if len(closed) == batch:
             break
         from_beam = (parent.gather(1, next_index) + offset).flatten()
         # Before the first step there was one row a prompt, from now on there are `beams`.
         parents = parents[from_beam] if step == 0 else from_beam
         decoder.reorder(parents)
-        logits = decoder.next(running.tokens[:, :, step].flatten())
+        logits = decoder.next((running.places[:, :, step] % vocabulary).flatten())
     answers: list[Generated | VlmError] = []
     for row in range(batch):
         if row in errors:
             answers.append(errors[row])
             continue
-        answer = _row(finished, row, 0)
+        answer = diary.read(row, _written(finished.places[row, 0]), vocabulary)
         listener.finish(row, list(answer.ids))
         answers.append(answer)
     return answers
@@ -153,17 +201,14 @@ def beam_search(
 def _empty(batch: int, count: int, rules: DecodeRules, device: torch.device) -> _Beams:
     shape = (batch, count, rules.max_new_tokens)
     return _Beams(
-        torch.full(shape, rules.pad, dtype=torch.int64, device=device),
-        torch.full(shape, -math.inf, dtype=torch.float32, device=device),
+        torch.full(shape, -1, dtype=torch.int64, device=device),
         torch.full(shape[:2], _WORST, dtype=torch.float32, device=device),
     )
 
 
-def _row(beams: _Beams, row: int, place: int) -> Generated:
-    """The hypothesis up to its last written token; -inf marks places never written."""
-    log_probs = beams.log_probs[row, place].tolist()
-    length = next((n for n, value in enumerate(log_probs) if value == -math.inf), len(log_probs))
-    return Generated(tuple(beams.tokens[row, place, :length].tolist()), tuple(log_probs[:length]))
+def _written(places: Tensor) -> list[int]:
+    """Those of a hypothesis, [T], up to its last token."""
+    return [place for place in places.tolist() if place >= 0]
 
 
 class _Listener:
@@ -174,22 +219,29 @@ class _Listener:
         self._told = [0] * batch
 
     def hear(
-        self, length: int, running: _Beams, finished: _Beams, is_finished: Tensor, closed: set[int]
+        self,
+        length: int,
+        running: _Beams,
+        finished: _Beams,
+        is_finished: Tensor,
+        closed: set[int],
+        vocabulary: int,
     ) -> None:
         if self._tell is None:
             return
         for row in range(len(self._told)):
             if row in closed:
                 continue
-            hypotheses = running.tokens[row, :, :length].tolist()
-            for place in is_finished[row].nonzero()[:, 0].tolist():
-                hypotheses.append(list(_row(finished, row, place).ids))
+            hypotheses = running.places[row, :, :length].tolist()
+            for number in is_finished[row].nonzero()[:, 0].tolist():
+                hypotheses.append(_written(finished.places[row, number]))
             start = self._told[row]
             agreed = []
             for column in zip(*(h[start:] for h in hypotheses), strict=False):
-                if len(set(column)) > 1:
+                tokens = {place % vocabulary for place in column}
+                if len(tokens) > 1:
                     break
-                agreed.append(column[0])
+                agreed.append(tokens.pop())
             if agreed:
                 self._told[row] += len(agreed)
                 self._tell(row, agreed)

@@ -27,6 +27,7 @@ from librobot_vlm_ros.models.answering import Job
 from librobot_vlm_ros.models.causal_images import Seen
 from librobot_vlm_ros.models.causal_tensors import CausalParts, CausalTensors
 from librobot_vlm_ros.models.checkpoint import LoadPlan, build_random
+from librobot_vlm_ros.models.checksum import check_sha256
 from librobot_vlm_ros.models.decode import Decoder, DecodeRules
 from librobot_vlm_ros.models.frame_cache import FrameEntry
 from librobot_vlm_ros.models.placement import place
@@ -89,6 +90,7 @@ class CausalVLM(CausalTensors):
         quantization: str = "none",
         should_cancel: Callable[[], bool] | None = None,
         revision: str | None = None,
+        weights_sha256: Sequence[str] = (),
         **options: Any,
     ) -> CausalVLM:
         """See `registry.create_vlm`. `revision`: hub commit or branch."""
@@ -104,6 +106,7 @@ class CausalVLM(CausalTensors):
                 "leave out vision_config and text_config, or leave out pretrained",
             )
         weights = find_weights(model_info(name), pretrained, revision)
+        check_sha256(weights.folder, weights_sha256, should_cancel)
         parts = cls._read_folder(weights.folder, device, dtype, attention, should_cancel)
         return cls(checked, parts=parts, revision=weights.revision, **options)
 
@@ -160,11 +163,10 @@ class CausalVLM(CausalTensors):
             text = self._clean(request.prompt, request.spec.needs_text)
             prompt = self._prompt(self._question(request.task, text, request))
             answer = self.rules(request.params).max_new_tokens
-        entry = self.frames.entry(request.frame)
-        if entry.features is None and entry.pixels is None:
-            entry.pixels = self._pixels(request.frame.pixels)
+        entry = self.frames.entry(request.frame, self.torch_dtype)
+        pixels = None if entry.has_features(self.torch_dtype) else entry.ready(self._pixels)
         if prompt:
-            image = len(entry.features) if entry.pixels is None else self._count(entry.pixels)
+            image = len(entry.features) if pixels is None else self._count(pixels)
             length = image + len(prompt) - 1 + answer
             room = self.config.text_config.max_position_embeddings
             if length > room:
@@ -177,7 +179,8 @@ class CausalVLM(CausalTensors):
 
     def start(self, jobs: Sequence[Job]) -> tuple[Decoder, Tensor]:
         """See `AbstractVLM.start`."""
-        return self._start(self._look_at(jobs), [list(job.prompt) for job in jobs])
+        seen = self._look_at(jobs)
+        return self._start(seen, [job.prompt for job in jobs], [job.frame for job in jobs])
 
     def embed(self, jobs: Sequence[Job]) -> list[Tensor]:
         """Projected vision features [N, D] of each job's frame, computed once a frame."""
@@ -190,10 +193,7 @@ class CausalVLM(CausalTensors):
             if not job.frame.has_features(self.torch_dtype) or job.frame.seen is None
         }
         if new:
-            prepared = [
-                self._pixels(entry.frame.pixels) if entry.pixels is None else entry.pixels
-                for entry in new.values()
-            ]
+            prepared = [entry.ready(self._pixels) for entry in new.values()]
             for entry, seen in zip(new.values(), self._look(prepared), strict=True):
                 entry.seen, entry.features, entry.pixels = seen, seen.vectors, None
         return [job.frame.seen for job in jobs]

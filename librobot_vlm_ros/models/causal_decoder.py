@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -104,6 +104,8 @@ class CausalDecoder:
     `first_place`: number of the first position. `prefix`: every place of a prompt sees all of it,
     and the model is told so by `token_type_ids`. `places`: numbers int64 [T, A] of a row's places
     on A axes; the answer goes on from the highest. `extra`: given to the model with the prompts.
+    `past`: keys and values [rows, kv heads, P, D] by layer of what was read before the rows, which
+    `places` leaves out. `then` is given the cache when the prompts have been read.
     """
 
     def __init__(
@@ -116,6 +118,8 @@ class CausalDecoder:
         prefix: bool = False,
         places: Sequence[Tensor] | None = None,
         extra: Mapping[str, Any] | None = None,
+        past: Sequence[tuple[Tensor, Tensor]] = (),
+        then: Callable[[Any], None] = lambda cache: None,
     ) -> None:
         from transformers import DynamicCache
 
@@ -124,46 +128,69 @@ class CausalDecoder:
 
         self._model = language_model
         self._head = head
-        self._inputs, self._mask = pad_rows(rows, "left")
-        self._cache = DynamicCache()
+        self._inputs, self.mask = pad_rows(rows, "left")
+        #: Keys and values of what was taken in.
+        self.cache = DynamicCache()
+        for layer, (keys, values) in enumerate(past):
+            self.cache.update(keys, values, layer)
+        if past:
+            seen = self.mask.new_ones((len(rows), past[0][0].shape[2]))
+            self.mask = torch.cat([seen, self.mask], dim=1)
         self._extra = dict(extra or {})
+        self._then = then
         if places is None:
             # Padding takes place 0 too; nothing looks at it.
-            self._places = (self._mask.cumsum(dim=1) - 1).clamp(min=0)
-            self._place = self._mask.sum(dim=1)
+            self._places = (self.mask.cumsum(dim=1) - 1).clamp(min=0)
+            self._places = self._places[:, -self._inputs.shape[1] :]
+            place = self.mask.sum(dim=1)
         else:
             self._places = pad_places(places, "left")
-            self._place = self._places.amax(dim=(0, 2)) + 1
+            place = self._places.amax(dim=(0, 2)) + 1
+        #: int64 [rows], position of each row's next token; `mask` [rows, T] is of those before.
+        self.place = place + first_place
 
     def first(self) -> Tensor:
         """See `decode.Decoder`."""
+        logits: Tensor = self._head(self.read()[:, -1])
+        return logits
+
+    def read(self) -> Tensor:
+        """Take in the prompts; gives their last states [rows, T, D]."""
         inputs, self._inputs = self._inputs, self._inputs[:, :0]
         extra, self._extra = self._extra, {}
         if self._prefix:
-            extra["token_type_ids"] = torch.zeros_like(self._mask)
-        return self._step(inputs, self._places, **extra)
+            extra["token_type_ids"] = torch.zeros_like(self.mask)
+        hidden = self._step(inputs, self._places + self._first_place, **extra)
+        self._then(self.cache)
+        return hidden
 
-    def next(self, tokens: Tensor) -> Tensor:
+    def next(self, tokens: Tensor, allowed: range | None = None) -> Tensor:
         """See `decode.Decoder`."""
-        self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], dim=1)
-        place = self._place[:, None].expand(*self._places.shape[:-2], -1, 1)
-        self._place = self._place + 1
-        return self._step(self._model.get_input_embeddings()(tokens[:, None]), place)
+        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
+        place = self.place[:, None].expand(*self._places.shape[:-2], -1, 1)
+        self.place = self.place + 1
+        hidden = self._step(self._model.get_input_embeddings()(tokens[:, None]), place)
+        logits: Tensor = self._head(hidden[:, -1])
+        return logits if allowed is None else logits[:, allowed.start : allowed.stop]
 
     def reorder(self, rows: Tensor) -> None:
         """See `decode.Decoder`."""
-        self._cache.reorder_cache(rows)
-        self._mask = self._mask.index_select(0, rows)
-        self._place = self._place.index_select(0, rows)
+        self.cache.reorder_cache(rows)
+        self.mask = self.mask.index_select(0, rows)
+        self.place = self.place.index_select(0, rows)
+
+    def forget(self) -> None:
+        """Let go of keys and values that were taken over."""
+        self.cache = None
 
     def _step(self, inputs: Tensor, places: Tensor, **extra: Any) -> Tensor:
         output = self._model(
             inputs_embeds=inputs,
-            attention_mask=self._mask,
-            position_ids=places + self._first_place,
-            past_key_values=self._cache,
+            attention_mask=self.mask,
+            position_ids=places,
+            past_key_values=self.cache,
             use_cache=True,
             **extra,
         )
-        logits: Tensor = self._head(output.last_hidden_state[:, -1])
-        return logits
+        hidden: Tensor = output.last_hidden_state
+        return hidden

@@ -32,6 +32,11 @@ from librobot_vlm_ros.models.causal_images import Seen
 from librobot_vlm_ros.models.causal_tokenizer import CausalTokenizer
 from librobot_vlm_ros.models.causal_words import CausalWords
 from librobot_vlm_ros.models.decode import Decoder, Generated, decode
+from librobot_vlm_ros.models.frame_cache import FrameEntry
+from librobot_vlm_ros.models.prefix_cache import PrefixCache
+from librobot_vlm_ros.models.prefix_reading import Asked, read_behind
+from librobot_vlm_ros.models.step_decoder import CausalStepDecoder
+from librobot_vlm_ros.models.step_llama import LlamaStep
 
 __all__ = ["CausalParts", "CausalTensors"]
 
@@ -62,10 +67,11 @@ class CausalTensors(CausalWords):
     image_leads = False
 
     def _take(self, parts: CausalParts) -> None:
-        self.module = parts.module
+        self.module, self._pool = parts.module, None
         self.images = parts.images
         self.tokenizer = parts.tokenizer
         self.config = parts.module.config
+        self.prefixes = PrefixCache()
 
     # What a family fills in.
 
@@ -244,20 +250,35 @@ class CausalTensors(CausalWords):
         return output.last_hidden_state, orders
 
     def _start(
-        self, seen: Sequence[Seen] | None, rows: Sequence[Sequence[int]]
+        self,
+        seen: Sequence[Seen] | None,
+        rows: Sequence[Sequence[int]],
+        frames: Sequence[FrameEntry] | None = None,
     ) -> tuple[Decoder, Tensor]:
+        """`frames`: those that `seen` is of, where what is read of them may be kept."""
         vectors, orders = self._rows(seen, rows)
         history = torch.zeros((len(rows), 0), dtype=torch.int64, device=self.torch_device)
-        decoder = CausalDecoder(
+        pool = self._step_pool(LlamaStep, self.language_model, self.module.lm_head)
+        numbers = self._numbered(orders, seen)
+        # A module that is not plain may have adapters that come and go: nothing of it is kept.
+        if frames is None or pool is None or self.prefix_attention:
+            deep = deep_inputs(orders, seen, "left", self.torch_device)
+            decoder = self._read(vectors, places=numbers, extra=deep)
+        else:
+            assert seen is not None
+            asked = Asked(vectors, orders, rows, seen, frames, numbers)
+            decoder = read_behind(self.prefixes, asked, self._read)
+        return decoder if pool is None else CausalStepDecoder(pool, decoder), history
+
+    def _read(self, vectors: Sequence[Tensor], **options: Any) -> CausalDecoder:
+        return CausalDecoder(
             self._reader,
             self.module.lm_head,
             vectors,
             first_place=self.first_place,
             prefix=self.prefix_attention,
-            places=self._numbered(orders, seen),
-            extra=deep_inputs(orders, seen, "left", self.torch_device),
+            **options,
         )
-        return decoder, history
 
     @property
     def _reader(self) -> Any:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from librobot_vlm_ros.core import ErrorCode, ModelError
 from librobot_vlm_ros.models.catalog import CATALOG
 from librobot_vlm_ros.models.placement import Placement, dtype_name, place
+from librobot_vlm_ros.models.progress import LoggedProgress
 from librobot_vlm_ros.models.shards import iterate_tensors, read_config, weight_files
 
 __all__ = [
@@ -171,8 +172,13 @@ def _fill(
     targets.update((name, value) for name, value in persistent.items() if name not in targets)
     filled: set[int] = set()
     strange: list[str] = []
+    files = list(files)
+    total, done = sum(path.stat().st_size for path in files), 0
+    progress = LoggedProgress("loading weights")
     for path in files:
         for key, value in iterate_tensors(path):
+            done += value.nbytes
+            progress.at(done, total)
             if should_cancel():
                 raise ModelError(ErrorCode.LOAD_CANCELLED, "loading the model was cancelled")
             for name, tensor in convert(key, value):
@@ -182,6 +188,7 @@ def _fill(
                     continue
                 _copy(name, target, tensor, where, again=id(target) in filled)
                 filled.add(id(target))
+    progress.finish()
     empty = sorted(name for name, value in targets.items() if id(value) not in filled)
     if strange or empty:
         raise ModelError(

@@ -32,7 +32,14 @@ from librobot_vlm_ros.core import (
 from librobot_vlm_ros.models.base import ModelInfo
 from librobot_vlm_ros.models.registry import create_vlm, get_vlm, model_info
 
-__all__ = ["CONVERSION_TOLERANCE", "PREPROCESS_TOLERANCE", "Conformance", "Hooks", "check_model"]
+__all__ = [
+    "CONVERSION_TOLERANCE",
+    "PREPROCESS_TOLERANCE",
+    "Conformance",
+    "Hooks",
+    "check_model",
+    "hooks_of",
+]
 
 #: Largest difference of a logit that a conversion may make, in float32.
 CONVERSION_TOLERANCE = 1e-4
@@ -95,7 +102,7 @@ def check_model(name: str) -> Conformance:
         if "torch" not in info.requires:
             vlm = measure("loading", lambda: create_vlm(info.name))
         else:
-            hooks = measure("conformance", lambda: _hooks(info))
+            hooks = measure("conformance", lambda: hooks_of(info))
             parameters = measure("parameters", lambda: _parameters(info, hooks))
             folder = Path(scratch) / "official"
             if info.shipped_folder is not None:  # its own weights, in the layout they are used in
@@ -135,7 +142,7 @@ def check_model(name: str) -> Conformance:
     )
 
 
-def _hooks(info: ModelInfo) -> Any:
+def hooks_of(info: ModelInfo) -> Any:
     """The family's conformance module. Raises ModelError MISSING_DEPENDENCY where there is none."""
     package, _, module = info.module.rpartition(".")
     name = f"{package or __package__}.conformance_{module}"

@@ -64,6 +64,8 @@ class FakeConfig:
     embedding_dim: int = 16
     #: Bytes that it says it holds.
     memory_bytes: int = 0
+    #: Side of the square to which it says that it brings images; 0 means that it needs them whole.
+    input_side: int = 0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -142,6 +144,11 @@ class FakeVlm:
     def memory_bytes(self) -> int:
         """What the configuration says."""
         return 0 if self.closed else self.config.memory_bytes
+
+    def input_size(self, width: int, height: int) -> tuple[int, int] | None:
+        """What the configuration says."""
+        side = self.config.input_side
+        return (side, side) if side else None
 
     def get_embedding_dim(self) -> int:
         """Length of an embedding vector."""

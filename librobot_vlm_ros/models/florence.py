@@ -26,7 +26,8 @@ from librobot_vlm_ros.core import (
 from librobot_vlm_ros.models.adapting import quantization_for
 from librobot_vlm_ros.models.answering import Job
 from librobot_vlm_ros.models.checkpoint import build_random
-from librobot_vlm_ros.models.decode import Decoder, DecodeRules, Generated, Scale
+from librobot_vlm_ros.models.checksum import check_sha256
+from librobot_vlm_ros.models.decode import Decoder, DecodeRules, Generated, Grammar, Scale
 from librobot_vlm_ros.models.detokenize import TokenSpans, geometric_mean
 from librobot_vlm_ros.models.florence_config import FlorenceConfig, variants
 from librobot_vlm_ros.models.florence_convert import plan_for
@@ -41,6 +42,7 @@ from librobot_vlm_ros.models.florence_parse import parse_answer, without_locatio
 from librobot_vlm_ros.models.florence_prompts import BINS, FLORENCE_TASKS, build_prompt
 from librobot_vlm_ros.models.florence_tensors import FlorenceTensors
 from librobot_vlm_ros.models.frame_cache import FrameEntry
+from librobot_vlm_ros.models.grammar import BoxGrammar, OutlineGrammar
 from librobot_vlm_ros.models.placement import place
 from librobot_vlm_ros.models.preprocess import ImageSettings, normalise, squash
 from librobot_vlm_ros.models.registry import model_info, register_vlm
@@ -98,6 +100,7 @@ class FlorenceVLM(FlorenceTensors):
         quantization: str = "none",
         should_cancel: Callable[[], bool] | None = None,
         revision: str | None = None,
+        weights_sha256: Sequence[str] = (),
         **options: Any,
     ) -> FlorenceVLM:
         """See `registry.create_vlm`. `revision`: hub commit or branch."""
@@ -113,6 +116,7 @@ class FlorenceVLM(FlorenceTensors):
                 "leave out vision_config and text_config, or leave out pretrained",
             )
         weights = find_weights(model_info(name), pretrained, revision)
+        check_sha256(weights.folder, weights_sha256, should_cancel)
         parts = read_folder(
             weights.folder,
             _settings(name),
@@ -164,9 +168,9 @@ class FlorenceVLM(FlorenceTensors):
             pieces = build_prompt(FLORENCE_TASKS[request.task], text, request.region, *size)
             prompt = tuple(tokenizer.prompt(pieces))
             self._check_length(self.image_tokens + len(prompt))
-        entry = self.frames.entry(request.frame)
+        entry = self.frames.entry(request.frame, self.torch_dtype)
         if not entry.has_features(self.torch_dtype):
-            self._squash(entry)
+            entry.ready(self._pixels)
         return entry, prompt
 
     def start(self, jobs: Sequence[Job]) -> tuple[Decoder, Tensor]:
@@ -178,17 +182,18 @@ class FlorenceVLM(FlorenceTensors):
         dtype = self.torch_dtype
         new = {id(job.frame): job.frame for job in jobs if not job.frame.has_features(dtype)}
         if new:
-            arrays = [self._squash(entry) for entry in new.values()]
+            arrays = [entry.ready(self._pixels) for entry in new.values()]
             pixels = normalise(arrays, self.images, self.torch_device, self.torch_dtype)
             for entry, features in zip(new.values(), self._see(pixels), strict=True):
                 entry.features, entry.pixels = features, None
         return [job.frame.features for job in jobs]
 
-    def _squash(self, entry: FrameEntry) -> Any:
-        """The frame at the model's size, made once."""
-        if entry.pixels is None:
-            entry.pixels = squash(entry.frame.pixels, self.images)
-        return entry.pixels
+    def input_size(self, width: int, height: int) -> tuple[int, int] | None:
+        """The same for all images."""
+        return self.images.width, self.images.height
+
+    def _pixels(self, pixels: Any) -> Any:
+        return squash(pixels, self.images, self.resizing)
 
     def rules(self, params: GenerationParams) -> DecodeRules:
         """Published settings, and what `params` asks for; sampling means one beam."""
@@ -248,6 +253,22 @@ class FlorenceVLM(FlorenceTensors):
             default_label=request.prompt if task.takes == "text" else "",
         )
         return ModelAnswer(text=spans.text, score=whole, regions=regions, malformed=malformed)
+
+    def grammar(self, request: InferenceRequest) -> Grammar | None:
+        """Whole boxes, quadrangles and polygons, as the task writes them."""
+        task = FLORENCE_TASKS[request.task]
+        if self.tokenizer is None or task.answer == "text":
+            return None
+        first = self.tokenizer.first_location
+        if task.answer == "polygons":
+            return OutlineGrammar(first, BINS)
+        if task.answer == "quads":
+            return BoxGrammar(first, BINS, size=8, ordered=False)
+        # The n-gram rule may forbid what little an order leaves.
+        ordered = not self.settings.no_repeat_ngram_size
+        ids = self.tokenizer.tokenizer.convert_tokens_to_ids
+        poly = ids("<poly>") if task.answer == "boxes_or_polygons" else None
+        return BoxGrammar(first, BINS, ordered=ordered, unless=poly)
 
     def _scale(self) -> Scale | None:
         """Locations count as right when they are within 1 % of the image's side."""

@@ -55,7 +55,7 @@ class FlorenceDecoder:
         """See `decode.Decoder`."""
         return self.next(torch.full_like(self._prompt, self._start))
 
-    def next(self, tokens: Tensor) -> Tensor:
+    def next(self, tokens: Tensor, allowed: range | None = None) -> Tensor:
         """See `decode.Decoder`."""
         output = self._decoder(
             input_ids=tokens[:, None],
@@ -65,7 +65,7 @@ class FlorenceDecoder:
             use_cache=True,
         )
         logits: Tensor = self._head(output.last_hidden_state[:, -1])
-        return logits
+        return logits if allowed is None else logits[:, allowed.start : allowed.stop]
 
     def reorder(self, rows: Tensor) -> None:
         """See `decode.Decoder`."""

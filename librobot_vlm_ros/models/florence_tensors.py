@@ -27,6 +27,8 @@ from librobot_vlm_ros.models.florence_folder import FlorenceParts
 from librobot_vlm_ros.models.florence_prompts import FLORENCE_TASKS, build_prompt
 from librobot_vlm_ros.models.florence_tokenizer import FlorenceTokenizer
 from librobot_vlm_ros.models.preprocess import to_views
+from librobot_vlm_ros.models.step_bart import BartStep
+from librobot_vlm_ros.models.step_decoder import BartStepDecoder
 
 __all__ = ["FlorenceTensors"]
 
@@ -37,7 +39,7 @@ class FlorenceTensors(AbstractVLM):
     family = "florence-2"
 
     def _take(self, parts: FlorenceParts) -> None:
-        self.module = parts.module
+        self.module, self._pool = parts.module, None
         self.images = parts.images
         self.settings = parts.settings
         self.tokenizer = parts.tokenizer
@@ -175,6 +177,10 @@ class FlorenceTensors(AbstractVLM):
         hidden, mask = self._encode(features, rows)
         start = self.config.text_config.decoder_start_token_id
         history = torch.full((len(rows), 1), start, dtype=torch.int64, device=self.torch_device)
+        text = self.language_model.decoder
+        pool = self._step_pool(BartStep, text, self.module.lm_head)
+        if pool is not None:
+            return BartStepDecoder(pool, hidden, mask, start), history
         return FlorenceDecoder(self.module, hidden, mask, start), history
 
     def _encode(

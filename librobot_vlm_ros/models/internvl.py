@@ -105,7 +105,7 @@ class InternVLVLM(CausalVLM):
             self.images = dataclasses.replace(parts.images, max_tiles=most)
 
     def _pixels(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        return tiles(pixels, self.images)
+        return tiles(pixels, self.images, self.resizing)
 
     def _prepared(self, image: Tensor) -> Tensor:
         return float_tiles(image, self.images)

@@ -8,7 +8,7 @@ stretched over it, cut, and a thumbnail of all of it comes last where there is m
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from librobot_vlm_ros.core import ErrorCode, ImageError, ModelError
 from librobot_vlm_ros.models.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from librobot_vlm_ros.models.resize import EXACT, Resizing, resize
 
 __all__ = ["InternVLImages", "float_tiles", "grid", "internvl_images", "tiles"]
 
@@ -163,17 +164,22 @@ def grid(width: int, height: int, images: InternVLImages) -> tuple[int, int]:
     return best
 
 
-def tiles(pixels: npt.NDArray[np.uint8], images: InternVLImages) -> npt.NDArray[np.uint8]:
-    """uint8 [H, W, 3] of any size to tiles [N, side, side, 3], row by row, the thumbnail last."""
+def tiles(
+    pixels: npt.NDArray[np.uint8], images: InternVLImages, how: Resizing = EXACT
+) -> npt.NDArray[np.uint8]:
+    """uint8 [H, W, 3] of any size to tiles [N, side, side, 3], row by row, the thumbnail last.
+
+    Resized in the machine's memory, `fast` or not: the tiles are cut there.
+    """
+    how = replace(how, device=torch.device("cpu"))
     columns, rows = grid(pixels.shape[1], pixels.shape[0], images)
     side = images.side
-    image = Image.fromarray(np.ascontiguousarray(pixels))
-    whole = np.asarray(image.resize((columns * side, rows * side), images.resample))
+    whole = resize(pixels, rows * side, columns * side, images.resample, how)
     cells = whole.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
     if len(cells) > 1 and images.thumbnail:
-        small = np.asarray(image.resize((side, side), images.resample))
+        small = resize(pixels, side, side, images.resample, how)
         cells = np.concatenate([cells, small[None]])
-    return cells
+    return np.asarray(cells)
 
 
 def float_tiles(image: Tensor, images: InternVLImages) -> Tensor:

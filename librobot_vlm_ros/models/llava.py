@@ -7,6 +7,7 @@ from 0 to 1 of the padded square (`llava_prompts`).
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,8 +94,15 @@ class LlavaVLM(CausalVLM):
 
     # Inside.
 
-    def _pixels(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        return squash(pad_to_square(pixels, self.images.mean), self.images)
+    def input_size(self, width: int, height: int) -> tuple[int, int] | None:
+        """The image's part of the padded square."""
+        side = max(width, height)
+        return math.ceil(width * self.images.width / side), math.ceil(
+            height * self.images.height / side
+        )
+
+    def _pixels(self, pixels: npt.NDArray[np.uint8]) -> Any:
+        return squash(pad_to_square(pixels, self.images.mean), self.images, self.resizing)
 
     def _see(self, pixels: Tensor) -> Tensor:
         features = self._loaded().model.get_image_features(pixels).pooler_output

@@ -22,7 +22,8 @@ from librobot_vlm_ros.models.llava_config import CLIP_LARGE_336, is_original, or
 from librobot_vlm_ros.models.native_keys import DERIVED, native_tensors, renamed
 from librobot_vlm_ros.models.registry import model_info
 from librobot_vlm_ros.models.shards import read_config, read_json, weight_files
-from librobot_vlm_ros.models.weights import find_weights
+from librobot_vlm_ros.models.weights import find_weights, in_hub_cache
+from librobot_vlm_ros.models.weights_names import is_hub_id
 
 __all__ = ["plan_for"]
 
@@ -99,11 +100,16 @@ def _keys(folder: Path) -> Iterable[str]:
 
 def _tower_folder(config: Mapping[str, Any], folder: Path) -> Path:
     named = str(config.get("mm_vision_tower") or _CLIP_ID)
-    for place in (folder / "vision_tower", folder / named, Path(named).expanduser()):
+    inside = (folder / named).resolve()
+    beside = folder.resolve() in inside.parents
+    for place in (folder / "vision_tower", *((inside,) if beside else ())):
         if place.is_dir():
             return place
     info = model_info("llava-v1.5-7b")
     try:
+        if in_hub_cache(folder) and not is_hub_id(named):
+            # What somebody published must not choose which folders of this machine are read.
+            raise ModelError(ErrorCode.WEIGHTS_NOT_FOUND, "a download cannot name a folder here")
         return find_weights(info, named, _CLIP_REVISION if named == _CLIP_ID else None).folder
     except ModelError as error:
         raise ModelError(

@@ -21,9 +21,10 @@ from librobot_vlm_ros.core import ErrorCode, InferenceRequest, ModelAnswer, Mode
 from librobot_vlm_ros.models.causal import CausalParts, CausalVLM
 from librobot_vlm_ros.models.causal_tokenizer import CausalTokenizer
 from librobot_vlm_ros.models.checkpoint import load_module
-from librobot_vlm_ros.models.decode import Generated
+from librobot_vlm_ros.models.decode import Generated, Grammar
 from librobot_vlm_ros.models.detokenize import TokenSpans, geometric_mean
 from librobot_vlm_ros.models.frame_cache import FrameEntry
+from librobot_vlm_ros.models.grammar import BoxGrammar
 from librobot_vlm_ros.models.paligemma_config import PaliGemmaConfig, plan_for
 from librobot_vlm_ros.models.paligemma_masks import (
     MaskDecoder,
@@ -34,7 +35,7 @@ from librobot_vlm_ros.models.paligemma_masks import (
     read_mask_decoder,
     write_mask_decoder,
 )
-from librobot_vlm_ros.models.paligemma_prompts import parse_locations, parse_masks, question
+from librobot_vlm_ros.models.paligemma_prompts import BINS, parse_locations, parse_masks, question
 from librobot_vlm_ros.models.preprocess import ImageSettings, image_settings, squash
 from librobot_vlm_ros.models.registry import register_vlm
 from librobot_vlm_ros.models.shards import read_json
@@ -125,6 +126,12 @@ class PaliGemmaVLM(CausalVLM):
         regions, malformed = found
         return ModelAnswer(text=spans.text, score=whole, regions=regions, malformed=malformed)
 
+    def grammar(self, request: InferenceRequest) -> Grammar | None:
+        """Whole boxes; y and x in turn, so the second corner's bounds are the first one's, too."""
+        if self.tokenizer is None or request.spec.output == "text":
+            return None
+        return BoxGrammar(self.tokenizer.vocabulary["<loc0000>"], BINS)
+
     # Inside.
 
     def _take(self, parts: CausalParts) -> None:
@@ -140,8 +147,12 @@ class PaliGemmaVLM(CausalVLM):
     def _reader(self) -> Any:
         return self._loaded().model
 
-    def _pixels(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        return squash(pixels, self.images)
+    def input_size(self, width: int, height: int) -> tuple[int, int] | None:
+        """The same for all images."""
+        return self.images.width, self.images.height
+
+    def _pixels(self, pixels: npt.NDArray[np.uint8]) -> Any:
+        return squash(pixels, self.images, self.resizing)
 
     def _see(self, pixels: Tensor) -> Tensor:
         features: Tensor = self._loaded().model.get_image_features(pixels).pooler_output

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from librobot_vlm_ros.core import Region
 from librobot_vlm_ros.models import questions
 
-__all__ = ["PALIGEMMA_TASKS", "parse_locations", "parse_masks", "question"]
+__all__ = ["BINS", "PALIGEMMA_TASKS", "parse_locations", "parse_masks", "question"]
 
 BINS = 1024
 #: Entries of the codebook of masks, and codes of a mask.

@@ -7,6 +7,7 @@ this machine can do; the caller logs what it was.
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ __all__ = [
     "missing_for_flash",
     "place",
     "resolve_dtype",
+    "usable_cores",
 ]
 
 _DTYPES = {
@@ -65,6 +67,14 @@ def place(
 def dtype_name(dtype: torch.dtype) -> str:
     """``float16`` for torch.float16."""
     return str(dtype).removeprefix("torch.")
+
+
+def usable_cores() -> int:
+    """Processor cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on every system
+        return os.cpu_count() or 1
 
 
 def free_bytes(device: torch.device) -> int | None:

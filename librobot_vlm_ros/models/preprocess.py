@@ -1,7 +1,7 @@
 """Images to pixel tensors, as the published image processors do it, without torchvision.
 
-Resizing is Pillow's antialiased bicubic on uint8, the arithmetic that the models were trained
-with; then x / 255, minus mean, divided by std, in float32.
+Resizing is antialiased bicubic on uint8, the arithmetic that the models were trained with (see
+`resize.py` for how exactly); then x / 255, minus mean, divided by std, in float32.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from librobot_vlm_ros.core import ErrorCode, Frame, ImageError, ModelError
+from librobot_vlm_ros.models.resize import EXACT, Resizing, resize, writable
 
 __all__ = ["ImageSettings", "as_pixels", "image_settings", "normalise", "squash", "to_views"]
 
@@ -69,26 +70,41 @@ def image_settings(config: dict[str, Any]) -> ImageSettings:
     return ImageSettings(height, width, tuple(mean), tuple(std), resample)  # type: ignore[arg-type]
 
 
-def squash(pixels: npt.NDArray[np.uint8], settings: ImageSettings) -> npt.NDArray[np.uint8]:
-    """uint8 [H, W, 3] of any size to [settings.height, settings.width, 3], proportions not kept."""
-    if pixels.shape[:2] == (settings.height, settings.width):
-        return np.ascontiguousarray(pixels)
-    image = Image.fromarray(np.ascontiguousarray(pixels))
-    return np.asarray(image.resize((settings.width, settings.height), settings.resample))
+def squash(pixels: npt.NDArray[np.uint8], settings: ImageSettings, how: Resizing = EXACT) -> Any:
+    """uint8 [H, W, 3] of any size to [settings.height, settings.width, 3], proportions not kept.
+
+    An array, or a tensor where `how` resizes on CUDA.
+    """
+    return resize(pixels, settings.height, settings.width, settings.resample, how)
 
 
 def normalise(
-    images: Sequence[npt.NDArray[np.uint8]],
-    settings: ImageSettings,
+    images: Sequence[Any],
+    settings: Any,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Tensor:
-    """uint8 [H, W, 3] arrays of one size to [B, 3, H, W], computed on the device in float32."""
-    stacked = torch.from_numpy(np.stack(images)).to(device)
-    mean = torch.tensor(settings.mean, device=device)
-    std = torch.tensor(settings.std, device=device)
-    values = (stacked.to(torch.float32) * (1 / 255) - mean) / std
-    return values.permute(0, 3, 1, 2).to(dtype).contiguous()
+    """uint8 [H, W, 3] arrays or tensors of one size to [B, 3, H, W] on the device.
+
+    x / 255, minus mean, divided by std, in float32, in place: the planes are laid out once and
+    nothing is copied after that. `settings` has `mean` and `std`.
+    """
+    height, width = images[0].shape[:2]
+    values = torch.empty((len(images), 3, height, width), dtype=torch.float32, device=device)
+    for place, image in enumerate(images):
+        values[place].copy_(_planes(image, device))
+    for channel, (mean, std) in enumerate(zip(settings.mean, settings.std, strict=True)):
+        values[:, channel].mul_(1 / 255).sub_(mean).div_(std)
+    return values.to(dtype)
+
+
+def _planes(image: Any, device: torch.device) -> Tensor:
+    """uint8 [3, H, W] on the device; of an array in the machine's memory, channel by channel."""
+    if isinstance(image, Tensor):
+        if image.is_cuda:  # made on another stream: its memory is ours until this one is done
+            image.record_stream(torch.cuda.current_stream(image.device))
+        return image.permute(2, 0, 1)
+    return torch.from_numpy(np.ascontiguousarray(writable(image).transpose(2, 0, 1))).to(device)
 
 
 def as_pixels(image: Any) -> npt.NDArray[np.uint8]:

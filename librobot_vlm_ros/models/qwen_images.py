@@ -19,8 +19,9 @@ from torch import Tensor
 
 from librobot_vlm_ros.core import ErrorCode, ImageError, ModelError
 from librobot_vlm_ros.models.preprocess import normalise
+from librobot_vlm_ros.models.resize import EXACT, Resizing, resize
 
-__all__ = ["QwenImages", "patches", "qwen_images", "resized", "smart_size"]
+__all__ = ["QwenImages", "is_float", "patches", "qwen_images", "resized", "smart_size"]
 
 #: Longest side over the shortest; beyond it the published processor refuses an image.
 _MAX_RATIO = 200
@@ -136,13 +137,17 @@ def smart_size(height: int, width: int, images: QwenImages) -> tuple[int, int]:
     return rows, columns
 
 
-def resized(pixels: npt.NDArray[np.uint8], images: QwenImages) -> npt.NDArray[np.uint8]:
-    """uint8 [H, W, 3] of any size to the size that fits the grid."""
+def resized(pixels: npt.NDArray[np.uint8], images: QwenImages, how: Resizing = EXACT) -> Any:
+    """uint8 [H, W, 3] of any size to the size that fits the grid; a tensor where `how` resizes on
+    CUDA.
+    """
     height, width = smart_size(*pixels.shape[:2], images)
-    pixels = np.ascontiguousarray(pixels)
-    if pixels.shape[:2] == (height, width):
-        return pixels
-    return np.asarray(Image.fromarray(pixels).resize((width, height), images.resample))
+    return resize(pixels, height, width, images.resample, how)
+
+
+def is_float(image: Any) -> bool:
+    """Whether an image is a float tensor [3, H, W], normalised already."""
+    return isinstance(image, Tensor) and image.is_floating_point()
 
 
 def patches(image: Any, images: QwenImages, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -151,7 +156,7 @@ def patches(image: Any, images: QwenImages, device: torch.device, dtype: torch.d
     `image`: uint8 [H, W, 3] from `resized`, or float [3, H, W] normalised already. Patches that
     become one vector stand together.
     """
-    if isinstance(image, Tensor):
+    if is_float(image):
         values = image.to(device, torch.float32)
     else:
         values = normalise([image], images, device, torch.float32)[0]

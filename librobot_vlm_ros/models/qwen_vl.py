@@ -26,7 +26,13 @@ from librobot_vlm_ros.models.decode import Generated
 from librobot_vlm_ros.models.detokenize import TokenSpans, geometric_mean
 from librobot_vlm_ros.models.questions import question
 from librobot_vlm_ros.models.qwen_config import QwenVLConfig, plan_for
-from librobot_vlm_ros.models.qwen_images import QwenImages, patches, qwen_images, resized
+from librobot_vlm_ros.models.qwen_images import (
+    QwenImages,
+    is_float,
+    patches,
+    qwen_images,
+    resized,
+)
 from librobot_vlm_ros.models.shards import read_json
 
 __all__ = ["QwenVLConfig", "QwenVLM"]
@@ -117,7 +123,7 @@ class QwenVLM(CausalVLM):
         self.images = dataclasses.replace(parts.images, **given)
 
     def _pixels(self, pixels: Any) -> Any:
-        return resized(pixels, self.images)
+        return resized(pixels, self.images, self.resizing)
 
     def _prepared(self, image: Tensor) -> Any:
         factor = self.images.factor
@@ -132,7 +138,7 @@ class QwenVLM(CausalVLM):
 
     def _shape(self, prepared: Any) -> tuple[int, int]:
         """Rows and columns of vectors."""
-        height, width = prepared.shape[1:] if isinstance(prepared, Tensor) else prepared.shape[:2]
+        height, width = prepared.shape[1:] if is_float(prepared) else prepared.shape[:2]
         return int(height) // self.images.factor, int(width) // self.images.factor
 
     def _count(self, prepared: Any) -> int:

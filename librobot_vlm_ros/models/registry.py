@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import logging
 import os
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from librobot_vlm_ros.core import ErrorCode, ModelError
+from librobot_vlm_ros.core import ErrorCode, ModelError, RequestError
 from librobot_vlm_ros.models.base import ModelInfo
 from librobot_vlm_ros.models.catalog import CATALOG
 
@@ -25,12 +27,15 @@ __all__ = [
     "model_info",
     "models_with_task",
     "register_vlm",
+    "sha256_list",
 ]
 
 _PACKAGE = "librobot_vlm_ros.models"
 _rows: dict[str, ModelInfo] = {info.name: info for info in CATALOG}
 _classes: dict[str, type[Any]] = {}
 _Class = TypeVar("_Class", bound=type)
+_SHA256 = re.compile(r"[0-9a-fA-F]{64}")
+_log = logging.getLogger(__name__)
 
 
 def register_vlm(*names: str, info: ModelInfo | None = None) -> Callable[[_Class], _Class]:
@@ -106,6 +111,20 @@ def get_vlm(name: str) -> type[Any]:
     return _classes[info.name]
 
 
+def sha256_list(given: str | Sequence[str]) -> tuple[str, ...]:
+    """The digests in lower case; ("",) and "" mean none. Raises RequestError BAD_PARAMETER."""
+    words = [given] if isinstance(given, str) else list(given)
+    words = [word.strip() for word in words if word.strip()]
+    for word in words:
+        if _SHA256.fullmatch(word) is None:
+            raise RequestError(
+                ErrorCode.BAD_PARAMETER,
+                f"weights_sha256 is {word!r}, expected 64 hexadecimal digits",
+                "`librobot-vlm models --sha256 FOLDER` prints that of a folder.",
+            )
+    return tuple(word.lower() for word in words)
+
+
 def _share_cores() -> None:
     """Let torch's CPU threads sleep while they wait for each other; read when torch is imported.
 
@@ -130,6 +149,7 @@ def create_vlm(
     freeze_language: bool = False,
     adapter: str | os.PathLike[str] | None = None,
     should_cancel: Callable[[], bool] | None = None,
+    weights_sha256: str | Sequence[str] = (),
     **options: Any,
 ) -> Any:
     """Build a model by name.
@@ -142,11 +162,18 @@ def create_vlm(
     bf16). `attention`: auto, flash_attention_2, sdpa, eager. An explicit choice is honoured or
     refused with a ModelError; ``auto`` logs what it chose. `quantization` of the language model's
     linear layers: none, int8, nf4 (see `quantize`). `adapter`: a folder of `save_adapter` or of
-    peft. `should_cancel` is asked between
-    tensors while loading; true gives LOAD_CANCELLED. Other options go to the class.
+    peft. `should_cancel` is asked between tensors while loading; true gives LOAD_CANCELLED.
+    `weights_sha256`: sha256 of weights that may be loaded (see `checksum.weights_sha256`), checked
+    before anything is read from them; others give CHECKSUM_MISMATCH. Other options go to the class.
     """
+    info = model_info(name)
+    if name.strip().lower() != info.name:
+        _log.info("%s is an alias of %s: %s", name, info.name, info.description)
+    allowed = sha256_list(weights_sha256)
+    if allowed:  # a class from elsewhere need not know the option, unless it is used
+        options["weights_sha256"] = allowed
     return get_vlm(name).create(
-        model_info(name).name,
+        info.name,
         config=config,
         pretrained=pretrained or None,
         device=device,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import pickle
 import warnings
 from collections.abc import Iterator
@@ -20,13 +21,15 @@ from torch import Tensor
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
 
-__all__ = ["iterate_tensors", "read_config", "read_json", "weight_files"]
+__all__ = ["iterate_tensors", "read_config", "read_json", "tensor_kinds", "weight_files"]
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLES = ("model.safetensors", "pytorch_model.bin")
-#: Bytes of a file that are mapped at a time.
-_MAPPED_BYTES = 64 << 20
+#: Bytes of a file that are mapped at a time, at least; else a share of the file.
+_MAPPED_BYTES = 8 << 20
+_MAPPED_SHARE = 1 / 32
 _PICKLES = (".bin", ".pt", ".pth")
+_SAFETENSORS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -77,7 +80,9 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def iterate_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of one file with its key, on the CPU, in the file's order.
+    """Every tensor of one file with its key, on the CPU; of a safetensors file the largest first.
+
+    So what is mapped beside what has been copied is small when most has been copied.
 
     Raises ModelError WEIGHTS_CORRUPT or UNSAFE_CHECKPOINT.
     """
@@ -86,10 +91,11 @@ def iterate_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         return
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            keys = list(file.keys())
+            keys = sorted(file.keys(), key=lambda key: -math.prod(file.get_slice(key).get_shape()))
+        at_once = max(_MAPPED_BYTES, int(path.stat().st_size * _MAPPED_SHARE))
         while keys:
             # What was read stays mapped, and counts as our memory, until the file is closed.
-            left = _MAPPED_BYTES
+            left = at_once
             with safe_open(path, framework="pt", device="cpu") as file:
                 while keys and left > 0:
                     tensor = file.get_tensor(keys[0])
@@ -97,11 +103,39 @@ def iterate_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
                     yield keys.pop(0), tensor
                     del tensor
     except SafetensorError as error:
-        raise ModelError(
-            ErrorCode.WEIGHTS_CORRUPT,
-            f"{path.name} is not a whole safetensors file: {error}",
-            "download or copy it again",
-        ) from error
+        raise _cut_off(path, error) from error
+
+
+def tensor_kinds(path: Path) -> dict[str, tuple[str, int]]:
+    """Each tensor of one file by its key: (dtype such as "float16", number of values).
+
+    Only the file's table is read. Raises ModelError WEIGHTS_CORRUPT or UNSAFE_CHECKPOINT.
+    """
+    if path.suffix in _PICKLES:
+        state = _read_pickle(path, map_location="meta")
+        tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+        return {key: (_name(value.dtype), value.numel()) for key, value in tensors.items()}
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  no mapping
+            return {
+                key: (_SAFETENSORS.get(part.get_dtype(), "other"), math.prod(part.get_shape()))
+                for key, part in slices.items()
+            }
+    except SafetensorError as error:
+        raise _cut_off(path, error) from error
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _cut_off(path: Path, error: Exception) -> ModelError:
+    return ModelError(
+        ErrorCode.WEIGHTS_CORRUPT,
+        f"{path.name} is not a whole safetensors file: {error}",
+        "download or copy it again",
+    )
 
 
 def _names_in_index(index: Path) -> list[str]:
@@ -125,10 +159,18 @@ def _names_in_index(index: Path) -> list[str]:
 
 
 def _iterate_pickle(path: Path) -> Iterator[tuple[str, Tensor]]:
+    state = _read_pickle(path, map_location="cpu")
+    for key in list(state):
+        value = state.pop(key)
+        if isinstance(value, Tensor):
+            yield key, value
+
+
+def _read_pickle(path: Path, map_location: str) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():  # it warns of odd pickles, and then refuses them
             warnings.simplefilter("ignore")
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         raise ModelError(
             ErrorCode.UNSAFE_CHECKPOINT,
@@ -145,7 +187,4 @@ def _iterate_pickle(path: Path) -> Iterator[tuple[str, Tensor]]:
         ) from error
     if not isinstance(state, dict):
         raise ModelError(ErrorCode.WEIGHTS_CORRUPT, f"{path.name} holds no table of tensors")
-    for key in list(state):
-        value = state.pop(key)
-        if isinstance(value, Tensor):
-            yield key, value
+    return state

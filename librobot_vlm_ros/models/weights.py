@@ -14,17 +14,20 @@ from pathlib import Path
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
 from librobot_vlm_ros.models.base import ModelInfo
+from librobot_vlm_ros.models.progress import bars_to_log
 from librobot_vlm_ros.models.shards import weight_files
+from librobot_vlm_ros.models.weights_names import is_hub_id
 
-__all__ = ["Weights", "find_weights", "folder_digest"]
+__all__ = ["Weights", "find_weights", "folder_digest", "in_hub_cache"]
 
 _log = logging.getLogger(__name__)
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHIPPED = Path(__file__).parent / "weights"
 #: Everything a model needs, and no code.
 _FILES = ["*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"]
+#: Folders of a repository hold other formats of the same weights (onnx, original, ...).
+_NOT_NEEDED = ["*/*"]
 #: Seconds to wait for the hub to take a connection.
 _CONNECT_S = 5.0
 _DIGEST_BYTES = 1 << 20
@@ -43,7 +46,8 @@ def find_weights(info: ModelInfo, pretrained: str | None, revision: str | None =
     """The folder of a model's weights, downloaded if need be.
 
     `pretrained`: a folder, a hub id ("owner/name" or "owner/name@revision"), or None for the
-    model's own. Downloads show their progress, resume, and honour HF_HOME and HF_HUB_OFFLINE.
+    model's own. Downloads log their progress and honour HF_HOME and HF_HUB_OFFLINE. One that
+    breaks off is resumed at the byte; after a restart the files that were finished are kept.
     Raises ModelError WEIGHTS_NOT_FOUND that names the ways to get them.
     """
     if pretrained is None and info.shipped_folder is not None:
@@ -55,7 +59,7 @@ def find_weights(info: ModelInfo, pretrained: str | None, revision: str | None =
     folder = Path(wanted).expanduser()
     if folder.is_dir():
         return Weights(folder, folder_digest(folder))
-    if not _HUB_ID.fullmatch(wanted):
+    if not is_hub_id(wanted):
         raise _not_found(info, f"{wanted!r} is neither a folder nor a hub id (owner/name)", None)
     hub_id, _, named = wanted.partition("@")
     if not named and revision is None and hub_id == info.default_pretrained:
@@ -85,6 +89,13 @@ def folder_digest(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def in_hub_cache(folder: Path) -> bool:
+    """Whether a folder came from the hub: what its files say was written by others."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE).resolve() in folder.resolve().parents
+
+
 def _from_hub(info: ModelInfo, hub_id: str, revision: str | None) -> Weights:
     """A commit that was downloaded before needs no network, and none is asked for."""
     from huggingface_hub import constants
@@ -108,16 +119,18 @@ def _from_hub(info: ModelInfo, hub_id: str, revision: str | None) -> Weights:
 
 def _downloaded(hub_id: str, revision: str | None) -> Path | None:
     """The snapshot in the local cache, None when it is not there or not whole."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub import try_to_load_from_cache
 
-    try:
-        folder = Path(snapshot_download(hub_id, revision=revision, local_files_only=True))
-        weight_files(folder)
-    except (LocalEntryNotFoundError, ModelError):
+    # Not snapshot_download(local_files_only=True): newer clients ask the hub for other things then.
+    config = try_to_load_from_cache(hub_id, "config.json", revision=revision)
+    if not isinstance(config, str):
         return None
-    whole = (folder / "config.json").is_file() and any(folder.glob("tokenizer*"))
-    return folder if whole else None
+    folder = Path(config).parent
+    try:
+        weight_files(folder)
+    except ModelError:
+        return None
+    return folder if any(folder.glob("tokenizer*")) else None
 
 
 def _reach(endpoint: str) -> None:
@@ -132,7 +145,15 @@ def _download(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     def fetch(*patterns: str) -> Path:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[*patterns]))
+        with bars_to_log(f"downloading {hub_id}") as bars:
+            found = snapshot_download(
+                hub_id,
+                revision=revision,
+                allow_patterns=[*patterns],
+                ignore_patterns=_NOT_NEEDED,
+                tqdm_class=bars,
+            )
+        return Path(found)
 
     folder = fetch(*_FILES, "*.safetensors")
     return folder if any(folder.glob("*.safetensors")) else fetch(*_FILES, "*.bin")

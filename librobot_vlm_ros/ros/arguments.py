@@ -7,6 +7,7 @@ An argument that is not given is not passed on, so that a parameter file keeps i
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,11 @@ __all__ = [
     "existing_file",
     "given_arguments",
     "logger_name",
+    "near_arguments",
     "parse_values",
     "ros_arguments",
     "split_arguments",
+    "unknown_argument",
 ]
 
 LAUNCH_PARAMETERS = (
@@ -91,8 +94,19 @@ def arguments(names: Iterable[str] = tuple(PARAMETERS)) -> tuple[Argument, ...]:
         item = PARAMETERS[name]
         choices = ("true", "false") if item.type_name == "bool" else item.choices
         default = "true" if name == "autostart" else _shown(item)
-        made.append(Argument(name, default, item.description.replace("`", ""), choices))
+        made.append(Argument(name, default, _explained(item), choices))
     return (*made, *EXTRA_ARGUMENTS)
+
+
+def _explained(item: Parameter) -> str:
+    """The description with bounds and examples; choices are shown by whoever shows the argument."""
+    text = item.description.replace("`", "")
+    if item.bounds and not item.choices:
+        text += f" Expected: {item.bounds}."
+    if item.examples:
+        examples = " or ".join(f"{item.name}:={shlex.quote(value)}" for value in item.examples)
+        text += f" Example: {examples}"
+    return text
 
 
 def _shown(item: Parameter) -> str:
@@ -117,13 +131,24 @@ def split_arguments(words: Iterable[str], names: Iterable[str]) -> dict[str, str
                 "Example: model:=florence-2-base image_topic:=/camera/image_raw",
             )
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=3)
-            hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(known)}."
-            raise RequestError(
-                ErrorCode.BAD_PARAMETER, f"there is no argument '{escape_for_log(name)}'", hint
-            )
+            raise unknown_argument(name, known)
         found[name] = value
     return found
+
+
+def near_arguments(name: str, known: Iterable[str]) -> list[str]:
+    """Those of `known` that `name` may be a misspelling of."""
+    return difflib.get_close_matches(name, tuple(known), n=3)
+
+
+def unknown_argument(name: str, known: Iterable[str]) -> RequestError:
+    """The error for an argument that does not exist, with those that come near."""
+    names = tuple(known)
+    near = near_arguments(name, names)
+    hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(names)}."
+    return RequestError(
+        ErrorCode.BAD_PARAMETER, f"there is no argument '{escape_for_log(name)}'", hint
+    )
 
 
 def parse_values(texts: Mapping[str, str]) -> dict[str, Value]:

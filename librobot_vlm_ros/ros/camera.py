@@ -50,6 +50,7 @@ class Camera:
         lock_step: bool,
         reliability: str,
         allow_depth: Callable[[], bool],
+        jpeg_margin: Callable[[], int],
         complaints: Throttled,
     ) -> None:
         self.setting = setting
@@ -59,6 +60,7 @@ class Camera:
         self._decoder = decoder
         self._lock_step = lock_step
         self._allow_depth = allow_depth
+        self._jpeg_margin = jpeg_margin
         self._complaints = complaints
         self._read = read_compressed_image if setting.compressed else read_image
         self._sequence = 0
@@ -82,6 +84,7 @@ class Camera:
                 f"sensor_msgs/msg/{other.__name__}": f"Set image_transport:={transport}, or "
                 f"'{setting.name}={setting.topic}:{transport}' in cameras."
             },
+            twin=_twin(setting, transport),
         )
 
     @property
@@ -139,7 +142,10 @@ class Camera:
             self._engine.count_drop(self.setting.name, DropReason.REPLACED)
 
     def _take(self, message: Any, sequence: int, received_ns: int) -> None:
-        convert = frame_from_compressed if self.setting.compressed else frame_from_image
+        convert, options = frame_from_image, {}
+        if self.setting.compressed:
+            margin = self._jpeg_margin()
+            convert, options = frame_from_compressed, {"enough": self._enough} if margin else {}
         try:
             frame = convert(
                 message,
@@ -147,12 +153,18 @@ class Camera:
                 sequence=sequence,
                 received_ns=received_ns,
                 allow_depth=self._allow_depth(),
+                **options,
             )
         except Exception as error:
             self._refuse(as_vlm_error(error))
             return
         self.faults.last_was_bad = False
         self._engine.offer(frame)
+
+    def _enough(self, width: int, height: int) -> tuple[int, int] | None:
+        """How much of a JPEG the model can make use of; None where it wants all of it."""
+        size, margin = self._engine.input_size(width, height), self._jpeg_margin()
+        return None if size is None or not margin else (margin * size[0], margin * size[1])
 
     def _refuse(self, error: VlmError) -> None:
         self.faults.bad_images += 1
@@ -162,3 +174,12 @@ class Camera:
         self._complaints.error(
             f"{self.setting.name}/{error.code}", f"camera '{self.setting.name}': {error}"
         )
+
+
+def _twin(setting: CameraSetting, transport: str) -> tuple[str, str]:
+    """(topic, what to set) of the same camera's images in the other `transport`."""
+    raw = setting.topic.removesuffix("/compressed")
+    topic = raw if setting.compressed else f"{raw}/compressed"
+    return topic, (
+        f"set image_transport:={transport}, or '{setting.name}={raw}:{transport}' in cameras."
+    )

@@ -36,9 +36,16 @@ def diagnostics(
 
 
 def model_status(
-    state: str, wanted: str, problems: Iterable[str], stats: EngineStats | None
+    state: str,
+    wanted: str,
+    problems: Iterable[str],
+    stats: EngineStats | None,
+    warning: str = "",
 ) -> DiagnosticStatus:
-    """Whether the node is in a state to answer, and with which model."""
+    """Whether the node is in a state to answer, and with which model.
+
+    `problems` keep it from that; `warning` is of what does not, but needs somebody's attention.
+    """
     values: dict[str, object] = {"lifecycle_state": state}
     if stats is not None:
         values |= {
@@ -53,6 +60,8 @@ def model_status(
     trouble = list(problems)
     if trouble:
         return _status("model", ERROR, "; ".join(trouble), values)
+    if warning:
+        return _status("model", WARN, warning, values)
     if stats is None:
         return _status("model", STALE, f"{state}: configure loads '{wanted}'", values)
     if state != "active":
@@ -76,6 +85,9 @@ def engine_status(stats: EngineStats, waiting: Collection[str]) -> DiagnosticSta
         "inference_p50_s": stats.inference_p50_s,
         "inference_p99_s": stats.inference_p99_s,
         "tokens_per_s": stats.tokens_per_s,
+        "features_shared": stats.features_shared,
+        "features_computed": stats.features_computed,
+        "prepared_ahead": stats.prepared_ahead,
         "queue_depth": stats.queue_depth,
         "in_flight": stats.in_flight,
         "busy_s": stats.busy_s,

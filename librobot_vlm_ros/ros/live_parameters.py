@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from rcl_interfaces.msg import (
@@ -24,6 +25,7 @@ from librobot_vlm_ros.core import ErrorCode, RequestError, VlmError, as_vlm_erro
 
 from .parameter import Parameter, Value, When
 from .settings import PARAMETERS, Settings
+from .weights_paths import confined, open_to_clients
 
 __all__ = ["LiveParameters"]
 
@@ -56,6 +58,7 @@ class LiveParameters:
         self.errors: dict[str, VlmError] = {}
         self.settings = Settings()
         self._declare()
+        self._weights_at_start = self.settings.weights
         node.add_pre_set_parameters_callback(self._tidy)
         node.add_on_set_parameters_callback(self._check)
         node.add_post_set_parameters_callback(self._apply)
@@ -119,13 +122,29 @@ class LiveParameters:
     def _check(self, changes: list[RosParameter]) -> SetParametersResult:
         ours = {item.name: item.value for item in changes if item.name in PARAMETERS}
         try:
+            self._refuse_start_only(ours)
             if not getattr(self._forced, "now", False) and not self._is_unconfigured():
                 self._refuse_configure_time(ours)
+            if not getattr(self._forced, "now", False):
+                self._refuse_other_folders(ours)
             self.settings.changed(**ours)
         except VlmError as error:
             self._node.get_logger().warning(f"parameter refused: {error}")
             return SetParametersResult(successful=False, reason=str(error))
         return SetParametersResult(successful=True)
+
+    def _refuse_start_only(self, values: Mapping[str, object]) -> None:
+        """rclpy's own read-only parameters refuse the value that they have, too, so that a file of
+        `ros2 param dump` could not be loaded again.
+        """
+        for name, value in values.items():
+            item = PARAMETERS[name]
+            if item.when == When.START and item.checked(value) != getattr(self.settings, name):
+                raise RequestError(
+                    ErrorCode.BAD_PARAMETER,
+                    f"parameter {name} is read-only once the node has started",
+                    "Start the node with another value.",
+                )
 
     def _refuse_configure_time(self, values: Mapping[str, object]) -> None:
         for name, value in values.items():
@@ -137,6 +156,15 @@ class LiveParameters:
                     f"parameter {name} takes effect when the node is configured",
                     "Deactivate and clean up first, or use ~/switch_model to change the model.",
                 )
+
+    def _refuse_other_folders(self, values: Mapping[str, object]) -> None:
+        weights = values.get("weights")
+        if isinstance(weights, str) and weights != self.settings.weights:
+            confined(weights, self.open_folders())
+
+    def open_folders(self) -> tuple[Path, ...]:
+        """Folders that weights may lie in which a client asks for."""
+        return open_to_clients(self.settings.weights_folders, self._weights_at_start)
 
     def _apply(self, changes: list[RosParameter]) -> None:
         ours = {item.name: item.value for item in changes if item.name in PARAMETERS}
@@ -165,7 +193,6 @@ def _descriptor(item: Parameter) -> ParameterDescriptor:
         additional_constraints="; ".join(
             text for text in (item.bounds, f"may change {item.when.value}") if text
         ),
-        read_only=item.when == When.START,
     )
     if item.low is not None and item.high is not None:
         if item.type_name == "integer":

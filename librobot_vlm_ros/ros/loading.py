@@ -15,6 +15,7 @@ from librobot_vlm_ros.runtime import Engine, LoadReport
 from .live_parameters import LiveParameters
 from .settings import Settings
 from .standing import load_options
+from .weights_paths import confined
 
 __all__ = ["create_backend", "load_model", "loaded_text", "required_bytes", "switch_model"]
 
@@ -64,13 +65,13 @@ def switch_model(
     """Change the model; log and parameters tell the outcome before the future does.
 
     `asked` holds model, weights, device and dtype; "" is as now, for weights the model's own.
-    Raises `VlmError` when the change cannot be tried; the future raises it when it fails, and the
-    model before is in place again.
+    Weights may lie where `open_to_clients` says. Raises `VlmError` when the change cannot be tried;
+    the future raises it when it fails, and the model before is in place again.
     """
     now = parameters.settings
     values = {
         "model": model_info(asked["model"] or now.model).name,
-        "weights": asked["weights"],
+        "weights": confined(asked["weights"], parameters.open_folders()),
         "model_config": "",
         "device": asked["device"] or now.device,
         "dtype": asked["dtype"] or now.dtype,

@@ -78,7 +78,9 @@ def matching_profile(
 class MatchedSubscription:
     """One topic, subscribed to as its publishers allow.
 
-    With `raw` the callback gets each message's serialized bytes.
+    With `raw` the callback gets each message's serialized bytes. `other_types` holds the fix for
+    each type that the topic may turn out to carry; `twin` is (topic, fix) of another topic with the
+    same contents, named where this one has no publisher.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class MatchedSubscription:
         reliability: str = "auto",
         when_alone: str = "best_effort",
         other_types: dict[str, str] | None = None,
+        twin: tuple[str, str] | None = None,
         raw: bool = False,
     ) -> None:
         self._node = node
@@ -99,6 +102,7 @@ class MatchedSubscription:
         self._callback = callback
         self._options = {"depth": depth, "reliability": reliability, "when_alone": when_alone}
         self._other_types = other_types or {}
+        self._twin = twin
         self._raw = raw
         self._name = str(node.resolve_topic_name(topic))
         self.type_name = message_type.__module__.split(".")[0] + "/msg/" + message_type.__name__
@@ -186,7 +190,14 @@ class MatchedSubscription:
         return Link(self._name, len(right), "", "", words)
 
     def _elsewhere(self) -> str:
-        """Topics of the right type that exist, as the fix for one that does not."""
+        """The topic's twin or topics of the right type that exist, as the fix for one that does
+        not.
+        """
+        if self._twin is not None:
+            twin, fix = self._twin
+            twin = str(self._node.resolve_topic_name(twin))
+            if self._node.count_publishers(twin) > 0:
+                return f"{twin} is there: {fix}"
         own = self._node.get_fully_qualified_name() + "/"
         topics = sorted(
             name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from librobot_vlm_ros.core import (
     Result,
     decode_compressed,
     decode_image,
+    read_compressed_header,
 )
 from librobot_vlm_ros.msg import Caption, Embedding, GroundedRegion, GroundingArray
 from librobot_vlm_ros.msg import InferenceInfo as InfoMessage
@@ -78,16 +80,37 @@ def frame_from_compressed(
     sequence: int = 0,
     received_ns: int = 0,
     allow_depth: bool = False,
+    enough: Callable[[int, int], tuple[int, int] | None] | None = None,
     limits: Limits = DEFAULT_LIMITS,
 ) -> Frame:
-    """A checked and decoded frame from `sensor_msgs/CompressedImage`. Raises `ImageError`."""
+    """A checked and decoded frame from `sensor_msgs/CompressedImage`. Raises `ImageError`.
+
+    `enough` says of an image's width and height how much of it is enough; a JPEG may be decoded
+    smaller then (see `decode_compressed`). The frame keeps the size of the whole image.
+    """
+    size, at_least = (0, 0), None
+    if enough is not None:
+        header = read_compressed_header(message.data, format=message.format, limits=limits)
+        size = header.width, header.height
+        at_least = enough(*size)
     pixels = decode_compressed(
-        message.data, format=message.format, allow_depth=allow_depth, limits=limits
+        message.data,
+        format=message.format,
+        allow_depth=allow_depth,
+        at_least=at_least,
+        limits=limits,
     )
-    return _frame(pixels, message.header, camera, sequence, received_ns)
+    return _frame(pixels, message.header, camera, sequence, received_ns, size)
 
 
-def _frame(pixels: Any, header: Any, camera: str, sequence: int, received_ns: int) -> Frame:
+def _frame(
+    pixels: Any,
+    header: Any,
+    camera: str,
+    sequence: int,
+    received_ns: int,
+    size: tuple[int, int] = (0, 0),
+) -> Frame:
     return Frame(
         pixels=pixels,
         camera=camera,
@@ -96,6 +119,8 @@ def _frame(pixels: Any, header: Any, camera: str, sequence: int, received_ns: in
         sequence=sequence,
         received_ns=received_ns,
         header=header,
+        source_width=size[0],
+        source_height=size[1],
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.clock import Clock, ClockType
+from rclpy.logging import LoggingSeverity
 from std_msgs.msg import String
 
 from librobot_vlm_ros.core import (
@@ -38,9 +39,10 @@ from .lifecycle import GuardedLifecycleNode
 from .live_parameters import LiveParameters
 from .loading import create_backend, load_model, loaded_text, switch_model
 from .matching import MatchedSubscription
+from .namesakes import Namesakes
 from .on_demand import Served, timeout_of
 from .publishing import ResultPublisher
-from .reporting import Throttled, guarded
+from .reporting import Throttled, guarded, result_text
 from .services import Services
 from .settings import Settings
 from .standing import camera_configs, engine_config, standing_tasks, waiting_tasks
@@ -65,6 +67,7 @@ class VlmNode(GuardedLifecycleNode):
         self._annotator: Annotator | None = None
         self._decoder = Decoder()
         self._complaints = Throttled(self.get_logger())
+        self._namesakes = Namesakes(self)
         self._load_error: VlmError | None = None
         self._free_s = _FREE_S
         self._engine_ended = True
@@ -184,6 +187,7 @@ class VlmNode(GuardedLifecycleNode):
                 lock_step=settings.lock_step,
                 reliability=settings.qos_reliability,
                 allow_depth=lambda: self.settings.allow_depth,
+                jpeg_margin=self._jpeg_margin_now,
                 complaints=self._complaints,
             )
             for setting in settings.camera_list()
@@ -212,6 +216,12 @@ class VlmNode(GuardedLifecycleNode):
         """Free everything, whatever the state was."""
         self._leave_cameras()
         self._free()
+
+    def _jpeg_margin_now(self) -> int:
+        """0, the whole image, also while somebody looks at the annotated ones."""
+        annotator = self._annotator
+        watched = annotator is not None and annotator.watched
+        return 0 if watched else self.settings.jpeg_margin
 
     def _leave_cameras(self) -> None:
         cameras, self._cameras = self._cameras, {}
@@ -254,6 +264,8 @@ class VlmNode(GuardedLifecycleNode):
                 f"{result.info.task}/{code}", f"{result.info.task}: {result.error}"
             )
         self._results.publish(result, frame, engine.now_ns())
+        if self.get_logger().is_enabled_for(LoggingSeverity.DEBUG):
+            self.get_logger().debug(result_text(result, frame, engine.now_ns()))
 
     def _on_camera(self, event: CameraEvent) -> None:
         camera = self._cameras.get(event.camera)
@@ -297,12 +309,21 @@ class VlmNode(GuardedLifecycleNode):
             self._instruction_topic.check()
 
     def _publish_diagnostics(self) -> None:
+        self._namesakes.check()
         engine = self._engine
         stats = engine.stats() if engine is not None else None
         errors = [*self._live.errors.values()]
         errors += [self._load_error] if self._load_error is not None else []
         problems = [str(error) for error in errors]
-        statuses = [model_status(self.state_label, self.settings.model, problems, stats)]
+        statuses = [
+            model_status(
+                self.state_label,
+                self.settings.model,
+                problems,
+                stats,
+                warning=self._namesakes.problem,
+            )
+        ]
         if stats is not None and self.state_label == "active":
             waiting = waiting_tasks(self.settings, self._instruction)
             statuses.append(engine_status(stats, waiting))

@@ -45,6 +45,8 @@ class Parameter:
     """Regular expression that the whole string must match."""
     expected: str = ""
     """What `pattern` asks for, in words."""
+    examples: tuple[str, ...] = ()
+    """Values as one types them behind `name:=`, for those that the default does not explain."""
 
     @property
     def type_name(self) -> str:

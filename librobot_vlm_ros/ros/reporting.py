@@ -10,9 +10,21 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from librobot_vlm_ros.core import as_vlm_error
+from librobot_vlm_ros.core import Frame, Result, as_vlm_error, escape_for_log
 
-__all__ = ["Throttled", "guarded"]
+__all__ = ["Throttled", "guarded", "result_text"]
+
+
+def result_text(result: Result, frame: Frame, now_ns: int) -> str:
+    """One line about an answer, for the debug log."""
+    answer, info = result.answer, result.info
+    what = "no answer" if answer is None else f"'{escape_for_log(answer.text)}'"
+    if answer is not None and answer.regions:
+        what = ", ".join(escape_for_log(region.label) for region in answer.regions)
+    return (
+        f"{info.request_id}: {what} (batch of {info.batch_size}, model {info.inference_s:.3f} s, "
+        f"frame {(now_ns - frame.received_ns) * 1e-9:.3f} s old)"
+    )
 
 
 class Throttled:

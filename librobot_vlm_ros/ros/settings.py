@@ -19,9 +19,11 @@ from librobot_vlm_ros.core import (
     clean_prompt,
     escape_for_log,
 )
+from librobot_vlm_ros.models import sha256_list
 
 from .grammar import CameraSetting, TaskSetting, parse_cameras, parse_tasks
 from .parameter import Parameter, Value, When, declared, parameter, parameter_table
+from .weights_paths import allowed_folders, confined
 
 __all__ = ["PARAMETERS", "Settings"]
 
@@ -32,7 +34,7 @@ _DEVICE = r"auto|cpu|mps|xpu(:\d+)?|cuda(:\d+)?"
 @dataclass(frozen=True)
 class Settings:
     """All parameters of the node, checked. Raises `RequestError` (BAD_PARAMETER, UNKNOWN_TASK,
-    UNKNOWN_CAMERA).
+    UNKNOWN_CAMERA) and `BagError` (PATH_NOT_ALLOWED).
     """
 
     model: str = parameter(
@@ -42,15 +44,31 @@ class Settings:
         pattern=r"[^\s]{1,128}",
         expected="a name without spaces",
     )
+    # Before `weights`, so that it holds already when that is checked at start.
+    weights_folders: tuple[str, ...] = parameter(
+        (),
+        "Absolute folders below which folders of weights may lie. Empty: `weights` given at start "
+        "may be anywhere; later changes and `~/switch_model` reach its siblings, the shipped "
+        "weights and the hub's cache.",
+        When.START,
+    )
     weights: str = parameter(
         "",
         "Folder or hub id of the weights; empty takes the model's own.",
+        When.CONFIGURE,
+        examples=("/path/to/folder",),
+    )
+    weights_sha256: tuple[str, ...] = parameter(
+        (),
+        "Allowed sha256 of the weights, checked before loading, also by `~/switch_model`; "
+        "`librobot-vlm models --sha256 FOLDER` prints one. Empty allows any.",
         When.CONFIGURE,
     )
     model_config: str = parameter(
         "",
         "JSON object of settings for the model's own configuration; empty takes the published one.",
         When.CONFIGURE,
+        examples=('{"latency_s": 0.05}',),
     )
     device: str = parameter(
         "auto",
@@ -76,6 +94,13 @@ class Settings:
         "Weight quantisation, where the model family has it.",
         When.CONFIGURE,
         choices=("none", "int8", "nf4"),
+    )
+    resize: str = parameter(
+        "auto",
+        "How images come to the model's size: `exact`, as its published processor does it; `fast`, "
+        "several times faster and within two of 255 levels of that; `auto`, fast on CUDA only.",
+        When.CONFIGURE,
+        choices=("auto", "exact", "fast"),
     )
     load_timeout_s: float = parameter(
         600.0, "Seconds that configuring may take.", When.CONFIGURE, low=0.1, high=86400.0
@@ -103,6 +128,7 @@ class Settings:
         "Several cameras: `name=/topic` each; `name=/topic:compressed` or `:raw` overrides "
         "`image_transport`.",
         When.CONFIGURE,
+        examples=("front=/front/image_raw, wrist=/wrist/image_raw:compressed",),
     )
     camera_timeout_s: float = parameter(
         2.0,
@@ -131,15 +157,28 @@ class Settings:
     allow_depth: bool = parameter(
         False, "Take 16UC1 and 32FC1 depth images, scaled to grey.", When.LIVE
     )
+    jpeg_margin: int = parameter(
+        0,
+        "0 decodes JPEG whole; else at 1/2, 1/4 or 1/8 of its size where that leaves at least so "
+        "many times the model's input on both sides (2 is hardly seen in answers). Boxes stay "
+        "those of the whole image.",
+        When.LIVE,
+        low=0,
+        high=16,
+    )
     tasks: tuple[str, ...] = parameter(
         ("caption@1.0", "detect@2.0", "ground@2.0", "embed@1.0"),
         "Standing tasks: `[camera:]task[@rate in Hz][=prompt]`; no rate means every frame "
         "that the model has time for. A task that needs text and has no prompt of its own uses "
         "the instruction.",
         When.LIVE,
+        examples=("caption@1, front:detect@5, ground@5=red cube", "[]"),
     )
     instruction: str = parameter(
-        "", "What standing tasks look for; `~/instruction` sets it too.", When.LIVE
+        "",
+        "What standing tasks look for; `~/instruction` sets it too.",
+        When.LIVE,
+        examples=("the red cup",),
     )
     min_score: float = parameter(
         0.0,
@@ -186,6 +225,9 @@ class Settings:
     def __post_init__(self) -> None:
         for name, item in PARAMETERS.items():
             object.__setattr__(self, name, item.checked(getattr(self, name)))
+        object.__setattr__(self, "weights_sha256", sha256_list(self.weights_sha256))
+        if self.weights_folders:
+            confined(self.weights, allowed_folders(self.weights_folders))
         self.model_options()
         clean_prompt(self.instruction, required=False)
         parse_tasks(self.tasks, tuple(camera.name for camera in self.camera_list()))

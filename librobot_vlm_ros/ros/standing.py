@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from librobot_vlm_ros.core import get_task
+from librobot_vlm_ros.models import model_info
 from librobot_vlm_ros.runtime import CameraConfig, EngineConfig, StandingTask
 
 from .instruction import Instruction
 from .settings import Settings
+from .weights_here import shipped_folder
 
 __all__ = ["waiting_tasks", "camera_configs", "engine_config", "load_options", "standing_tasks"]
 
@@ -33,14 +35,29 @@ def camera_configs(settings: Settings) -> list[CameraConfig]:
 
 def load_options(settings: Settings) -> dict[str, Any]:
     """What `create_vlm` is given besides the name."""
-    return {
+    # A model of somebody else's need not know it, so that only an explicit wish is passed on.
+    wish = {} if settings.resize == "auto" else {"resize": settings.resize}
+    return wish | {
         "config": settings.model_options(),
-        "pretrained": settings.weights or None,
+        "pretrained": settings.weights or _own_weights(settings),
+        "weights_sha256": settings.weights_sha256,
         "device": settings.device,
         "dtype": settings.dtype,
         "attention": settings.attention,
         "quantization": settings.quantization,
     }
+
+
+def _own_weights(settings: Settings) -> str | None:
+    """What `create_vlm` must be told where there is a `model_config`: with a config alone it would
+    build the model with random weights. Raises ModelError UNKNOWN_MODEL.
+    """
+    if settings.model_options() is None:
+        return None
+    info = model_info(settings.model)
+    if info.shipped_folder is not None:
+        return str(shipped_folder() / info.shipped_folder)
+    return info.default_pretrained
 
 
 def standing_tasks(settings: Settings, instruction: Instruction) -> list[StandingTask]:

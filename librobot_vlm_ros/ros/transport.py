@@ -9,22 +9,27 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
-from collections.abc import MutableMapping
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 import librobot_vlm_ros
 
 __all__ = [
+    "DEFAULT_SEGMENT_BYTES",
     "PROFILE",
     "TRANSPORT_VARIABLE",
     "config_file",
     "give_back_memory",
     "keep_freed_memory",
+    "profile_in_force",
+    "segment_bytes",
     "use_image_profile",
 ]
 
 TRANSPORT_VARIABLE = "LIBROBOT_VLM_TRANSPORT"
 PROFILE = "fastdds.xml"
+DEFAULT_SEGMENT_BYTES = 512 * 1024  # of Fast DDS: less than one 640x480 image
 _PROFILE_VARIABLE = "FASTRTPS_DEFAULT_PROFILES_FILE"
 _OTHER_WISHES = (_PROFILE_VARIABLE, "FASTDDS_DEFAULT_PROFILES_FILE", "FASTDDS_BUILTIN_TRANSPORTS")
 _SHARED_MEMORY = Path("/dev/shm")
@@ -58,6 +63,50 @@ def use_image_profile(environ: MutableMapping[str, str] | None = None) -> str:
         )
     environ[_PROFILE_VARIABLE] = str(profile)
     return f"shared memory for images: {profile}"
+
+
+def profile_in_force(environ: Mapping[str, str] | None = None) -> tuple[Path | None, str]:
+    """(the Fast DDS profile that the node would use, None for none; why, in words)."""
+    wishes = dict(os.environ if environ is None else environ)
+    words = use_image_profile(wishes)
+    # Fast DDS 2 reads the first of the names, 3 the second; both look into the working folder too.
+    for name in (_PROFILE_VARIABLE, "FASTDDS_DEFAULT_PROFILES_FILE"):
+        if wishes.get(name):
+            return Path(wishes[name]), words
+    for file in ("DEFAULT_FASTRTPS_PROFILES.xml", "DEFAULT_FASTDDS_PROFILES.xml"):
+        if Path(file).is_file():
+            return Path(file).absolute(), words
+    return None, words
+
+
+def segment_bytes(profile: Path | None) -> int | None:
+    """Bytes of the shared-memory segment that a Fast DDS profile gives; 512 KB where it says
+    nothing, None where it leaves shared memory out. Raises OSError or ValueError for a file that
+    cannot be read.
+    """
+    if profile is None:
+        return DEFAULT_SEGMENT_BYTES
+    try:
+        tree = ElementTree.parse(profile)
+    except ElementTree.ParseError as error:
+        raise ValueError(f"it is no XML: {error}") from error
+    found: list[int] = []
+    kinds = []
+    for item in tree.iter():
+        if item.tag.rpartition("}")[2] != "transport_descriptor":
+            continue
+        fields = {part.tag.rpartition("}")[2]: (part.text or "").strip() for part in item}
+        kinds.append(fields.get("type", ""))
+        if kinds[-1] == "SHM":
+            found.append(int(fields.get("segment_size", DEFAULT_SEGMENT_BYTES)))
+    built_in = [
+        (item.text or "").strip().lower()
+        for item in tree.iter()
+        if item.tag.rpartition("}")[2] == "useBuiltinTransports"
+    ]
+    if not found and "false" in built_in:
+        return None
+    return max(found, default=DEFAULT_SEGMENT_BYTES)
 
 
 def config_file(name: str) -> Path | None:

@@ -62,13 +62,14 @@ class BatchPlanner:
         if frames <= 1 or 1 not in known.times_s:
             return
         pays = known.time_s(frames) < PAYS_BELOW * frames * known.time_s(1)
-        if pays and frames > known.best:
-            known.best = frames
-            known.pause_ns = FIRST_PAUSE_NS
-        elif not pays and frames <= known.best:
-            known.best = 1
-            self._rest(known, now_ns)
+        if frames > known.best:
+            if pays and known.time_s(frames) / frames < known.time_s(known.best) / known.best:
+                known.best = frames
+                known.pause_ns = FIRST_PAUSE_NS
+            else:  # also where a batch is full: one more only makes everybody wait longer
+                self._rest(known, now_ns)
         elif not pays:
+            known.best = 1
             self._rest(known, now_ns)
 
     def ran_out_of_memory(self, kind: Hashable, frames: int, now_ns: int) -> None:

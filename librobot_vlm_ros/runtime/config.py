@@ -62,6 +62,8 @@ class EngineConfig:
         requests_before_standing: on-demand batches served in a row while a standing task waits.
         fatal_after: consecutive model failures before `on_fatal`.
         batch_cameras: may frames of several cameras share a batch where measured to pay.
+        prepare_ahead: bring the next frame to the model's size while the model works, where the
+            backend can.
         warm_up: run the backend's warm-up as part of loading.
         stats_window_s: span of the sliding window of ages and times [s].
     """
@@ -76,6 +78,7 @@ class EngineConfig:
     requests_before_standing: int = 4
     fatal_after: int = 3
     batch_cameras: bool = True
+    prepare_ahead: bool = True
     warm_up: bool = True
     stats_window_s: float = 10.0
 

@@ -23,6 +23,7 @@ from librobot_vlm_ros.core import (
     VlmError,
 )
 
+from .ahead import AheadThread
 from .config import CameraConfig, DropReason, EngineConfig, EngineState
 from .health import take_stats
 from .life import EngineLife
@@ -73,7 +74,10 @@ class Engine(EngineLife):
         )
         loader = Loader(factory, free_memory=free_memory, warm_up=config.warm_up)
         super().__init__(
-            shared, model=ModelThread(shared, loader).thread, timer=TimerThread(shared).thread
+            shared,
+            model=ModelThread(shared, loader).thread,
+            timer=TimerThread(shared).thread,
+            ahead=AheadThread(shared).thread,
         )
 
     def __enter__(self) -> Engine:
@@ -185,6 +189,7 @@ class Engine(EngineLife):
                 return False
             scheduler.offer(frame, now_ns)
             shared.work.notify_all()
+            shared.ahead.notify_all()
         return True
 
     def count_drop(self, camera: str, reason: DropReason = DropReason.BAD_IMAGE) -> None:
@@ -210,6 +215,17 @@ class Engine(EngineLife):
         shared = self._shared
         with shared.lock:
             return shared.scheduler.mailbox(camera).at(stamp_ns, tolerance_s)
+
+    def input_size(self, width: int, height: int) -> tuple[int, int] | None:
+        """Width and height to which the loaded model brings an image of this size; None where that
+        is not known or the model needs the whole image.
+        """
+        with self._shared.lock:
+            model = self._shared.sizes
+        try:
+            return None if model is None else model.input_size(width, height)
+        except VlmError:
+            return None  # it is being freed
 
     # -- requests on demand ------------------------------------------------------------------
 
@@ -238,6 +254,7 @@ class Engine(EngineLife):
             if refusal is None:
                 shared.queue.put(ticket)
                 shared.work.notify_all()
+                shared.ahead.notify_all()
                 shared.timer.notify_all()
                 ended = []
             else:

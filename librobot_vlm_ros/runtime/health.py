@@ -46,6 +46,9 @@ def _stats(shared: Shared) -> EngineStats:
         busy_s=max(0.0, to_s(now_ns - started_ns)) if started_ns is not None else 0.0,
         memory_bytes=meter.memory_bytes,
         free_bytes=meter.free_bytes,
+        features_shared=meter.frame_counts.get("hits", 0),
+        features_computed=meter.frame_counts.get("misses", 0),
+        prepared_ahead=meter.frame_counts.get("ahead", 0),
         consecutive_failures=meter.consecutive_failures,
         last_error=str(meter.last_error) if meter.last_error is not None else "",
         last_error_age_s=(

@@ -22,12 +22,19 @@ from .shared import Shared, no_model
 class EngineLife:
     """Loading, switching, starting, pausing, stopping; `Engine` adds frames and requests."""
 
-    def __init__(self, shared: Shared, *, model: threading.Thread, timer: threading.Thread) -> None:
+    def __init__(
+        self,
+        shared: Shared,
+        *,
+        model: threading.Thread,
+        timer: threading.Thread,
+        ahead: threading.Thread,
+    ) -> None:
         self._shared = shared
         self._model = model
-        self._timer = timer
-        model.start()
-        timer.start()
+        self._threads = (timer, ahead, model)
+        for thread in self._threads:
+            thread.start()
 
     def load(self, name: str, **options: Any) -> Future[LoadReport]:
         """Load a model into an empty engine. The future raises `VlmError`: what the loader says,
@@ -112,7 +119,7 @@ class EngineLife:
         return job.future
 
     def stop(self, timeout_s: float = 5.0) -> bool:
-        """End: everything that waits is answered SHUTTING_DOWN, the model is freed, both threads
+        """End: everything that waits is answered SHUTTING_DOWN, the model is freed, all threads
         end. True once they have; false when the model did not let go in time. May be called again.
         """
         shared = self._shared
@@ -128,10 +135,10 @@ class EngineLife:
         shared.fail_loads(given_up, shutting_down())
         for job in unloads:
             job.future.set_result(None)
-        for thread in (self._timer, self._model):
+        for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(max(0.0, until - time.monotonic()))
-        return not self._timer.is_alive() and not self._model.is_alive()
+        return not any(thread.is_alive() for thread in self._threads)
 
     # -- inside ----------------------------------------------------------------------------
 

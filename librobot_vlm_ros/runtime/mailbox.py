@@ -6,11 +6,25 @@ steady clock only with `received_ns`, so bag loops and clock jumps cannot make a
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter, deque
 
 from librobot_vlm_ros.core import ErrorCode, Frame, RequestError
 
 from .config import DropReason, to_ns, to_s
+
+# Frames of a camera that were prepared lately and may still be the best choice.
+_BEGUN = 3
+
+
+@dataclasses.dataclass
+class _Begun:
+    """A frame that is being prepared for the model, or is ready."""
+
+    frame: Frame
+    since_ns: int
+    dropped: DropReason | None = None
+    """Counted as dropped for this, because a newer one came."""
 
 
 class Mailbox:
@@ -22,7 +36,10 @@ class Mailbox:
         self.processed = 0
         self.dropped: Counter[DropReason] = Counter()
         self.newest: Frame | None = None
+        self.period_ns = 0  # between the arrivals of the last two frames
         self._used = True
+        self._taken_ns = 0  # arrival of the frame that the model was given last
+        self._begun: deque[_Begun] = deque(maxlen=_BEGUN)
         self._history: deque[Frame] = deque()
         self._history_frames = history_frames
         self._history_bytes = history_bytes
@@ -32,7 +49,13 @@ class Mailbox:
         """Make `frame` the newest; `wanted`: was a task waiting for the frame it replaces?"""
         self.received += 1
         if not self._used:
-            self.drop(DropReason.REPLACED if wanted else DropReason.NOT_DUE)
+            reason = DropReason.REPLACED if wanted else DropReason.NOT_DUE
+            self.drop(reason)
+            for begun in self._begun:
+                if begun.frame is self.newest:
+                    begun.dropped = reason
+        if self.newest is not None:
+            self.period_ns = max(0, frame.received_ns - self.newest.received_ns)
         self.newest = frame
         self._used = False
         self._remember(frame)
@@ -53,12 +76,47 @@ class Mailbox:
         """A frame counted before is not going to be processed."""
         self.dropped[reason] += count
 
-    def take(self) -> Frame | None:
-        """The newest frame, which counts as processed from now on; it stays for tasks due later."""
-        if self.newest is not None and not self._used:
+    def begin(self, frame: Frame, now_ns: int) -> None:
+        """The newest frame is being prepared for the model."""
+        self._begun.append(_Begun(frame, now_ns))
+
+    def choice(self, now_ns: int, prepare_ns: int) -> Frame | None:
+        """The frame to give the model now: the newest, unless an earlier one has been begun.
+
+        Preparing takes `prepare_ns`. A frame's age when the model starts on it and the time that
+        the model waits for it count alike. Never one that came before a frame that was taken.
+        """
+        if self.newest is None or self._used:
+            return self.newest
+        best, cost_ns = self.newest, 2 * prepare_ns - self.newest.received_ns
+        for begun in self._begun:
+            left_ns = max(0, begun.since_ns + prepare_ns - now_ns)
+            begun_ns = 2 * left_ns - begun.frame.received_ns
+            if begun.frame.received_ns > self._taken_ns and begun_ns < cost_ns:
+                best, cost_ns = begun.frame, begun_ns
+        return best
+
+    def take(self, frame: Frame | None = None) -> Frame | None:
+        """Give the model the `frame` (default: the newest), which counts as processed from now on.
+
+        The newest stays for tasks due later.
+        """
+        frame = frame if frame is not None else self.newest
+        if frame is None:
+            return None
+        if frame is self.newest:
+            self.processed += not self._used
             self._used = True
+        else:
             self.processed += 1
-        return self.newest
+            for begun in self._begun:
+                if begun.frame is frame and begun.dropped is not None:
+                    self.dropped[begun.dropped] -= 1
+        self._taken_ns = frame.received_ns
+        self._begun = deque(
+            (item for item in self._begun if item.frame.received_ns > self._taken_ns), _BEGUN
+        )
+        return frame
 
     def expire(self, now_ns: int, max_age_s: float) -> bool:
         """Drop an unused newest frame older than `max_age_s` (0: never); True when too old."""
@@ -72,6 +130,7 @@ class Mailbox:
 
     def discard(self, reason: DropReason) -> None:
         """Give up an unused newest frame (the engine was paused); queries may still ask for it."""
+        self._begun.clear()
         if not self._used:
             self._used = True
             self.drop(reason)
@@ -128,6 +187,7 @@ class Mailbox:
         """Forget all frames; counts stay."""
         self.newest = None
         self._used = True
+        self._begun.clear()
         self._history.clear()
         self._bytes = 0
 

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Mapping
 
 from librobot_vlm_ros.core import (
     ModelAnswer,
     VlmError,
     as_vlm_error,
 )
+from librobot_vlm_ros.models.base import VlmBackend
 
+from .ahead import CountsFrames, KnowsInputSize, PreparesFrames
 from .batching import BatchPlanner
 from .config import to_ns
 from .loader import Loader, LoadJob, UnloadJob, free_memory_of
@@ -25,6 +28,8 @@ from .shared import Ended, Shared, no_model
 logger = logging.getLogger("librobot_vlm_ros.runtime")
 
 MEMORY_LOOK_NS = to_ns(1.0)
+# Preparing a frame takes milliseconds; a model is not kept from going by one that hangs.
+PREPARING_S = 5.0
 
 
 class ModelThread:
@@ -70,6 +75,7 @@ class ModelThread:
                 shared.busy = False
                 shared.in_flight = []
                 shared.idle.notify_all()
+        self._have_it_alone()
         self._loader.unload()
         with shared.lock:
             self._show_model()
@@ -97,14 +103,17 @@ class ModelThread:
                 continue
             with shared.lock:
                 shared.meter.run_began(len(tickets), shared.clock())
+                shared.ahead.notify_all()
             run = run_batch(backend, tickets)
-            self._account(batch, tickets, run)
+            self._account(batch, tickets, run, _frame_counts(backend))
             for ticket, outcome in zip(tickets, run.outcomes, strict=True):
                 with shared.lock:
                     ended = shared.end([ticket], outcome, run.batch_size)
                 shared.complete(ended)
 
-    def _account(self, batch: Batch, tickets: list[Ticket], run: Run) -> None:
+    def _account(
+        self, batch: Batch, tickets: list[Ticket], run: Run, frame_counts: Mapping[str, int]
+    ) -> None:
         shared = self._shared
         answers = [outcome for outcome in run.outcomes if isinstance(outcome, ModelAnswer)]
         fatal: VlmError | None = None
@@ -113,6 +122,7 @@ class ModelThread:
             now_ns = shared.clock()
             tokens = sum(answer.generated_tokens for answer in answers)
             shared.meter.run_ended(run.seconds, tokens, now_ns)
+            shared.meter.frame_counts = frame_counts
             if run.ran_out_of_memory:
                 self._planner.ran_out_of_memory(batch.kind, batch.frames, now_ns)
             elif batch.kind is not None and len(answers) == len(batch.tickets):
@@ -167,6 +177,7 @@ class ModelThread:
                 job.settled = not job.cancelled
             return job.settled
 
+        self._have_it_alone()
         error: VlmError | None = None
         try:
             report = self._loader.perform(job, commit)
@@ -182,6 +193,7 @@ class ModelThread:
             if error is None:
                 shared.meter.consecutive_failures = 0
                 self._planner.forget()
+                shared.meter.another_model()
             elif had_model and shared.loaded is None and job.roll_back:
                 fatal = error
                 ended = shared.hold()
@@ -201,19 +213,31 @@ class ModelThread:
 
     def _unload(self, job: UnloadJob) -> None:
         shared = self._shared
+        self._have_it_alone()
         self._loader.unload()
         with shared.lock:
             self._show_model()
             shared.scheduler.clear()
             shared.meter.consecutive_failures = 0
             self._planner.forget()
+            shared.meter.another_model()
             shared.job = None
         self._look_at_memory(shared.clock())
         job.future.set_result(None)
 
+    def _have_it_alone(self) -> None:
+        """No frame is prepared from now on, and none is being prepared."""
+        shared = self._shared
+        with shared.lock:
+            shared.prepares = shared.sizes = None
+            if not shared.idle.wait_for(lambda: not shared.preparing, PREPARING_S):
+                logger.warning("the model is still preparing a frame after %g s", PREPARING_S)
+
     def _show_model(self) -> None:
-        report = self._loader.report
+        report, backend = self._loader.report, self._loader.backend
         self._shared.loaded = report
+        self._shared.prepares = _preparing(backend)
+        self._shared.sizes = backend if isinstance(backend, KnowsInputSize) else None
         self._shared.scheduler.set_supported(report.tasks if report is not None else None)
 
     def _survive(self, error: VlmError) -> None:
@@ -229,3 +253,19 @@ class ModelThread:
         shared.complete(ended)
         if job is not None and not told and not job.future.done():
             job.future.set_exception(error)
+
+
+def _frame_counts(backend: VlmBackend) -> Mapping[str, int]:
+    if not isinstance(backend, CountsFrames):
+        return {}
+    try:
+        return dict(backend.frame_counts())
+    except Exception as error:
+        logger.warning("the model cannot tell its counts: %s", as_vlm_error(error))
+        return {}
+
+
+def _preparing(backend: object) -> PreparesFrames | None:
+    if isinstance(backend, PreparesFrames) and backend.prepares_ahead:
+        return backend
+    return None

@@ -40,6 +40,7 @@ class Scheduler:
         self.tasks: tuple[StandingTask, ...] = ()
         self.idle: tuple[tuple[str, str], ...] = ()
         self.unknown_frames = 0
+        self.prepare_ns = 0  # what preparing a frame took last
         self._supported: frozenset[str] | None = None
         self._active: tuple[StandingTask, ...] = ()
         self._gates: dict[tuple[str, str, str], RateGate] = {}
@@ -156,9 +157,20 @@ class Scheduler:
             mailbox = self.mailboxes[camera]
             due = self._due(mailbox, now_ns)
             if due and not mailbox.expire(now_ns, self.config.max_frame_age_s):
-                assert mailbox.newest is not None  # _due is empty without a frame
-                found.append(Work(camera, mailbox.newest, due))
+                frame = mailbox.choice(now_ns, self.prepare_ns)
+                assert frame is not None  # _due is empty without a frame
+                found.append(Work(camera, frame, due))
         return found
+
+    def coming(self, at_ns: int) -> list[Frame]:
+        """The frames that `take` would give at that time if nothing else came, in order."""
+        if self.config.lock_step:
+            return [work.frame for work in self._in_order]
+        return [
+            mailbox.newest
+            for mailbox in sorted(self.mailboxes.values(), key=lambda box: self._turn[box.camera])
+            if mailbox.newest is not None and self._due(mailbox, at_ns)
+        ]
 
     def anything(self, now_ns: int) -> bool:
         """Whether `take` would give work."""
@@ -231,7 +243,7 @@ class Scheduler:
         )
 
     def _begin(self, work: Work, now_ns: int) -> None:
-        self.mailboxes[work.camera].take()
+        self.mailboxes[work.camera].take(work.frame)
         for task in work.tasks:
             self._gate(work.camera, task).ran(work.frame, now_ns)
         self._turns += 1

@@ -102,6 +102,7 @@ class Selector:
         for work in works:
             self._make_tickets(work, tickets, refused)
         shared.in_flight = tickets
+        shared.frames_at_once = max(1, len(works))
         return Batch(tickets, refused, works[0].names if works else None, len(works))
 
     def _make_tickets(self, work: Work, tickets: list[Ticket], refused: list[Ended]) -> None:

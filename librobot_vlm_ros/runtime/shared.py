@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 from librobot_vlm_ros.core import (
     EngineError,
@@ -33,6 +34,9 @@ from .results import make_result
 from .scheduler import Scheduler
 from .stats import Meter
 from .watchdog import CameraEvent, Watchdog
+
+if TYPE_CHECKING:
+    from .ahead import KnowsInputSize, PreparesFrames
 
 logger = logging.getLogger("librobot_vlm_ros.runtime")
 
@@ -67,6 +71,7 @@ class Shared:
         self.lock = threading.Lock()
         self.work = threading.Condition(self.lock)  # the model thread waits here
         self.timer = threading.Condition(self.lock)  # the timer thread waits here
+        self.ahead = threading.Condition(self.lock)  # the thread that prepares frames waits here
         self.idle = threading.Condition(self.lock)  # callers wait here for a run to end
         self.config = config
         self.clock = clock
@@ -79,7 +84,11 @@ class Shared:
         self.watchdog = Watchdog()
         self.running = False
         self.stopped = False
-        self.loaded: LoadReport | None = None  # the model itself belongs to its thread alone
+        self.loaded: LoadReport | None = None  # the model itself belongs to its thread alone,
+        self.prepares: PreparesFrames | None = None  # except for preparing frames
+        self.sizes: KnowsInputSize | None = None  # and for its input size
+        self.preparing = False  # the ahead thread is in the model
+        self.frames_at_once = 1  # in the last batch of standing tasks
         self.jobs: deque[LoadJob | UnloadJob] = deque()
         self.job: LoadJob | UnloadJob | None = None
         self.in_flight: list[Ticket] = []
@@ -174,6 +183,7 @@ class Shared:
         """Something changed that anybody may wait for."""
         self.work.notify_all()
         self.timer.notify_all()
+        self.ahead.notify_all()
         self.idle.notify_all()
 
     # -- without the lock ------------------------------------------------------------------

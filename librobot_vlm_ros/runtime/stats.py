@@ -70,6 +70,12 @@ class EngineStats:
     """Held by the model's weights."""
     free_bytes: int | None
     """Free where the model lives; None = not known, or no model."""
+    features_shared: int
+    """Requests answered from features of their frame that another request had computed."""
+    features_computed: int
+    """Requests that had the features of their frame computed."""
+    prepared_ahead: int
+    """Frames that were at the model's size already when it took them."""
     consecutive_failures: int
     last_error: str
     last_error_age_s: float
@@ -127,6 +133,10 @@ class Meter:
         self.in_flight = 0
         self.memory_bytes = 0
         self.free_bytes: int | None = None
+        self.frame_counts: Mapping[str, int] = {}
+        #: Most of the last runs took longer: the model will hardly be done before.
+        self.quick_run_ns = 0
+        self._last_runs: deque[float] = deque(maxlen=5)
         self._ages: dict[str, Window] = {}
         self._arrivals: dict[str, Window] = {}
         self._times = Window(window_s)
@@ -145,7 +155,15 @@ class Meter:
         """The model is done with it."""
         self.run_abandoned()
         self._times.add(now_ns, seconds)
+        self._last_runs.append(seconds)
+        self.quick_run_ns = to_ns(percentile(self._last_runs, 40))
         self._tokens.add(now_ns, float(tokens))
+
+    def another_model(self) -> None:
+        """What is known of the model before says nothing about this one."""
+        self.frame_counts = {}
+        self.quick_run_ns = 0
+        self._last_runs.clear()
 
     def run_abandoned(self) -> None:
         """The batch ended in a way that says nothing about the model."""

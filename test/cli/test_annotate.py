@@ -316,6 +316,15 @@ def test_an_unfinished_run_is_not_mixed_with_another(
     assert main(["annotate", str(bag), str(out), *TASKS, "--every", "2", "--overwrite"]) == 0
 
 
+def test_a_run_that_did_not_get_to_its_first_frame_is_in_nobodys_way(
+    bag: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    words = ["annotate", str(bag), str(tmp_path / "out"), "--tasks", "caption"]
+    assert main([*words, "--model", "fake", "--model-config", '{"load_error": 301}']) == 1
+    assert "WEIGHTS_NOT_FOUND(301)" in capsys.readouterr().err
+    assert main([*words, "--model", "fake"]) == 0
+
+
 def test_of_a_bag_that_is_cut_off_the_whole_part_is_annotated_on_request(
     tmp_path: Path, capsys: Captured
 ) -> None:

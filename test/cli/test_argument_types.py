@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from librobot_vlm_ros.cli.argument_types import count, positive, remapping, seconds
+from librobot_vlm_ros.cli.argument_types import count, positive, remapping, seconds, stamp
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,9 @@ from librobot_vlm_ros.cli.argument_types import count, positive, remapping, seco
         (positive, "1e-3", 0.001),
         (count, "0", 0),
         (count, "12", 12),
+        (stamp, "1700000002.333333331", (1700000002, 333333331)),
+        (stamp, "12.5", (12, 500000000)),
+        (stamp, "7", (7, 0)),
         (remapping, "/a:=/b", ("/a", "/b")),
         (remapping, "a:=b/c", ("/a", "/b/c")),
     ],
@@ -32,6 +35,7 @@ def test_good_ones(kind: Callable[[str], object], text: str, value: object) -> N
         *[(seconds, text) for text in ("-1", "nan", "inf", "ten", "", "1e30")],
         *[(positive, text) for text in ("0", "-0.0", "nan")],
         *[(count, text) for text in ("-1", "1.5", "", "9" * 30)],
+        *[(stamp, text) for text in ("", "-1", "1.", "1.2345678901", "now", "2147483648")],
         *[(remapping, text) for text in ("/a", ":=/b", "/a:=", "/a=/b")],
     ],
 )

@@ -50,7 +50,7 @@ def test_without_a_command_the_help_is_shown(capsys: Captured) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [["dance"], ["replay"], ["replay", "bag", "--rate", "0"], ["replay", "bag", "--remap", "/a"]],
+    [["dance"], ["query"], ["replay", "bag", "--rate", "0"], ["replay", "bag", "--remap", "/a"]],
 )
 def test_wrong_usage_ends_with_2(words: list[str], capsys: Captured) -> None:
     with pytest.raises(SystemExit) as ended:

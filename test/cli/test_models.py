@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+from pathlib import Path
 
 import pytest
 
@@ -67,3 +69,39 @@ def test_a_model_that_is_not_ok_gives_exit_code_1(
 def test_an_unknown_model_is_a_coded_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "--check", "florence-3"]) == 1
     assert "UNKNOWN_MODEL(300)" in capsys.readouterr().err
+
+
+def test_memory_source_and_presence_stand_in_the_table(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["models", "florence-2-tabletop", "qwen2-vl-2b"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:2] == ["model", "parameters"]
+    tabletop, qwen = lines[2], lines[3]
+    assert "ships with the package" in tabletop
+    assert tabletop.endswith("yes")
+    for words in ("2.21 G", "8.2 GiB", "4.1 GiB", "Apache-2.0", "Qwen/Qwen2-VL-2B-Instruct"):
+        assert words in qwen
+
+
+def test_the_alias_7b_of_qwen3_says_that_it_is_the_8b(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "qwen3-vl-7b"]) == 0
+    assert "qwen3-vl-7b is qwen3-vl-8b" in capsys.readouterr().out
+    assert main(["models"]) == 0
+    assert "qwen3-vl-7b is qwen3-vl-8b" in capsys.readouterr().out
+    assert main(["models", "qwen3-vl-7b", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["name"], "qwen3-vl-7b" in row["aliases"]) == ("qwen3-vl-8b", True)
+    assert "8B" in row["description"]
+
+
+def test_the_digest_of_a_folder_is_printed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("torch")
+    folder = Path(conformance.__file__).parent / "weights" / "florence_2_tabletop"
+    assert main(["models", "--sha256", str(folder)]) == 0
+    data = (folder / "model.safetensors").read_bytes()
+    assert capsys.readouterr().out.strip() == hashlib.sha256(data).hexdigest()
+    assert main(["models", "--sha256", str(tmp_path)]) == 1
+    assert "WEIGHTS_NOT_FOUND(301)" in capsys.readouterr().err

@@ -5,7 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from librobot_vlm_ros.cli.node_check_report import Answer, Ask, limits, misses, summary
+from librobot_vlm_ros.cli.node_check_report import (
+    Answer,
+    Ask,
+    limits,
+    misses,
+    single_limits,
+    single_summary,
+    summary,
+)
 from librobot_vlm_ros.runtime.stats import percentile
 
 
@@ -49,3 +57,27 @@ def test_each_fault_is_named() -> None:
     ]:
         found = misses(figures_of(answers, **changes), LIMITS)
         assert any(miss.startswith(wrong) for miss in found), (wrong, found)
+
+
+def single(model_s: float, ages: list[float]) -> list[Answer]:
+    return [Answer("front", place, age, age, model_s=model_s) for place, age in enumerate(ages)]
+
+
+def test_overhead_is_the_age_less_the_time_of_the_model() -> None:
+    idle = single(0.5, [0.501, 0.502, 0.51])
+    figures = single_summary(idle, single(0.2, [0.3, 0.25]), 0.2, percentile)
+    assert (figures["overhead_p50_s"], figures["overhead_p99_s"]) == (0.002, 0.01)
+    assert (figures["slow_age_p50_s"], figures["slow_age_p99_s"]) == (0.25, 0.3)
+    assert (figures["overhead_results"], figures["slow_results"]) == (3, 2)
+    assert misses(figures, single_limits(0.2, 10.0)) == []
+
+
+def test_overhead_and_age_behind_a_slow_model_are_held_to_limits() -> None:
+    figures = single_summary(single(0.0, [0.0021]), single(0.2, [0.51]), 0.2, percentile)
+    found = misses(figures, single_limits(0.2, 10.0))
+    assert [text.split()[0] for text in found] == ["overhead_p50_s", "slow_age_p99_s"]
+
+
+def test_no_results_are_a_miss() -> None:
+    figures = single_summary([], [], 0.2, percentile)
+    assert len(misses(figures, single_limits(0.2, 10.0))) == 2

@@ -331,3 +331,54 @@ def test_damage_that_only_the_decoder_sees_is_refused():
     data = bytearray(TWO_COLOURS)
     data[tables + 5 : tables + 12] = b"\xff" * 7  # an impossible Huffman table
     assert refused(data).code is ErrorCode.CORRUPT_COMPRESSED
+
+
+@pytest.mark.parametrize(
+    ("at_least", "expected"),
+    [
+        ((320, 200), (320, 200)),
+        ((161, 100), (320, 200)),
+        ((160, 100), (160, 100)),
+        ((81, 20), (160, 100)),
+        ((80, 50), (80, 50)),
+        ((1, 1), (40, 25)),
+        ((400, 300), (320, 200)),
+    ],
+)
+def test_a_jpeg_of_which_less_is_enough_is_decoded_smaller(at_least, expected):
+    pixels = decode_compressed(jpeg(width=320, height=200), at_least=at_least)
+    assert (pixels.shape[1], pixels.shape[0]) == expected
+    assert not pixels.flags.writeable
+
+
+def test_a_smaller_decoding_shows_the_same_picture():
+    ramp = np.linspace(0, 255, 320).astype(np.uint8)
+    picture = np.stack([np.tile(ramp, (200, 1)), np.full((200, 320), 90, np.uint8)], -1)
+    picture = np.concatenate([picture, picture[..., :1] // 2], -1)
+    data = cv2.imencode(".jpg", picture[..., ::-1])[1].tobytes()
+    small = decode_compressed(data, at_least=(80, 50)).astype(int)
+    whole = decode_compressed(data).astype(int).reshape(50, 4, 80, 4, 3).mean(axis=(1, 3))
+    assert np.abs(small - whole).mean() < 2
+
+
+def test_sides_that_cannot_be_divided_evenly_are_decoded_whole():
+    assert decode_compressed(jpeg(width=322, height=201), at_least=(8, 8)).shape == (201, 322, 3)
+    assert decode_compressed(jpeg(width=324, height=204), at_least=(8, 8)).shape == (51, 81, 3)
+
+
+def test_only_jpeg_is_decoded_smaller():
+    data = png(64, 64, 8, 2, b"".join(b"\0" + bytes(192) for _ in range(64)))
+    assert decode_compressed(data, at_least=(8, 8)).shape == (64, 64, 3)
+    assert decode_compressed(CMYK, at_least=(1, 1)).shape == (8, 8, 3)
+    assert decode_compressed(GRAY_77, at_least=(2, 2)).tolist() == [[[77] * 3] * 2] * 2
+
+
+def test_what_is_refused_whole_is_refused_smaller_too():
+    whole = jpeg(width=320, height=200)
+    for data in (whole[:700], whole[:-2], TWO_COLOURS[:-30]):
+        with pytest.raises(ImageError) as caught:
+            decode_compressed(data, at_least=(8, 8))
+        assert caught.value.code is ErrorCode.CORRUPT_COMPRESSED
+    with pytest.raises(ImageError) as caught:
+        decode_compressed(whole, at_least=(8, 8), limits=Limits(max_pixels=320 * 200 - 1))
+    assert caught.value.code is ErrorCode.IMAGE_TOO_LARGE

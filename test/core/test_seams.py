@@ -298,3 +298,17 @@ def test_limits_are_positive_integers(value):
     with pytest.raises(RequestError, match="max_pixels") as caught:
         Limits(max_pixels=value)
     assert caught.value.code is ErrorCode.BAD_PARAMETER
+
+
+def test_a_frame_of_smaller_pixels_has_the_size_of_its_source():
+    frame = Frame(np.zeros((24, 32, 3), np.uint8), "c", 0, source_width=64, source_height=48)
+    assert (frame.width, frame.height) == (64, 48)
+    assert "64x48" in repr(frame)
+    request = InferenceRequest("r", frame, "region_caption", region=(40, 30, 60, 45))
+    assert request.region == (40, 30, 60, 45)
+
+
+@pytest.mark.parametrize("size", [(31, 24), (64, 0), (0, 48)])
+def test_a_source_smaller_than_the_pixels_is_refused(size):
+    with pytest.raises(ImageError, match="32x24"):
+        Frame(np.zeros((24, 32, 3), np.uint8), "c", 0, source_width=size[0], source_height=size[1])

@@ -10,7 +10,8 @@ import torch
 from transformers import GenerationConfig
 
 from librobot_vlm_ros.core import EngineError, ErrorCode, InferenceError, VlmError
-from librobot_vlm_ros.models.decode import DecodeRules, Generated, Scale, credited, decode
+from librobot_vlm_ros.models.choosing import near
+from librobot_vlm_ros.models.decode import DecodeRules, Generated, Scale, _Loop, decode
 from librobot_vlm_ros.models.florence import FlorenceVLM
 from librobot_vlm_ros.models.florence_folder import PUBLISHED, FlorenceSettings
 
@@ -28,9 +29,10 @@ class Table:
     def first(self) -> torch.Tensor:
         return self.next(self.start)
 
-    def next(self, tokens: torch.Tensor) -> torch.Tensor:
+    def next(self, tokens: torch.Tensor, allowed: range | None = None) -> torch.Tensor:
         self.steps += 1
-        return self.table[tokens]
+        logits = self.table[tokens]
+        return logits if allowed is None else logits[:, allowed.start : allowed.stop]
 
     def reorder(self, rows: torch.Tensor) -> None:
         pass
@@ -127,10 +129,9 @@ def test_a_mark_on_a_scale_counts_with_its_neighbours(beams: int) -> None:
 
 
 def test_at_the_ends_of_a_scale_there_are_fewer_neighbours() -> None:
-    log_probs = torch.log(torch.tensor([[0.1, 0.2, 0.3, 0.05, 0.35]]))
-    rules = dataclasses.replace(RULES, scale=Scale(first=1, count=3, radius=1))
-    found = credited(log_probs, rules).exp()
-    torch.testing.assert_close(found, torch.tensor([[0.1, 0.5, 0.55, 0.35, 0.35]]))
+    blocks = torch.log(torch.tensor([[0.2, 0.3, 0.05]])).expand(3, -1)
+    found = near(blocks, torch.arange(3), Scale(first=1, count=3, radius=1)).exp()
+    torch.testing.assert_close(found, torch.tensor([0.5, 0.55, 0.35]))
 
 
 @pytest.mark.parametrize("beams", [1, 2])
@@ -236,6 +237,32 @@ def test_numbers_that_are_not_finite_are_an_error_of_their_own(beams: int, value
     with pytest.raises(InferenceError) as caught:
         run(Table(table), dataclasses.replace(RULES, num_beams=beams))
     assert caught.value.code == ErrorCode.NAN_LOGITS
+
+
+def on_its_way(rules: DecodeRules, *, ahead: bool) -> tuple[list, list[list[int]]]:
+    """Answers of four rows of a random table, and what was told of them; one is stopped."""
+    table = torch.randn(9, 9, generator=torch.Generator().manual_seed(8)) * 3
+    decoder = Table(table, rows=4)
+    decoder.start = torch.tensor([0, 3, 4, 5])
+    loop = _Loop(decoder, rules, history(4), None)
+    loop._ahead = ahead
+    told: list[list[int]] = [[] for _ in range(4)]
+    rows = loop.run(
+        lambda row: STOPPED if row == 1 and len(told[1]) == 2 else None,
+        lambda row, ids: told[row].extend(ids),
+    )
+    return rows, told
+
+
+@pytest.mark.parametrize("ngram", [0, 2])
+def test_a_host_that_runs_a_step_ahead_of_its_reads_finds_the_same(ngram: int) -> None:
+    """As on CUDA: the next step is asked for before the token that it takes in has been read."""
+    rules = dataclasses.replace(
+        RULES, max_new_tokens=12, no_repeat_ngram=ngram, scale=Scale(5, 3, 1), eos=(2, 8)
+    )
+    found = on_its_way(rules, ahead=False)
+    assert found == on_its_way(rules, ahead=True)
+    assert found[0][1] is STOPPED
 
 
 def test_nan_in_a_row_that_has_ended_does_no_harm() -> None:

@@ -203,3 +203,29 @@ def test_what_does_not_fit_is_refused(official: Path, tmp_path: Path, change: st
     with pytest.raises(ModelError) as caught:
         load_module(folder, "float32", "cpu")
     assert caught.value.code == code
+
+
+def test_the_tower_may_lie_elsewhere_for_a_folder_of_ones_own_but_not_for_a_download(
+    official: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    tower = tmp_path / "tower"
+    shutil.copytree(official / "vision_tower", tower)
+    hub = tmp_path / "hub" / "models--a--b" / "snapshots" / "c"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for folder in (tmp_path / "mine", hub):
+        shutil.copytree(official, folder)
+        shutil.rmtree(folder / "vision_tower")
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "mm_vision_tower": str(tower)}))
+    assert load_module(tmp_path / "mine", "float32", "cpu") is not None
+    with pytest.raises(ModelError, match="cannot name a folder here") as caught:
+        load_module(hub, "float32", "cpu")
+    assert caught.value.code == ErrorCode.WEIGHTS_NOT_FOUND
+
+
+def test_the_input_size_is_the_images_part_of_the_square(llava: LlavaVLM) -> None:
+    side = llava.images.width
+    assert llava.input_size(640, 480) == (side, math.ceil(side * 3 / 4))
+    assert llava.input_size(480, 640) == (math.ceil(side * 3 / 4), side)

@@ -203,3 +203,7 @@ def test_questions() -> None:
         with pytest.raises(RequestError) as caught:
             question(task, text)
         assert caught.value.code == code
+
+
+def test_the_input_size_is_the_same_for_all_images(vlm3b: PaliGemmaVLM) -> None:
+    assert vlm3b.input_size(640, 480) == (vlm3b.images.width, vlm3b.images.height)

@@ -373,3 +373,19 @@ def test_patches_of_another_size_than_the_model_has_are_refused(
     with pytest.raises(VlmError, match="patches") as caught:
         create_vlm("qwen2-vl-2b", pretrained=str(tmp_path), device="cpu")
     assert caught.value.code == ErrorCode.BAD_CONFIG
+
+
+def test_how_many_vectors_an_image_becomes_needs_the_whole_image(qwen: QwenVLM) -> None:
+    assert qwen.input_size(640, 480) is None
+
+
+def test_resizing_fast_hardly_changes_the_pixels(folders: dict[str, Path]) -> None:
+    found = []
+    for how in ("exact", "fast"):
+        qwen = create_vlm(
+            "qwen2-vl-2b", pretrained=str(folders["qwen2-vl-2b"]), device="cpu", resize=how
+        )
+        prepared = qwen._pixels(noise(100, 130))
+        found.append(patches(prepared, qwen.images, torch.device("cpu"), torch.float32))
+    assert found[0].shape == found[1].shape
+    assert 0 < (found[0] - found[1]).abs().max() < 0.05

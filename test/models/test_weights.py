@@ -110,7 +110,7 @@ def test_a_model_published_as_a_pickle_only_is_downloaded_as_one(
 ) -> None:
     asked = []
 
-    def fetch(hub_id: str, revision: str | None, allow_patterns: list[str]) -> str:
+    def fetch(hub_id: str, allow_patterns: list[str], **options: object) -> str:
         asked.append(allow_patterns)
         return str(tmp_path)
 

@@ -22,15 +22,16 @@ ALLOWED: dict[str, set[str]] = {
     "runtime": {"core", "models.base"},
     "ros": {"runtime", "models", "core"},
     "tabletop": {"core", "models", "bags"},
-    "cli": {"ros", "runtime", "models", "core", "tabletop", "bags", "tensors"},
+    "bench": {"runtime", "models", "core", "bags"},
+    "cli": {"ros", "runtime", "models", "core", "tabletop", "bags", "tensors", "bench"},
 }
 
 #: Packages from outside that are at home in some rooms only.
 AT_HOME: dict[str, set[str]] = {
-    "torch": {"models", "tabletop"},
-    "transformers": {"models", "tabletop"},
+    "torch": {"models", "tabletop", "bench"},
+    "transformers": {"models", "tabletop", "bench"},
     "safetensors": {"models", "tabletop"},
-    "tokenizers": {"models", "tabletop"},
+    "tokenizers": {"models", "tabletop", "bench"},
     "peft": {"models"},
     "bitsandbytes": {"models"},
     "pybullet": {"tabletop"},

@@ -34,6 +34,7 @@ KEYS = {
     "safetensors": "python3-transformers-pip",
     "tokenizers": "python3-transformers-pip",
     "torch": "python3-pytorch-pip",
+    "tqdm": "python3-transformers-pip",
     "transformers": "python3-transformers-pip",
     "yaml": "rclpy",
 }

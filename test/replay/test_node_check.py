@@ -13,7 +13,7 @@ pytestmark = pytest.mark.ros
 
 
 def test_a_short_run_gives_all_figures(tmp_path: Path) -> None:
-    figures = check(tmp_path / "node", seconds=4.0, rate_hz=15.0)
+    figures = check(tmp_path / "node", seconds=4.0, rate_hz=15.0, single_s=2.0)
     assert json.loads((tmp_path / "node" / "summary.json").read_text()) == figures
     assert figures["frames_sent"] == 180
     # A machine busy with other things may lose some; more would be a fault of ours.
@@ -26,3 +26,7 @@ def test_a_short_run_gives_all_figures(tmp_path: Path) -> None:
     assert figures["queries"] >= 1
     assert figures["query_errors"] == 0
     assert figures["cpu_share"] > 0
+    assert figures["overhead_results"] >= 20
+    assert 0 < figures["overhead_p50_s"] <= figures["overhead_p99_s"] < 1.0
+    assert figures["slow_model_s"] == pytest.approx(1 / 3, abs=1e-5)
+    assert 1 / 3 <= figures["slow_age_p50_s"] <= figures["slow_age_p99_s"] < 5.0

@@ -49,10 +49,11 @@ class Listener:
 
 @pytest.fixture
 def replay(start_process: Callable[..., Any], ros_env: dict[str, str]) -> Callable[..., Any]:
-    """`replay(bag, ...)` starts the command."""
+    """`replay(bag, ...)` starts the command; with None for the bag none is named."""
 
-    def start(bag: Path, *words: str) -> Any:
-        command = ["python", "-m", "librobot_vlm_ros.cli", "replay", bag, "--wait", "10", *words]
+    def start(bag: Path | None, *words: str) -> Any:
+        bags = [] if bag is None else [bag]
+        command = ["python", "-m", "librobot_vlm_ros.cli", "replay", *bags, "--wait", "10", *words]
         return start_process(command, name="replay", env=ros_env)
 
     return start
@@ -93,6 +94,16 @@ def test_every_message_arrives_byte_for_byte_at_its_time(
     # Never early; late only by what this machine is busy with.
     assert (arrived - arrived[0] >= np.arange(6) / 5.0 - 0.1).all()
     assert arrived[-1] - arrived[0] < 3.0
+
+
+def test_without_a_bag_the_one_that_ships_is_played(
+    session: Any, replay: Callable[..., Any]
+) -> None:
+    listener = Listener(session, {"/camera/image_raw": "sensor_msgs/msg/Image"})
+    process = replay(None, "--duration", "1", "--topics", "/camera/image_raw")
+    assert ended(session, process) == 0, process.output()
+    assert len(listener.received["/camera/image_raw"]) == 3
+    assert "bags/tabletop" in process.output()
 
 
 def test_rate_start_duration_topics_and_remapping(

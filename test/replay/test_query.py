@@ -37,6 +37,12 @@ def test_about_the_newest_frame(
     assert [region["label"] for region in answer["regions"]] == ["the red box"] * 2
     assert main(["query", "caption"]) == 0
     assert capsys.readouterr().out.startswith("a ")
+    earlier = START_NS + 100_000_000
+    stamp = f"{earlier // 10**9}.{earlier % 10**9:09}"
+    assert main(["query", "caption", "--stamp", stamp, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["stamp_ns"] == earlier
+    assert main(["query", "caption", "--stamp", "5"]) == 1
+    assert "208" in (last := capsys.readouterr().err) or "206" in last  # the bag is through
 
 
 def test_about_a_picture_of_ones_own(tmp_path: Path, node: Any, capsys: Captured) -> None:

@@ -23,6 +23,21 @@ needs_launch = pytest.mark.skipif(
     reason="needs launch_ros, which is not on PyPI: run on a machine with a ROS 2 installation",
 )
 
+OUTER_LAUNCHER = """
+import sys
+from launch import LaunchDescription, LaunchService
+from launch.actions import GroupAction, IncludeLaunchDescription
+from launch.launch_description_sources import PythonLaunchDescriptionSource
+from launch_ros.actions import PushRosNamespace, SetParameter
+
+service = LaunchService()
+service.include_launch_description(LaunchDescription([GroupAction([
+    PushRosNamespace("outer"), SetParameter("use_sim_time", True),
+    IncludeLaunchDescription(PythonLaunchDescriptionSource(sys.argv[1]), launch_arguments={
+        "model": "fake", "namespace": "inner", "log_level": "error"}.items())])]))
+sys.exit(service.run())
+"""
+
 LAUNCHER = """
 import sys
 from launch import LaunchDescription, LaunchService
@@ -30,7 +45,7 @@ from launch.actions import IncludeLaunchDescription
 from launch.launch_description_sources import PythonLaunchDescriptionSource
 
 given = dict(word.split(":=", 1) for word in sys.argv[2:])
-service = LaunchService()
+service = LaunchService(argv=sys.argv[2:])  # as ros2 launch does
 service.include_launch_description(LaunchDescription([
     IncludeLaunchDescription(PythonLaunchDescriptionSource(sys.argv[1]),
                              launch_arguments=given.items())]))
@@ -116,9 +131,93 @@ def test_a_launched_node_runs_with_its_arguments_and_ends_with_ctrl_c(
 
 @needs_launch
 @pytest.mark.ros
-def test_a_wrong_argument_ends_the_launch_with_the_reason(
-    start_process: Callable[..., Any], ros_env: dict[str, str]
+def test_every_argument_reaches_the_node_and_a_misspelt_one_is_said(
+    start_process: Callable[..., Any], robot: Any
 ) -> None:
-    process = start_process(["python", "-c", LAUNCHER, LAUNCH_FILE, "tasks:=capton"], "launch")
+    from lifecycle_msgs.srv import GetState
+    from rcl_interfaces.srv import GetParameters
+    from rclpy.parameter import parameter_value_to_python
+
+    given = {
+        "model": ("fake", "fake"),
+        "model_config": ('{"latency_s": 0.01}', '{"latency_s": 0.01}'),
+        "weights": ("/no/such/folder", "/no/such/folder"),
+        "cameras": (
+            "front=/front/image_raw, wrist=/wrist/image_raw:compressed",
+            ["front=/front/image_raw", "wrist=/wrist/image_raw:compressed"],
+        ),
+        "image_topic": ("/other/image", "/other/image"),
+        "image_transport": ("compressed", "compressed"),
+        "tasks": ("[]", [""]),  # how rclpy holds an empty list of strings
+        "instruction": ("the red cup", "the red cup"),
+        "device": ("cpu", "cpu"),
+        "dtype": ("float32", "float32"),
+        "quantization": ("int8", "int8"),
+        "annotated": ("false", False),
+        "lock_step": ("true", True),
+        "autostart": ("false", False),
+        "use_sim_time": ("true", True),
+    }
+    assert set(given) == {*LAUNCH_PARAMETERS, "use_sim_time"}
+    words = [f"{name}:={text}" for name, (text, _) in given.items()]
+    words += [
+        "namespace:=whole",
+        "log_level:=warn",
+        "transport:=default",
+        "image_topc:=/x",
+        "robot:=7",
+    ]
+    process = start_process(["python", "-c", LAUNCHER, LAUNCH_FILE, *words], "launch")
+    name = "/whole/vlm"
+    values = robot.read(GetParameters, f"{name}/get_parameters", names=list(given)).values
+    held = dict(zip(given, map(parameter_value_to_python, values), strict=True))
+    assert held == {key: value for key, (_, value) in given.items()}
+    assert robot.read(GetState, f"{name}/get_state").current_state.label == "unconfigured"
+    output = process.output()
+    assert "there is no argument 'image_topc'. Did you mean image_topic" in output
+    assert "'robot'" not in output  # may be of an including launch file
+    assert "shared memory for images" not in output  # log_level:=warn
+    process.send(signal.SIGINT)
+    assert process.wait(15.0) == 0, process.output()
+
+
+@needs_launch
+@pytest.mark.ros
+def test_included_by_a_robots_launch_file_it_takes_its_namespace_and_clock(
+    start_process: Callable[..., Any], robot: Any, wait_until: Callable[..., Any]
+) -> None:
+    from lifecycle_msgs.srv import GetState
+    from rcl_interfaces.srv import GetParameters
+
+    process = start_process(["python", "-c", OUTER_LAUNCHER, LAUNCH_FILE], "launch")
+    name = "/outer/inner/vlm"
+    wait_until(
+        lambda: robot.read(GetState, f"{name}/get_state").current_state.label == "active", 30.0
+    )
+    (clock,) = robot.call(GetParameters, f"{name}/get_parameters", names=["use_sim_time"]).values
+    assert clock.bool_value
+    process.send(signal.SIGINT)
+    assert process.wait(15.0) == 0, process.output()
+    assert "activate done" not in process.output()  # log_level:=error
+
+
+WRONG_ARGUMENTS = {
+    "tasks:=capton": "UNKNOWN_TASK(202)",
+    "cameras:=front": "BAD_PARAMETER(204): cameras entry 'front'",
+    "device:=gpu": "expected auto, cpu, cuda or cuda:N",
+    "dtype:=float8": "Valid options are",
+    "params_file:=/no/such/file.yaml": "FILE_NOT_FOUND(604)",
+    "namespace:=/a b": "Invalid namespace",
+}
+
+
+@needs_launch
+@pytest.mark.ros
+@pytest.mark.parametrize("word", WRONG_ARGUMENTS)
+def test_a_wrong_argument_ends_the_launch_with_the_reason(
+    start_process: Callable[..., Any], ros_env: dict[str, str], word: str
+) -> None:
+    process = start_process(["python", "-c", LAUNCHER, LAUNCH_FILE, word], "launch")
     assert process.wait(60.0) != 0
-    assert "UNKNOWN_TASK(202)" in process.output()
+    assert WRONG_ARGUMENTS[word] in process.output()
+    assert "process started" not in process.output()

@@ -106,6 +106,24 @@ def test_a_topic_of_another_type_is_said_with_the_setting_that_helps(
     assert "image_transport:=compressed" in vlm.log()
 
 
+def test_a_camera_that_sends_the_other_transport_is_said_with_the_setting_that_helps(
+    start_vlm: Callable[..., Any], make_camera: Callable[..., Any]
+) -> None:
+    vlm = start_vlm(
+        cameras=["front=/twin/front", "wrist=/twin/wrist:compressed"], tasks=[""], autostart=True
+    )
+    make_camera("/twin/front/compressed", compressed=True)
+    make_camera("/twin/wrist")
+    vlm.process.wait_for_output(
+        "nobody publishes /twin/front. /twin/front/compressed is there: "
+        "set image_transport:=compressed, or 'front=/twin/front:compressed' in cameras."
+    )
+    vlm.process.wait_for_output(
+        "nobody publishes /twin/wrist/compressed. /twin/wrist is there: "
+        "set image_transport:=raw, or 'wrist=/twin/wrist:raw' in cameras."
+    )
+
+
 def test_a_camera_that_stops_is_reported_and_recovers(
     vlm: Any, diagnostics: list[Any], make_camera: Callable[..., Any]
 ) -> None:

@@ -195,11 +195,13 @@ def test_switching_to_an_unknown_model_keeps_the_old_one(vlm: Any, cameras: dict
 
 
 def test_switching_to_a_model_that_fails_to_load_rolls_back(
-    vlm: Any, cameras: dict[str, Any], tmp_path: Any
+    vlm: Any, cameras: dict[str, Any]
 ) -> None:
     from librobot_vlm_ros.srv import SwitchModel
 
-    weights = str(tmp_path / "nowhere")
+    from librobot_vlm_ros.ros.weights_here import shipped_folder
+
+    weights = str(shipped_folder() / "nowhere")
     response = vlm.call(SwitchModel, "switch_model", 60.0, model="florence-2-base", weights=weights)
     assert not response.success
     assert response.error_code == 301, response.error_msg

@@ -106,6 +106,21 @@ def test_a_parameter_file_is_read_and_arguments_win_over_it(
     assert "there is no parameter 'unknown_one'" in output
 
 
+def test_at_level_debug_each_result_is_logged(
+    run: Callable[..., Any], make_camera: Callable[..., Any], wait_until: Callable[..., Any]
+) -> None:
+    process = run("model:=fake", "image_topic:=/debug/image", "tasks:=detect", "log_level:=debug")
+    camera = make_camera("/debug/image")
+    camera.wait_for_listener(wait_until)
+
+    def logged() -> bool:
+        camera.send()
+        return "detect@camera#" in process.output()
+
+    wait_until(logged, 15.0, "the debug line of a result")
+    assert end(process, signal.SIGINT) < 5.0
+
+
 def test_a_name_space_is_taken(run: Callable[..., Any], robot: Any) -> None:
     from lifecycle_msgs.srv import GetState
 

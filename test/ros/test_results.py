@@ -156,11 +156,23 @@ def test_diagnostics_tell_the_model_and_what_the_engine_does(
     model = vlm.diagnostics(heard["diagnostics"], "model")
     assert model.level == model.OK
     values = {
-        item.key: item.value for item in vlm.diagnostics(heard["diagnostics"], "engine").values
+        status: {i.key: i.value for i in vlm.diagnostics(heard["diagnostics"], status).values}
+        for status in ("model", "engine", "camera camera")
     }
-    assert int(values["frames_received"]) > 0
-    for name in ("age_p50_s", "age_p99_s", "inference_p50_s", "tokens_per_s", "queue_depth"):
-        assert name in values
+    assert int(values["engine"]["frames_received"]) > 0
+    assert {"model", "revision", "device", "dtype", "memory_bytes", "free_memory_bytes"} <= set(
+        values["model"]
+    )
+    assert {
+        "frames_received", "frames_processed", "dropped_replaced", "dropped_not_due",
+        "dropped_too_old", "dropped_bad_image", "results", "age_p50_s", "age_p99_s",
+        "inference_p50_s", "inference_p99_s", "tokens_per_s", "queue_depth", "in_flight",
+        "last_error",
+    } <= set(values["engine"])  # fmt: skip
+    assert {
+        "topic", "publishers", "qos", "received", "processed", "rate_hz", "silent_s", "age_p50_s",
+        "age_p99_s", "bad_images", "last_bad_image",
+    } <= set(values["camera camera"])  # fmt: skip
 
 
 @pytest.mark.parametrize("encoding", ["bgr8", "mono8", "rgba8"])

@@ -22,7 +22,7 @@ from librobot_vlm_ros.ros.grammar import parse_cameras, parse_tasks
 from librobot_vlm_ros.ros.instruction import Instruction
 from librobot_vlm_ros.ros.parameter import parameter_table
 from librobot_vlm_ros.ros.settings import PARAMETERS, Settings
-from librobot_vlm_ros.ros.standing import engine_config, standing_tasks
+from librobot_vlm_ros.ros.standing import engine_config, load_options, standing_tasks
 
 
 def test_a_switch_asks_for_the_memory_of_the_model_that_is_wanted() -> None:
@@ -36,6 +36,19 @@ def test_a_switch_asks_for_the_memory_of_the_model_that_is_wanted() -> None:
     assert required_bytes(wanted, None) == info.memory_bytes("float32")
     assert required_bytes(wanted.changed(dtype="float16"), None) == info.memory_bytes("float16")
     assert required_bytes(Settings(model="fake"), None) is None  # as much as the present one
+
+
+@pytest.mark.parametrize(
+    ("model", "own"), [("florence-2-base", "microsoft/Florence-2-base"), ("fake", None)]
+)
+def test_a_model_config_without_weights_never_means_random_weights(
+    model: str, own: str | None
+) -> None:
+    settings = Settings(model=model, model_config='{"use_flash_attn": true}')
+    assert load_options(settings)["pretrained"] == own
+    assert load_options(settings.changed(weights="a/b"))["pretrained"] == "a/b"
+    shipped = load_options(settings.changed(model="tabletop"))["pretrained"]
+    assert (Path(shipped) / "config.json").is_file()
 
 
 def code_of(**values: Any) -> ErrorCode:
@@ -180,6 +193,17 @@ def test_words_are_split_and_unknown_names_get_the_nearest() -> None:
     assert split_arguments(["model:=a:=b"], ["model"]) == {"model": "a:=b"}
     with pytest.raises(VlmError, match="Did you mean model"):
         split_arguments(["modle:=a"], ["model"])
+
+
+def test_an_arguments_description_tells_its_bounds_and_its_examples_can_be_typed() -> None:
+    described = {item.name: item.description for item in arguments()}
+    assert "Expected: auto, cpu, cuda or cuda:N." in described["device"]
+    assert "Expected: 1 to 1024." in described["queue_size"]
+    assert "cameras:='front=/front/image_raw, wrist=" in described["cameras"]
+    for name, item in PARAMETERS.items():
+        for text in item.examples:
+            values = {name: text, "cameras": "front=/front/image_raw"} | {name: text}
+            assert name in parse_values(values)
 
 
 def test_only_what_was_asked_for_is_passed_on() -> None:

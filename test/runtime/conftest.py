@@ -73,6 +73,11 @@ class ScriptBackend:
     def release(self) -> None:
         self._go.set()
 
+    def forget_entered(self) -> None:
+        """Wait for batches that begin from now on."""
+        while self._entered.acquire(blocking=False):
+            pass
+
     def wait_entered(self) -> None:
         """Until one more batch has begun."""
         assert self._entered.acquire(timeout=PATIENCE_S), "the model was not asked"

@@ -106,3 +106,11 @@ def test_no_batch_is_larger_than_allowed_and_the_oldest_is_always_in_it(tickets,
     waiting = tickets(*[{"frame": frame} for _ in range(5)])
     assert companions(waiting, frames=1, most=3) == waiting[:3]
     assert companions([], frames=1, most=3) == []
+
+
+def test_a_batch_that_is_slower_a_frame_than_a_smaller_one_is_not_kept(clock):
+    # 4 frames are still much cheaper than alone, but dearer a frame than 3.
+    times = {1: 0.1, 2: 0.1, 3: 0.1, 4: 0.2}
+    sizes = run(BatchPlanner(), times.__getitem__, 60, clock)
+    assert sizes[-20:] == [3] * 20
+    assert sizes.count(4) == 1

@@ -75,10 +75,10 @@ def test_the_states_of_a_life(make_engine, backend):
     assert engine.state == EngineState.STOPPED
 
 
-def test_two_threads_while_it_lives_and_none_afterwards(make_engine):
+def test_three_threads_while_it_lives_and_none_afterwards(make_engine):
     before = engine_threads()
     engine = make_engine()
-    assert len(engine_threads()) == len(before) + 2
+    assert len(engine_threads()) == len(before) + 3
     assert engine.stop(SOON)
     assert engine_threads() == before
     assert engine.stop(SOON)  # again is fine

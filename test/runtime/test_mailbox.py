@@ -128,3 +128,60 @@ def test_clearing_forgets_frames_and_keeps_counts(box, make_frame, clock):
         box.latest(clock.ns, 0.0)
     with pytest.raises(RequestError, match="no frame is held"):
         box.at(100_000_000, 10.0)
+
+
+MS = 1_000_000
+
+
+@pytest.fixture
+def prepared(make_frame):
+    """A mailbox whose first frame, received at 0 ms, is being prepared since 0 ms; and the two."""
+
+    def make(newer_ms):
+        box = Mailbox("front", history_frames=8, history_bytes=1 << 20)
+        first = make_frame(received_ns=1)
+        box.offer(first, wanted=True)
+        box.begin(first, 1)
+        newer = make_frame(received_ns=newer_ms * MS)
+        box.offer(newer, wanted=True)
+        return box, first, newer
+
+    return make
+
+
+def test_a_ready_frame_goes_before_a_newer_one_that_would_keep_the_model_waiting(prepared):
+    box, first, _newer = prepared(newer_ms=30)
+    assert box.choice(35 * MS, prepare_ns=30 * MS) is first
+
+
+def test_the_newest_frame_goes_first_when_preparing_it_takes_next_to_no_time(prepared):
+    box, _first, newer = prepared(newer_ms=30)
+    assert box.choice(35 * MS, prepare_ns=2 * MS) is newer
+
+
+def test_a_frame_that_was_hardly_begun_gives_way_to_a_newer_one(prepared):
+    box, first, newer = prepared(newer_ms=30)
+    assert box.choice(31 * MS, prepare_ns=500 * MS) is first
+    assert box.choice(5 * MS, prepare_ns=500 * MS) is newer
+
+
+def test_a_ready_frame_counts_as_processed_and_no_more_as_replaced(prepared):
+    box, first, newer = prepared(newer_ms=30)
+    assert box.dropped[DropReason.REPLACED] == 1
+    assert box.take(first) is first
+    assert (box.received, box.processed, box.dropped[DropReason.REPLACED]) == (2, 1, 0)
+    assert box.take() is newer
+    assert (box.processed, sum(box.dropped.values())) == (2, 0)
+
+
+def test_no_frame_is_chosen_that_came_before_one_that_was_taken(prepared):
+    box, _first, newer = prepared(newer_ms=30)
+    box.take(newer)
+    assert box.choice(40 * MS, prepare_ns=100 * MS) is newer
+    assert box.dropped[DropReason.REPLACED] == 1
+
+
+def test_a_pause_forgets_what_was_begun(prepared):
+    box, _first, newer = prepared(newer_ms=30)
+    box.discard(DropReason.NOT_ACTIVE)
+    assert box.choice(40 * MS, prepare_ns=100 * MS) is newer

@@ -63,7 +63,7 @@ def nasty(rng: random.Random, tokens: list[str]) -> str:
 def tiny_models() -> Iterator[Iterator[Any]]:
     """A tiny model of each module of the registry that holds a network."""
     from librobot_vlm_ros.models import create_vlm, list_vlms, model_info
-    from librobot_vlm_ros.models.conformance import _hooks
+    from librobot_vlm_ros.models.conformance import hooks_of
 
     with tempfile.TemporaryDirectory() as scratch:
 
@@ -75,7 +75,7 @@ def tiny_models() -> Iterator[Iterator[Any]]:
                     continue
                 seen.add(info.module)
                 folder = Path(scratch) / name
-                _hooks(info).write_official(folder)
+                hooks_of(info).write_official(folder)
                 vlm = create_vlm(name, pretrained=str(folder), device="cpu", dtype="float32")
                 yield info, vlm
                 vlm.close()

@@ -6,13 +6,19 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from librobot_vlm_ros.core import Region
+from librobot_vlm_ros.core.colours import Rgb
+from librobot_vlm_ros.core.drawing import (
+    draw_outlines,
+    draw_tags,
+    font,
+    scaled_box,
+    tag,
+    wrapped,
+)
 
-from .colours import Rgb, colour_of, ink_on
 from .data import DemoRun, FrameRecord
 from .scores import missed_objects
 from .words import duration
@@ -39,23 +45,20 @@ def annotated(frame: FrameRecord, width: int = _WIDTH) -> Image.Image:
     grounded = frame.answers.get("ground")
     missed = missed_objects(frame) if detected is not None else ()
     for region in missed:
-        _dashed(canvas, _scaled(region, scale), (255, 255, 255), width=2 * _SMOOTH)
+        _dashed(canvas, scaled_box(region, scale), (255, 255, 255), width=2 * _SMOOTH)
     for region in grounded.regions if grounded is not None else ():
-        box = _scaled(region, scale)
+        box = scaled_box(region, scale)
         grown = (box[0] - 7, box[1] - 7, box[2] + 7, box[3] + 7)
         # White in a dark rim: seen on light and on dark tables.
         rim = (grown[0] - 3, grown[1] - 3, grown[2] + 3, grown[3] + 3)
         canvas.rounded_rectangle(rim, radius=12, outline=_PAPER, width=2 * _SMOOTH + 6)
         canvas.rounded_rectangle(grown, radius=10, outline=(255, 255, 255), width=2 * _SMOOTH)
-    for region in detected.regions if detected is not None else ():
-        box, colour = _scaled(region, scale), colour_of(region.label)
-        canvas.rounded_rectangle(box, radius=6, outline=colour, width=3 * _SMOOTH)
-    for region in detected.regions if detected is not None else ():
-        score = "" if math.isnan(region.score) else f"  {region.score:.2f}"
-        colour = colour_of(region.label)
-        _tag(canvas, _scaled(region, scale), f"{region.label}{score}", colour, size)
+    found, face = detected.regions if detected is not None else (), font(round(size[0] / 44))
+    draw_outlines(canvas, found, scale, 3 * _SMOOTH)
+    draw_tags(canvas, found, scale, size, face)
     for region in missed:
-        _tag(canvas, _scaled(region, scale), f"missed: {region.label}", (255, 255, 255), size)
+        words = f"missed: {region.label}"
+        tag(canvas, scaled_box(region, scale), words, (255, 255, 255), size, face)
     picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     return _with_words(picture, frame)
 
@@ -98,11 +101,11 @@ def _spread(frames: Sequence[FrameRecord], count: int) -> list[FrameRecord]:
 def _with_words(picture: Image.Image, frame: FrameRecord) -> Image.Image:
     """Caption, instruction and time on a strip below the picture."""
     width, height = picture.size
-    big, small = _font(round(width / 32)), _font(round(width / 42))
+    big, small = font(round(width / 32)), font(round(width / 42))
     caption = frame.answers.get("caption")
     ground = frame.answers.get("ground")
     words = caption.text if caption is not None and caption.text else "(no caption)"
-    lines = _wrapped(words, big, width - 24, 2)
+    lines = wrapped(words, big, width - 24, 2)
     strip = round(width * 0.145)
     whole = Image.new("RGB", (width, height + strip), _PAPER)
     whole.paste(picture, (0, 0))
@@ -118,45 +121,6 @@ def _with_words(picture: Image.Image, frame: FrameRecord) -> Image.Image:
     note = f"frame {frame.number}" + ("" if math.isnan(age_s) else f"   {duration(age_s)}")
     canvas.text((width - 12, bottom), note, font=small, fill=_FAINT, anchor="ra")
     return whole
-
-
-def _wrapped(text: str, font: Any, width: int, most: int) -> list[str]:
-    """At most `most` lines that fit; the last one ends in an ellipsis when there is more."""
-    lines: list[str] = []
-    line = ""
-    for word in text.split():
-        longer = f"{line} {word}".strip()
-        if line and font.getlength(longer) > width:
-            lines.append(line)
-            line = word
-        else:
-            line = longer
-    lines.append(line)
-    if len(lines) > most:
-        lines = [*lines[: most - 1], lines[most - 1] + " …"]
-    return lines
-
-
-def _scaled(region: Region, scale: float) -> tuple[float, float, float, float]:
-    x_min, y_min, x_max, y_max = (edge * scale for edge in region.box)
-    return (x_min, y_min, max(x_max, x_min + 1), max(y_max, y_min + 1))
-
-
-def _tag(
-    canvas: ImageDraw.ImageDraw,
-    box: tuple[float, float, float, float],
-    words: str,
-    colour: Rgb,
-    size: tuple[int, int],
-) -> None:
-    """A label on its box: above it, or inside where there is no room above."""
-    font = _font(round(size[0] / 44))
-    left, top, right, bottom = canvas.textbbox((0, 0), words, font=font)
-    width, height = right - left + 12, bottom - top + 10
-    x = min(max(0.0, box[0] - 3), size[0] - width)
-    y = box[1] - height if box[1] >= height else min(box[1] + 3, size[1] - height)
-    canvas.rounded_rectangle((x, y, x + width, y + height), radius=6, fill=colour)
-    canvas.text((x + 6 - left, y + 5 - top), words, font=font, fill=ink_on(colour))
 
 
 def _dashed(
@@ -176,7 +140,3 @@ def _dashed(
                 (x_1 + (x_2 - x_1) * b, y_1 + (y_2 - y_1) * b),
             ]
             canvas.line(points, fill=colour, width=width)
-
-
-def _font(size: int) -> Any:
-    return ImageFont.load_default(max(9, size))

@@ -11,8 +11,8 @@ from pathlib import Path
 from PIL import Image
 
 from librobot_vlm_ros.core import Region
+from librobot_vlm_ros.core.colours import colour_of, hexadecimal, ink_on
 
-from .colours import colour_of, hexadecimal, ink_on
 from .data import DemoRun, FrameRecord
 from .plot import TASK_CLASSES, latency_plot, similarity_plot
 from .scores import Summary, answer_is_right, missed_objects, vocabulary

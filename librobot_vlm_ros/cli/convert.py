@@ -1,0 +1,66 @@
+"""`librobot-vlm convert`: official checkpoints in transformers' native layout."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+SUMMARY = "write a checkpoint anew in transformers' native layout, and prove it equal"
+
+_EPILOG = """\
+SOURCE is a folder (official or native layout), a hub id (owner/name or owner/name@revision), or a
+registered model. OUT holds safetensors, tokenizer and image settings; the node loads it by
+weights:=OUT, and so does transformers' own from_pretrained. It is written as OUT.partial, loaded
+back, compared tensor by tensor, and only then renamed. The whole model must fit into memory.
+
+Examples:
+  librobot-vlm convert ./Florence-2-base ./florence-native
+  librobot-vlm convert liuhaotian/llava-v1.5-7b /models/llava --dtype bfloat16
+  librobot-vlm convert qwen2-vl-2b /models/mine --adapter ./my-lora --overwrite
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments and help."""
+    parser.epilog = _EPILOG
+    parser.add_argument("source", metavar="SOURCE", help="folder, hub id or registered model")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    parser.add_argument("--model", default="", help="the registered model it is, if not obvious")
+    parser.add_argument(
+        "--dtype", default="", help="float32, float16, bfloat16 (default: as it is stored)"
+    )
+    parser.add_argument(
+        "--adapter", type=Path, metavar="FOLDER", help="merge this LoRA of peft into the weights"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
+    parser.add_argument("--json", action="store_true", help="print what was written as JSON")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Convert and say what came of it."""
+    from librobot_vlm_ros.models import get_vlm
+    from librobot_vlm_ros.models.convert_folder import convert_folder
+
+    from .log_lines import log_on_stderr
+
+    get_vlm("florence-2-base")  # names a package that is missing
+    with log_on_stderr():
+        done = convert_folder(
+            args.source,
+            args.out,
+            model=args.model,
+            dtype=args.dtype,
+            adapter=args.adapter,
+            overwrite=args.overwrite,
+        )
+    if args.json:
+        print(json.dumps({**dataclasses.asdict(done), "folder": str(done.folder)}, indent=2))
+        return 0
+    print(
+        f"{done.folder}: {done.model} from {done.layout}, {done.parameters:,} parameters in "
+        f"{done.dtype}, {done.bytes / 1e6:,.1f} MB\n"
+        f"read back: {done.tensors} tensors, all equal\nsha256 {done.sha256}"
+    )
+    return 0

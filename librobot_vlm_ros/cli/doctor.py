@@ -1,0 +1,95 @@
+"""`librobot-vlm doctor`: what is missing on this machine for the chosen model, and the fix."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from .doctor_finding import Finding, found_by
+
+if TYPE_CHECKING:
+    from librobot_vlm_ros.models.base import ModelInfo
+
+    from .console import Console
+
+SUMMARY = "look at Python, torch, GPU, ROS, shared memory, weights; say what to mend"
+
+_EPILOG = """\
+Each line is ok, a warning (works, but not as well as it could) or a problem (does not work), the
+last two with the fix. Exit code 1 when there is a problem. Nothing is downloaded or changed, ROS
+need not be there. The NaN probe asks the chosen model about a picture in each dtype that fits,
+where its weights are on this machine; else a tiny one of its family with random weights.
+
+Examples:
+  librobot-vlm doctor
+  librobot-vlm doctor --model qwen2-vl-2b --device cuda --json
+  librobot-vlm doctor --model florence-2-base --weights /models/florence --no-probe
+"""
+_MARKS = {"ok": ("ok", "1;32"), "warning": ("warning", "1;33"), "problem": ("PROBLEM", "1;31")}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments and help."""
+    parser.epilog = _EPILOG
+    parser.add_argument("--model", default="florence-2-base", help="default florence-2-base")
+    parser.add_argument("--weights", default="", help="folder or hub id (default: the model's own)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16")
+    parser.add_argument("--no-probe", action="store_true", help="leave out the NaN probe")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Look at everything; 1 when there is a problem."""
+    from librobot_vlm_ros.models import model_info
+
+    from .console import Console
+
+    info = model_info(args.model)  # a wrong name is the caller's error, not the machine's
+    console = Console()
+    found: list[Finding] = []
+    for name, check in _checks(info, args):
+        for finding in found_by(name, check):
+            found.append(finding)
+            if not args.json:
+                _show(console, finding)
+    problems = [finding for finding in found if finding.status == "problem"]
+    if args.json:
+        rows = [dataclasses.asdict(finding) for finding in found]
+        document = {"ok": not problems, "model": info.name, "checks": rows}
+        print(json.dumps(document, indent=2))
+    else:
+        warnings = sum(finding.status == "warning" for finding in found)
+        print(f"\n{len(problems)} problems, {warnings} warnings", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def _checks(
+    info: ModelInfo, args: argparse.Namespace
+) -> Iterable[tuple[str, Callable[[], Iterable[Finding]]]]:
+    from . import doctor_system as system
+    from .doctor_model import ModelDoctor
+
+    model = ModelDoctor(info, args.weights, args.device, args.dtype)
+    yield "python", system.check_python
+    yield "torch", model.check_libraries
+    yield "packages", system.check_packages
+    yield "cv_bridge", system.check_cv_bridge
+    yield "ros", system.check_ros
+    yield "shared memory", system.check_transport
+    yield "memory", model.check_memory
+    yield "weights", model.check_weights
+    if not args.no_probe:
+        yield "NaN probe", model.check_answers
+
+
+def _show(console: Console, finding: Finding) -> None:
+    word, style = _MARKS[finding.status]
+    mark = console.paint(f"{word:<7}", style)
+    console.line(f"{mark} {finding.name}: {finding.value}")
+    if finding.fix:
+        console.line(f"        -> {finding.fix}")

@@ -1,0 +1,235 @@
+"""From logits to a token a row, on the device and without waiting for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from librobot_vlm_ros.core import ErrorCode, InferenceError
+from librobot_vlm_ros.models.decode_rules import DecodeRules, Scale
+
+__all__ = ["Chooser", "Picked", "apply_rules", "near", "not_finite", "token_log_probs"]
+
+#: What each row may choose from: a range, some tokens, or None for all.
+Allowed = Sequence[range | tuple[int, ...] | None]
+
+
+@dataclass
+class Picked:
+    """Tokens int64 [rows] with their log-probabilities, still on the device."""
+
+    tokens: Tensor
+    log_probs: Tensor
+
+    def read(self) -> tuple[list[int], list[float]]:
+        """Both on the host. NaN where the model's numbers were not finite.
+
+        The device is waited for up to here only, not for what was asked of it since.
+        """
+        if self._event is not None:
+            self._event.synchronize()
+            tokens, log_probs = self._host.tolist()
+            return [int(token) for token in tokens], log_probs
+        return self.tokens.tolist(), self.log_probs.tolist()
+
+    def __post_init__(self) -> None:
+        self._event: torch.cuda.Event | None = None
+        if self.tokens.is_cuda:
+            # float64 holds every token id.
+            both = torch.stack([self.tokens.double(), self.log_probs.double()])
+            self._host = torch.empty(both.shape, dtype=both.dtype, pin_memory=True)
+            self._host.copy_(both, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+
+class Chooser:
+    """Chooses for a batch, greedily or from the nucleus.
+
+    `history`: int64 [rows, H], tokens before the first new one that the n-gram rule sees.
+    """
+
+    def __init__(
+        self, rules: DecodeRules, history: Tensor, seeds: Sequence[int | None] | None
+    ) -> None:
+        self._rules = rules
+        rows, before = history.shape
+        self._generators = None
+        if rules.temperature > 0:
+            self._generators = _generators(seeds or [None] * rows, history.device)
+        self._suppressed = suppressed(rules, history.device)
+        self._before = before
+        if rules.no_repeat_ngram:
+            self._written = history.new_full((rows, before + rules.max_new_tokens), rules.pad)
+            self._written[:, :before] = history
+        #: Log-probabilities of the scale's marks by step, [rows, count].
+        self._marks: dict[int, Tensor] = {}
+
+    def pick(
+        self, logits: Tensor, step: int, allowed: Allowed | None = None, only: range | None = None
+    ) -> Picked:
+        """One token a row; may overwrite `logits`.
+
+        `allowed`: what each row may choose from. `only`: the logits are those of these tokens.
+        """
+        rules = self._rules
+        raw = token_log_probs(logits, None if only is not None else self._suppressed)
+        if allowed is not None and only is None:
+            raw = _restricted(raw, allowed)
+        if rules.scale is not None:
+            self._marks[step] = _block(raw, rules.scale, only)
+        forced = rules.forced(step)
+        if forced is not None:
+            tokens = torch.full_like(raw[:, 0], forced, dtype=torch.int64)
+            return Picked(tokens, raw.amax(dim=1))
+        scores = raw
+        if rules.no_repeat_ngram:
+            scores = apply_rules(raw, self._written[:, : self._before + step], rules, step)
+        tokens = _choose(scores, rules, self._generators)
+        log_probs = raw.gather(1, tokens[:, None])[:, 0]
+        return Picked(tokens if only is None else tokens + only.start, log_probs)
+
+    def wrote(self, tokens: Tensor, step: int) -> None:
+        """Tokens int64 [rows] now stand at place `step` of the answers."""
+        if self._rules.no_repeat_ngram:
+            self._written[:, self._before + step] = tokens
+
+    def forget(self, step: int) -> None:
+        """No mark was chosen at that step."""
+        self._marks.pop(step, None)
+
+    def credit(self, ids: Sequence[Sequence[int]], log_probs: Sequence[list[float]]) -> None:
+        """Count the marks on a scale, in place, as `near` does."""
+        scale = self._rules.scale
+        if scale is None or not self._marks:
+            return
+        found = [
+            (row, step, token - scale.first)
+            for row, tokens in enumerate(ids)
+            for step, token in enumerate(tokens)
+            if 0 <= token - scale.first < scale.count
+            and step in self._marks
+            and not math.isnan(log_probs[row][step])
+        ]
+        if not found:
+            return
+        blocks = torch.stack([self._marks[step][row] for row, step, _ in found])
+        marks = torch.tensor([mark for _, _, mark in found], device=blocks.device)
+        for (row, step, _), value in zip(found, near(blocks, marks, scale).tolist(), strict=True):
+            log_probs[row][step] = value
+
+
+def _block(raw: Tensor, scale: Scale, only: range | None) -> Tensor:
+    """Log-probabilities of the scale's marks [rows, count] among those of the tokens `only`."""
+    if only is None:
+        return raw[:, scale.first : scale.first + scale.count].clone()
+    before, behind = only.start - scale.first, scale.first + scale.count - only.stop
+    return functional.pad(raw, (before, behind), value=-math.inf)
+
+
+def suppressed(rules: DecodeRules, device: torch.device) -> Tensor | None:
+    """The suppressed tokens int64 [n]; None where there are none."""
+    return torch.tensor(rules.suppressed, device=device) if rules.suppressed else None
+
+
+def token_log_probs(logits: Tensor, suppressed: Tensor | None) -> Tensor:
+    """The model's own log-probabilities, float32 [rows, V], suppressed tokens at -inf.
+
+    May overwrite `logits`. One NaN or +inf makes the whole row NaN.
+    """
+    logits = logits.float()
+    if suppressed is not None:
+        logits.index_fill_(1, suppressed, -math.inf)
+    return torch.log_softmax(logits, dim=-1)
+
+
+def not_finite() -> InferenceError:
+    """What a row gets whose numbers are NaN."""
+    return InferenceError(
+        ErrorCode.NAN_LOGITS,
+        "the model gave numbers that are not finite (NaN or infinity)",
+        "load it with dtype float32 or bfloat16",
+    )
+
+
+def near(blocks: Tensor, marks: Tensor, scale: Scale) -> Tensor:
+    """Log-probability of being about right, [n], of the mark marks[i] on the scale blocks[i].
+
+    `blocks`: float32 [n, scale.count], log-probabilities of all marks; `marks`: int64 [n].
+    """
+    offsets = torch.arange(-scale.radius, scale.radius + 1, device=blocks.device)
+    places = marks[:, None] + offsets
+    outside = (places < 0) | (places >= scale.count)
+    window = blocks.gather(1, places.clamp(0, scale.count - 1)).masked_fill(outside, -math.inf)
+    tiny = math.log(torch.finfo(torch.float32).tiny)
+    return window.logsumexp(dim=1).clamp(min=tiny, max=0.0)
+
+
+def apply_rules(log_probs: Tensor, tokens: Tensor, rules: DecodeRules, step: int) -> Tensor:
+    """Scores after the rules: a new tensor where a rule applies, else `log_probs` itself.
+
+    `tokens`: int64 [rows, T], what was written so far with its history.
+    """
+    forced = rules.forced(step)
+    if forced is not None:
+        scores = torch.full_like(log_probs, -math.inf)
+        scores[:, forced] = 0.0
+        return scores
+    size = rules.no_repeat_ngram
+    if size and tokens.shape[1] >= size:
+        seen = tokens.unfold(1, size, 1)
+        tail = tokens[:, tokens.shape[1] - size + 1 :]
+        repeats = (seen[:, :, :-1] == tail[:, None, :]).all(dim=-1)
+        penalty = torch.zeros_like(repeats, dtype=log_probs.dtype).masked_fill_(repeats, -math.inf)
+        return log_probs.scatter_add(1, seen[:, :, -1], penalty)
+    return log_probs
+
+
+def _restricted(raw: Tensor, allowed: Allowed) -> Tensor:
+    """Log-probabilities among what each row may choose from; other tokens at -inf."""
+    if all(some is None for some in allowed):
+        return raw
+    barred = torch.zeros(raw.shape, dtype=torch.bool)
+    for row, some in enumerate(allowed):
+        if some is not None:
+            barred[row] = True
+            barred[row, some if isinstance(some, tuple) else slice(some.start, some.stop)] = False
+    return torch.log_softmax(raw.masked_fill(barred.to(raw.device), -math.inf), dim=-1)
+
+
+def _choose(scores: Tensor, rules: DecodeRules, generators: list[torch.Generator] | None) -> Tensor:
+    """One token a row, int64 [rows]: the best, or one drawn from the nucleus."""
+    if generators is None:
+        return scores.argmax(dim=-1)
+    probabilities = torch.softmax(scores / rules.temperature, dim=-1)
+    if rules.top_p < 1.0:
+        ordered, order = probabilities.sort(dim=-1, descending=True)
+        # A token stays while the mass before it is below top_p; the first always stays.
+        outside = ordered.cumsum(dim=-1) - ordered >= rules.top_p
+        ordered = ordered.masked_fill(outside, 0.0)
+        probabilities = torch.zeros_like(probabilities).scatter(1, order, ordered)
+    # A row of NaN would fail the draw; it is chosen at random and found out by its probability.
+    probabilities = probabilities.nan_to_num(nan=1.0)
+    drawn = [
+        torch.multinomial(probabilities[row], 1, generator=generator)
+        for row, generator in enumerate(generators)
+    ]
+    return torch.cat(drawn)
+
+
+def _generators(seeds: Sequence[int | None], device: torch.device) -> list[torch.Generator]:
+    """A generator a row, so that a row's answer does not depend on its neighbours."""
+    generators = []
+    for seed in seeds:
+        generator = torch.Generator(device=device)
+        if seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(seed)
+        generators.append(generator)
+    return generators

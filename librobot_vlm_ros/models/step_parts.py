@@ -1,0 +1,116 @@
+"""What the functional decode steps take from a module: weights as they are, or a refusal.
+
+Which step fits a model is found out here, too: `make_step` gives one or says why not.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from librobot_vlm_ros.core import ErrorCode, ModelError
+
+__all__ = [
+    "DECODERS",
+    "Activation",
+    "UnsupportedError",
+    "activation",
+    "addresses",
+    "make_step",
+    "plain",
+    "project",
+    "weight_of",
+]
+
+_log = logging.getLogger(__name__)
+
+#: "module" takes each step through transformers' module, "functional" through our arithmetic.
+DECODERS = ("auto", "module", "functional")
+
+Activation = Callable[[Tensor], Tensor]
+
+
+class UnsupportedError(Exception):
+    """The module does something that the functional step does not know; the text says what."""
+
+
+def make_step(kind: type[Any], model: Any, head: Any, wanted: str) -> Any:
+    """A `kind` over the text model's weights; None where the module itself is to take the steps.
+
+    `wanted`: one of DECODERS. Raises ModelError BAD_CONFIG when "functional" cannot be.
+    """
+    if wanted == "module":
+        return None
+    try:
+        if model.training:
+            raise UnsupportedError("it is in training mode")
+        return kind(model, head)
+    except (UnsupportedError, AttributeError) as reason:
+        if wanted == "functional":
+            raise ModelError(
+                ErrorCode.BAD_CONFIG,
+                f"decoder is 'functional', but {type(model).__name__} cannot be: {reason}",
+                "use decoder 'auto' or 'module'",
+            ) from reason
+        _log.debug("%s decodes through its module: %s", type(model).__name__, reason)
+        return None
+
+
+def plain(layer: Any) -> tuple[Tensor, Tensor | None]:
+    """The weight [in, out], as a view, and the bias of a linear layer that is nothing more."""
+    weight = weight_of(layer, nn.Linear)
+    bias = None if layer.bias is None else layer.bias.detach()
+    return weight.t(), bias
+
+
+def weight_of(layer: Any, kind: type[nn.Module] | None) -> Tensor:
+    """The weight of a layer without hooks, of this class or (of embeddings) a scaled one."""
+    name = type(layer).__name__
+    fits = kind is None or type(layer) is kind or (kind is nn.Embedding and _is_scaled(layer))
+    if not fits:
+        raise UnsupportedError(f"a {name} stands in a {kind.__name__ if kind else 'layer'}'s place")
+    if kind is None and not name.endswith("RMSNorm"):
+        raise UnsupportedError(f"a {name} stands in a norm's place")
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        raise UnsupportedError(f"a {name} has hooks")
+    weight: Tensor = layer.weight.detach()
+    if not weight.is_floating_point():
+        raise UnsupportedError(f"a {name} is quantised")
+    return weight
+
+
+def _is_scaled(layer: Any) -> bool:
+    return isinstance(layer, nn.Embedding) and type(layer).__name__.endswith("ScaledWordEmbedding")
+
+
+def activation(config: Any, field: str) -> Activation:
+    """The function that config.json names under `field`."""
+    known: dict[str, Activation] = {
+        "silu": functional.silu,
+        "gelu": functional.gelu,
+        "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+        "relu": functional.relu,
+    }
+    name = getattr(config, field)
+    if name not in known:
+        raise UnsupportedError(f"activation {name!r} is not known")
+    return known[name]
+
+
+def project(hidden: Tensor, head: Tensor, bias: Tensor | None, allowed: range | None) -> Tensor:
+    """Logits [rows, V] of `hidden` [rows, D], or of the tokens `allowed` alone."""
+    if allowed is not None:
+        head = head[:, allowed.start : allowed.stop]
+        bias = None if bias is None else bias[allowed.start : allowed.stop]
+    return torch.mm(hidden, head) if bias is None else torch.addmm(bias, hidden, head)
+
+
+def addresses(*modules: nn.Module) -> tuple[Any, ...]:
+    """Where the weights of `modules` lie, what they are, and how often they were changed."""
+    weights = [weight for module in modules for weight in module.parameters()]
+    return tuple((w.data_ptr(), w.dtype, 0 if w.is_inference() else w._version) for w in weights)
