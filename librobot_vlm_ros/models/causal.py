@@ -7,6 +7,7 @@ answers; the rest is here and in `causal_tensors.py`.
 from __future__ import annotations
 
 import dataclasses
+import json
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +20,9 @@ from librobot_vlm_ros.core import (
     ErrorCode,
     GenerationParams,
     InferenceRequest,
+    ModelAnswer,
     ModelError,
+    Region,
     RequestError,
 )
 from librobot_vlm_ros.models.adapting import quantization_for
@@ -28,7 +31,8 @@ from librobot_vlm_ros.models.causal_images import Seen
 from librobot_vlm_ros.models.causal_tensors import CausalParts, CausalTensors
 from librobot_vlm_ros.models.checkpoint import LoadPlan, build_random
 from librobot_vlm_ros.models.checksum import check_sha256
-from librobot_vlm_ros.models.decode import Decoder, DecodeRules
+from librobot_vlm_ros.models.decode import Decoder, DecodeRules, Generated
+from librobot_vlm_ros.models.detokenize import TokenSpans, geometric_mean
 from librobot_vlm_ros.models.frame_cache import FrameEntry
 from librobot_vlm_ros.models.placement import place
 from librobot_vlm_ros.models.registry import model_info
@@ -133,7 +137,22 @@ class CausalVLM(CausalTensors):
     ) -> CausalParts:
         """Load a checkpoint folder with its tokenizer."""
 
-    # Making and loading.
+    @abstractmethod
+    def _regions(
+        self, request: InferenceRequest, spans: TokenSpans
+    ) -> tuple[tuple[Region, ...], int]:
+        """The answer's regions in source pixels, and how many could not be read."""
+
+    # Making, loading and saving.
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder in transformers' native layout that `create_vlm` loads again."""
+        folder = Path(folder)
+        self._whole_module().save_pretrained(str(folder))
+        if self.tokenizer is not None:
+            self.tokenizer.save(folder)
+        text = json.dumps(self._images_json(), indent=2) + "\n"
+        (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
 
     def load_pretrained(self, source: str, **options: Any) -> None:
         """Replace weights, configuration and tokenizer; device and dtype stay.
@@ -227,11 +246,26 @@ class CausalVLM(CausalTensors):
             suppressed=tuple(self._suppressed()),
         )
 
+    def read(self, request: InferenceRequest, generated: Generated) -> ModelAnswer:
+        """Text; for boxes and masks, regions scored by their tokens' probabilities."""
+        whole = geometric_mean(generated.log_probs)
+        if request.spec.output == "text":
+            return ModelAnswer(text=self.decode_text(generated.ids).strip(), score=whole)
+        words = self._words()
+        spans = TokenSpans(generated.ids, generated.log_probs, words.decode, words.control_ids)
+        regions, malformed = self._regions(request, spans)
+        return ModelAnswer(text=spans.text, score=whole, regions=regions, malformed=malformed)
+
     def decode_text(self, ids: Sequence[int]) -> str:
         """Text; begin, end and pad are left out."""
         return self._words().decode(ids)
 
     # Inside.
+
+    def _images_json(self) -> dict[str, Any]:
+        """preprocessor_config.json of the model's images."""
+        settings: dict[str, Any] = self.images.to_json()
+        return settings
 
     def _native_key(self, key: str) -> str:
         names = [name for name, _ in self._plan(self.config).convert(key, torch.empty(0))]

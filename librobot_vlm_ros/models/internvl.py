@@ -8,7 +8,6 @@ reads them: a chat about one image or several, of any size. Boxes come in thousa
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,12 +18,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from librobot_vlm_ros.core import ErrorCode, InferenceRequest, ModelAnswer, ModelError
+from librobot_vlm_ros.core import ErrorCode, InferenceRequest, ModelError, Region
 from librobot_vlm_ros.models.causal import CausalParts, CausalVLM
 from librobot_vlm_ros.models.causal_tokenizer import CausalTokenizer, added_tokens
 from librobot_vlm_ros.models.checkpoint import load_module
-from librobot_vlm_ros.models.decode import Generated
-from librobot_vlm_ros.models.detokenize import TokenSpans, geometric_mean
+from librobot_vlm_ros.models.detokenize import TokenSpans
 from librobot_vlm_ros.models.internvl_config import InternVLConfig, tile_side, tile_tokens
 from librobot_vlm_ros.models.internvl_convert import plan_for
 from librobot_vlm_ros.models.internvl_prompts import NOTATION, SYSTEM, parse_boxes, question
@@ -68,35 +66,19 @@ class InternVLVLM(CausalVLM):
         self._max_tiles = config.max_tiles if max_tiles is None else max_tiles
         super().__init__(config, name=name, **options)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write a folder in transformers' native layout that `create_vlm` loads again."""
-        folder = Path(folder)
-        self._whole_module().save_pretrained(str(folder))
-        if self.tokenizer is not None:
-            self.tokenizer.save(folder)
-        text = json.dumps(self.images.to_json(), indent=2) + "\n"
-        (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
-
     @property
     def image_tokens(self) -> int:
         """Vectors of one tile."""
         return tile_tokens(self.config)
 
-    def read(self, request: InferenceRequest, generated: Generated) -> ModelAnswer:
-        """Text; for boxes, regions scored by their numbers' probabilities."""
-        whole = geometric_mean(generated.log_probs)
-        if request.spec.output == "text":
-            return ModelAnswer(text=self.decode_text(generated.ids).strip(), score=whole)
-        words = self._words()
-        spans = TokenSpans(generated.ids, generated.log_probs, words.decode, words.control_ids)
-        frame = request.frame
-        regions, malformed = parse_boxes(
-            spans.text, frame.width, frame.height, request.prompt, spans.score
-        )
-        return ModelAnswer(text=spans.text, score=whole, regions=regions, malformed=malformed)
-
     # Inside: images. A prepared one is its tiles, uint8 [N, side, side, 3] or normalised floats
     # [N, 3, side, side].
+
+    def _regions(
+        self, request: InferenceRequest, spans: TokenSpans
+    ) -> tuple[tuple[Region, ...], int]:
+        frame = request.frame
+        return parse_boxes(spans.text, frame.width, frame.height, request.prompt, spans.score)
 
     def _take(self, parts: CausalParts) -> None:
         super()._take(parts)

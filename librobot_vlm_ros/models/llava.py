@@ -6,7 +6,6 @@ from 0 to 1 of the padded square (`llava_prompts`).
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -20,14 +19,13 @@ from torch import Tensor
 from librobot_vlm_ros.core import (
     ErrorCode,
     InferenceRequest,
-    ModelAnswer,
     ModelError,
+    Region,
 )
 from librobot_vlm_ros.models.causal import CausalParts, CausalVLM
 from librobot_vlm_ros.models.causal_tokenizer import CausalTokenizer
 from librobot_vlm_ros.models.checkpoint import load_module
-from librobot_vlm_ros.models.decode import Generated
-from librobot_vlm_ros.models.detokenize import TokenSpans, geometric_mean
+from librobot_vlm_ros.models.detokenize import TokenSpans
 from librobot_vlm_ros.models.llava_config import LlavaConfig
 from librobot_vlm_ros.models.llava_convert import plan_for
 from librobot_vlm_ros.models.llava_prompts import (
@@ -56,23 +54,6 @@ class LlavaVLM(CausalVLM):
     default_name = "llava-v1.5-7b"
     _plan = staticmethod(plan_for)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write a folder in transformers' native layout that `create_vlm` loads again."""
-        folder = Path(folder)
-        self._whole_module().save_pretrained(str(folder))
-        if self.tokenizer is not None:
-            self.tokenizer.save(folder)
-        size = {"height": self.images.height, "width": self.images.width}
-        images = {
-            **self.images.to_json(),
-            "image_processor_type": "LlavaImageProcessor",
-            "do_pad": True,
-            "size": size,
-            "crop_size": size,
-        }
-        text = json.dumps(images, indent=2) + "\n"
-        (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
-
     @property
     def image_tokens(self) -> int:
         """Vectors of an image: one a patch, and the class token where the model keeps it."""
@@ -80,19 +61,23 @@ class LlavaVLM(CausalVLM):
         extra = self.config.vision_feature_select_strategy == "full"
         return int((vision.image_size // vision.patch_size) ** 2 + extra)
 
-    def read(self, request: InferenceRequest, generated: Generated) -> ModelAnswer:
-        """Text; for grounding, regions scored by their numbers' probabilities."""
-        whole = geometric_mean(generated.log_probs)
-        if request.spec.output == "text":
-            return ModelAnswer(text=self.decode_text(generated.ids).strip(), score=whole)
-        words = self._words()
-        spans = TokenSpans(generated.ids, generated.log_probs, words.decode, words.control_ids)
-        regions, malformed = parse_boxes(
-            spans.text, request.frame.width, request.frame.height, request.prompt, spans.score
-        )
-        return ModelAnswer(text=spans.text, score=whole, regions=regions, malformed=malformed)
-
     # Inside.
+
+    def _images_json(self) -> dict[str, Any]:
+        size = {"height": self.images.height, "width": self.images.width}
+        return {
+            **super()._images_json(),
+            "image_processor_type": "LlavaImageProcessor",
+            "do_pad": True,
+            "size": size,
+            "crop_size": size,
+        }
+
+    def _regions(
+        self, request: InferenceRequest, spans: TokenSpans
+    ) -> tuple[tuple[Region, ...], int]:
+        frame = request.frame
+        return parse_boxes(spans.text, frame.width, frame.height, request.prompt, spans.score)
 
     def input_size(self, width: int, height: int) -> tuple[int, int] | None:
         """The image's part of the padded square."""

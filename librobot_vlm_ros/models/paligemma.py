@@ -7,7 +7,6 @@ that is not part of the checkpoint (`paligemma_masks`).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,12 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from librobot_vlm_ros.core import ErrorCode, InferenceRequest, ModelAnswer, ModelError
+from librobot_vlm_ros.core import ErrorCode, InferenceRequest, ModelError, Region
 from librobot_vlm_ros.models.causal import CausalParts, CausalVLM
 from librobot_vlm_ros.models.causal_tokenizer import CausalTokenizer
 from librobot_vlm_ros.models.checkpoint import load_module
-from librobot_vlm_ros.models.decode import Generated, Grammar
-from librobot_vlm_ros.models.detokenize import TokenSpans, geometric_mean
+from librobot_vlm_ros.models.decode import Grammar
+from librobot_vlm_ros.models.detokenize import TokenSpans
 from librobot_vlm_ros.models.frame_cache import FrameEntry
 from librobot_vlm_ros.models.grammar import BoxGrammar
 from librobot_vlm_ros.models.paligemma_config import PaliGemmaConfig, plan_for
@@ -86,16 +85,10 @@ class PaliGemmaVLM(CausalVLM):
         super().__init__(config, name=name, **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a folder in transformers' native layout that `create_vlm` loads again."""
-        folder = Path(folder)
-        self._whole_module().save_pretrained(str(folder))
-        if self.tokenizer is not None:
-            self.tokenizer.save(folder)
-        images = {**self.images.to_json(), "image_processor_type": "SiglipImageProcessor"}
-        text = json.dumps(images, indent=2) + "\n"
-        (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
+        """Write a folder in transformers' native layout; the decoder of masks goes with it."""
+        super().save_pretrained(folder)
         if self._masks is not None:
-            write_mask_decoder(folder, self._masks)
+            write_mask_decoder(Path(folder), self._masks)
 
     @property
     def image_tokens(self) -> int:
@@ -111,21 +104,6 @@ class PaliGemmaVLM(CausalVLM):
             raise missing_mask_decoder(f"{self.name} has no decoder for its masks")
         return super().prepare(request)
 
-    def read(self, request: InferenceRequest, generated: Generated) -> ModelAnswer:
-        """Text; for grounding and masks, regions scored by their tokens' probabilities."""
-        whole = geometric_mean(generated.log_probs)
-        if request.spec.output == "text":
-            return ModelAnswer(text=self.decode_text(generated.ids).strip(), score=whole)
-        words = self._words()
-        spans = TokenSpans(generated.ids, generated.log_probs, words.decode, words.control_ids)
-        size = request.frame.width, request.frame.height
-        if request.task == "segment":
-            found = parse_masks(spans.text, *size, self._outlines, request.prompt, spans.score)
-        else:
-            found = parse_locations(spans.text, *size, request.prompt, spans.score)
-        regions, malformed = found
-        return ModelAnswer(text=spans.text, score=whole, regions=regions, malformed=malformed)
-
     def grammar(self, request: InferenceRequest) -> Grammar | None:
         """Whole boxes; y and x in turn, so the second corner's bounds are the first one's, too."""
         if self.tokenizer is None or request.spec.output == "text":
@@ -133,6 +111,17 @@ class PaliGemmaVLM(CausalVLM):
         return BoxGrammar(self.tokenizer.vocabulary["<loc0000>"], BINS)
 
     # Inside.
+
+    def _images_json(self) -> dict[str, Any]:
+        return {**super()._images_json(), "image_processor_type": "SiglipImageProcessor"}
+
+    def _regions(
+        self, request: InferenceRequest, spans: TokenSpans
+    ) -> tuple[tuple[Region, ...], int]:
+        size = request.frame.width, request.frame.height
+        if request.task == "segment":
+            return parse_masks(spans.text, *size, self._outlines, request.prompt, spans.score)
+        return parse_locations(spans.text, *size, request.prompt, spans.score)
 
     def _take(self, parts: CausalParts) -> None:
         super()._take(parts)

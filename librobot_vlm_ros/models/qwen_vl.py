@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,15 +14,14 @@ from librobot_vlm_ros.core import (
     ErrorCode,
     ImageError,
     InferenceRequest,
-    ModelAnswer,
     ModelError,
+    Region,
 )
 from librobot_vlm_ros.models.causal import CausalParts, CausalVLM
 from librobot_vlm_ros.models.causal_images import Seen
 from librobot_vlm_ros.models.causal_tokenizer import CausalTokenizer
 from librobot_vlm_ros.models.checkpoint import load_module
-from librobot_vlm_ros.models.decode import Generated
-from librobot_vlm_ros.models.detokenize import TokenSpans, geometric_mean
+from librobot_vlm_ros.models.detokenize import TokenSpans
 from librobot_vlm_ros.models.questions import question
 from librobot_vlm_ros.models.qwen_config import QwenVLConfig, plan_for
 from librobot_vlm_ros.models.qwen_images import (
@@ -81,15 +79,6 @@ class QwenVLM(CausalVLM):
         }
         super().__init__(config, name=name, **options)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write a folder in transformers' native layout that `create_vlm` loads again."""
-        folder = Path(folder)
-        self._whole_module().save_pretrained(str(folder))
-        if self.tokenizer is not None:
-            self.tokenizer.save(folder)
-        text = json.dumps(self.images.to_json(), indent=2) + "\n"
-        (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
-
     @property
     def vision_encoder(self) -> nn.Module:
         """The tower with the layers that bring its patches into the language model's space."""
@@ -102,20 +91,16 @@ class QwenVLM(CausalVLM):
             if not name.endswith(("merger", "merger_list")):
                 part.requires_grad_(False)
 
-    def read(self, request: InferenceRequest, generated: Generated) -> ModelAnswer:
-        """Text; for boxes, regions scored by their numbers' probabilities."""
-        whole = geometric_mean(generated.log_probs)
-        if request.spec.output == "text":
-            return ModelAnswer(text=self.decode_text(generated.ids).strip(), score=whole)
-        words = self._words()
-        spans = TokenSpans(generated.ids, generated.log_probs, words.decode, words.control_ids)
-        frame = request.frame
-        regions, malformed = type(self).parse(
-            spans.text, frame.width, frame.height, request.prompt, spans.score
-        )
-        return ModelAnswer(text=spans.text, score=whole, regions=regions, malformed=malformed)
-
     # Inside: images.
+
+    def _regions(
+        self, request: InferenceRequest, spans: TokenSpans
+    ) -> tuple[tuple[Region, ...], int]:
+        size = request.frame.width, request.frame.height
+        found: tuple[tuple[Region, ...], int] = type(self).parse(
+            spans.text, *size, request.prompt, spans.score
+        )
+        return found
 
     def _take(self, parts: CausalParts) -> None:
         super()._take(parts)
