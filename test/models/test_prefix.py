@@ -66,7 +66,7 @@ def test_a_second_question_on_a_frame_reads_its_own_words_only(
     again = answers(vlm, second)
     assert again == expected
     assert vlm.prefixes.hits == 1
-    image = len(vlm.frames.entry(frame).features)
+    image = len(vlm.frames.held(frame).features)
     assert passes[0][1] > image >= 4 > 0
     assert passes[1][1] < passes[0][1] - image + 10  # a few words more than the first question
 
@@ -119,8 +119,24 @@ def test_features_that_were_made_anew_are_read_anew(vlm, ask, make_frame) -> Non
     with torch.no_grad():
         for parameter in vlm.vision_encoder.parameters():
             parameter.add_(0.3)
-    entry = vlm.frames.entry(frame)
+    entry = vlm.frames.held(frame)
     entry.features = entry.seen = None
     entry.pixels = vlm._pixels(frame.pixels)
     assert answers(vlm, request) != first
     assert vlm.prefixes.hits == 0
+
+
+def test_a_frame_is_seen_anew_once_the_weights_have_changed(vlm, ask, make_frame) -> None:
+    frame = make_frame(8)
+    request = ask("answer", on=frame, prompt="a", params=SHORT)
+    first = answers(vlm, request)
+    with torch.no_grad():  # as an optimiser does, and load_state_dict
+        for parameter in vlm.vision_encoder.parameters():
+            parameter.add_(0.3)
+    after = answers(vlm, request)
+    assert after != first
+    vlm.frames.clear()
+    assert answers(vlm, request) == after
+    misses = vlm.frames.misses
+    answers(vlm, request)
+    assert vlm.frames.misses == misses
