@@ -39,7 +39,7 @@ from librobot_vlm_ros.models.base import OnToken, ShouldStop, stop_reason
 from librobot_vlm_ros.models.decode import Decoder, DecodeRules, Generated, Grammar, decode
 from librobot_vlm_ros.models.detokenize import TextStream
 from librobot_vlm_ros.models.frame_cache import FrameCache, FrameEntry
-from librobot_vlm_ros.models.placement import dtype_name, free_bytes, usable_cores
+from librobot_vlm_ros.models.placement import dtype_name, free_bytes, move, usable_cores
 from librobot_vlm_ros.models.registry import models_with_task
 from librobot_vlm_ros.models.resize import ahead_of
 from librobot_vlm_ros.models.step_parts import addresses
@@ -419,7 +419,7 @@ class Answering(nn.Module, ABC):
             self.dtype,
             dtype_name(safer),
         )
-        self._loaded().to(safer)
+        move(self._loaded(), dtype=safer)
         for layer in self._loaded().modules():
             if getattr(layer, "compute_dtype", None) is not None:  # of a 4-bit layer
                 layer.compute_dtype = safer

@@ -167,7 +167,7 @@ class CausalTensors(CausalWords):
                 rows = self._task_ids(task, words, _views(seen) or [1])
             else:
                 rows = self._ids(words, attention_mask, _views(seen))
-            decoder, history = self._start(seen, rows)
+            decoder, history = self._start(seen, rows, new_tokens=rules.max_new_tokens)
             seeds = [None if seed is None else seed + row for row in range(len(rows))]
             generated = decode(decoder, rules, history, seeds=seeds)
         ids = [torch.tensor(g.ids) for g in generated if isinstance(g, Generated)]
@@ -254,11 +254,13 @@ class CausalTensors(CausalWords):
         seen: Sequence[Seen] | None,
         rows: Sequence[Sequence[int]],
         frames: Sequence[FrameEntry] | None = None,
+        new_tokens: int = 0,
     ) -> tuple[Decoder, Tensor]:
         """`frames`: those that `seen` is of, where what is read of them may be kept."""
         vectors, orders = self._rows(seen, rows)
         history = torch.zeros((len(rows), 0), dtype=torch.int64, device=self.torch_device)
-        pool = self._step_pool(LlamaStep, self.language_model, self.module.lm_head)
+        length = max(map(len, vectors)) + new_tokens
+        pool = self._step_pool(LlamaStep, self.language_model, self.module.lm_head, length)
         numbers = self._numbered(orders, seen)
         # A module that is not plain may have adapters that come and go: nothing of it is kept.
         if frames is None or pool is None or self.prefix_attention:

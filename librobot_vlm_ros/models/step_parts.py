@@ -39,9 +39,10 @@ class UnsupportedError(Exception):
     """The module does something that the functional step does not know; the text says what."""
 
 
-def make_step(kind: type[Any], model: Any, head: Any, wanted: str) -> Any:
+def make_step(kind: type[Any], model: Any, head: Any, wanted: str, length: int = 0) -> Any:
     """A `kind` over the text model's weights; None where the module itself is to take the steps.
 
+    `length`: places of the longest prompt and its answer together.
     `wanted`: one of DECODERS. Raises ModelError BAD_CONFIG when "functional" cannot be.
     """
     if wanted == "module":
@@ -49,7 +50,13 @@ def make_step(kind: type[Any], model: Any, head: Any, wanted: str) -> Any:
     try:
         if model.training:
             raise UnsupportedError("it is in training mode")
-        return kind(model, head)
+        step = kind(model, head)
+        if step.longest is not None and length > step.longest:
+            raise UnsupportedError(
+                f"its rotary embedding depends on the length beyond {step.longest} places, "
+                f"prompt and answer may take {length}"
+            )
+        return step
     except (UnsupportedError, AttributeError) as reason:
         if wanted == "functional":
             raise ModelError(

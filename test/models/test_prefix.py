@@ -10,10 +10,16 @@ import pytest
 import torch
 
 from librobot_vlm_ros.core import GenerationParams, ModelAnswer
-from librobot_vlm_ros.models import conformance_llava, conformance_qwen2, conformance_qwen3
+from librobot_vlm_ros.models import (
+    conformance_internvl,
+    conformance_llava,
+    conformance_qwen2,
+    conformance_qwen3,
+)
 from librobot_vlm_ros.models.registry import create_vlm
 
 FAMILIES = {
+    "internvl2-2b": conformance_internvl,
     "llava-v1.5-7b": conformance_llava,
     "qwen2-vl-2b": conformance_qwen2,
     "qwen3-vl-4b": conformance_qwen3,
