@@ -37,6 +37,7 @@ from librobot_vlm_ros.models.prefix_cache import PrefixCache
 from librobot_vlm_ros.models.prefix_reading import Asked, read_behind
 from librobot_vlm_ros.models.step_decoder import CausalStepDecoder
 from librobot_vlm_ros.models.step_llama import LlamaStep
+from librobot_vlm_ros.models.token_rows import IGNORED
 
 __all__ = ["CausalParts", "CausalTensors"]
 
@@ -121,7 +122,7 @@ class CausalTensors(CausalWords):
             )
         seen = self._seen(images) if images is not None else None
         rows = self._ids(source, attention_mask, _views(seen))
-        learnt = None if labels is None else self._kept(labels, attention_mask)
+        learnt = None if labels is None else self._kept(labels, attention_mask, (IGNORED,))
         hidden, orders = self._read_rows(seen, rows, learnt)
         logits = self._loaded().lm_head(hidden)
         result = {"embeddings": hidden, "logits": logits}
@@ -211,6 +212,10 @@ class CausalTensors(CausalWords):
             self._order(row, () if one is None else one.counts)
             for row, one in zip(rows, found, strict=True)
         ]
+        if not all(orders):
+            raise RequestError(
+                ErrorCode.EMPTY_PROMPT, "there is a row with neither words nor an image"
+            )
         vectors = [
             embed_row(table, row, order, None if one is None else one.vectors)
             for row, order, one in zip(rows, orders, found, strict=True)
