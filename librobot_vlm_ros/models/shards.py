@@ -139,9 +139,11 @@ def tensor_names(folder: Path) -> list[str]:
     Raises ModelError as `weight_files` and `tensor_kinds` do.
     """
     files = weight_files(folder)
-    for index in _INDEXES:
+    for index, single in zip(_INDEXES, _SINGLES, strict=True):
         if (folder / index).is_file():
             return list(read_json(folder / index)["weight_map"])
+        if (folder / single).is_file():
+            break
     return [key for path in files for key in tensor_kinds(path)]
 
 
