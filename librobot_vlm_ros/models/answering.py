@@ -42,7 +42,7 @@ from librobot_vlm_ros.models.frame_cache import FrameCache, FrameEntry
 from librobot_vlm_ros.models.placement import dtype_name, free_bytes, move, usable_cores
 from librobot_vlm_ros.models.registry import models_with_task
 from librobot_vlm_ros.models.resize import ahead_of
-from librobot_vlm_ros.models.step_parts import addresses
+from librobot_vlm_ros.models.step_parts import states
 
 __all__ = ["Answering", "Job", "again_in_safer_dtype"]
 
@@ -93,7 +93,7 @@ class Answering(nn.Module, ABC):
     module: Any
     #: Buffers of decode steps that are kept from answer to answer (`step_pool.StepPool`).
     _pool: Any = None
-    #: `addresses` of the weights that the features in `frames` were made with.
+    #: `states` of the weights that the features in `frames` were made with.
     _weights: Any = None
 
     # What a family fills in.
@@ -270,7 +270,7 @@ class Answering(nn.Module, ABC):
         # could not be trained through afterwards.
         parameters = () if self.module is None else tuple(self.module.parameters())
         whole = all(parameter.is_floating_point() for parameter in parameters)
-        weights = () if self.module is None else addresses(self.module)
+        weights = states(parameters)
         if self._weights != weights:  # an optimiser's step, load_state_dict
             if self._weights is not None:
                 self.frames.clear()

@@ -6,7 +6,7 @@ Which step fits a model is found out here, too: `make_step` gives one or says wh
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ __all__ = [
     "make_step",
     "plain",
     "project",
+    "states",
     "weight_of",
 ]
 
@@ -119,5 +120,9 @@ def project(hidden: Tensor, head: Tensor, bias: Tensor | None, allowed: range | 
 
 def addresses(*modules: nn.Module) -> tuple[Any, ...]:
     """Where the weights of `modules` lie, what they are, and how often they were changed."""
-    weights = [weight for module in modules for weight in module.parameters()]
+    return states([weight for module in modules for weight in module.parameters()])
+
+
+def states(weights: Iterable[Tensor]) -> tuple[Any, ...]:
+    """`addresses` of tensors. What is written through ``.data`` does not count as a change."""
     return tuple((w.data_ptr(), w.dtype, 0 if w.is_inference() else w._version) for w in weights)
