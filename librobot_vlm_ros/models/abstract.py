@@ -144,13 +144,16 @@ class AbstractVLM(Adapting):
 
     # Inside.
 
-    def _step_pool(self, kind: type[Any], text_model: Any, head: Any) -> StepPool | None:
+    def _step_pool(
+        self, kind: type[Any], text_model: Any, head: Any, length: int = 0
+    ) -> StepPool | None:
         """Steps over the weights as they are now; None where the module is to take them.
 
+        `length`: places of the longest prompt and its answer together.
         On CUDA graphs over buffers are kept from answer to answer, as long as the weights stay in
         place.
         """
-        step = make_step(kind, text_model, head, self.decoder)
+        step = make_step(kind, text_model, head, self.decoder, length)
         if step is None:
             return None
         if self._pool is None or not self._pool.fits(step):

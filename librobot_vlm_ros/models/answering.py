@@ -39,9 +39,10 @@ from librobot_vlm_ros.models.base import OnToken, ShouldStop, stop_reason
 from librobot_vlm_ros.models.decode import Decoder, DecodeRules, Generated, Grammar, decode
 from librobot_vlm_ros.models.detokenize import TextStream
 from librobot_vlm_ros.models.frame_cache import FrameCache, FrameEntry
-from librobot_vlm_ros.models.placement import dtype_name, free_bytes, usable_cores
+from librobot_vlm_ros.models.placement import dtype_name, free_bytes, move, usable_cores
 from librobot_vlm_ros.models.registry import models_with_task
 from librobot_vlm_ros.models.resize import ahead_of
+from librobot_vlm_ros.models.step_parts import states
 
 __all__ = ["Answering", "Job", "again_in_safer_dtype"]
 
@@ -92,6 +93,8 @@ class Answering(nn.Module, ABC):
     module: Any
     #: Buffers of decode steps that are kept from answer to answer (`step_pool.StepPool`).
     _pool: Any = None
+    #: `states` of the weights that the features in `frames` were made with.
+    _weights: Any = None
 
     # What a family fills in.
 
@@ -265,8 +268,13 @@ class Answering(nn.Module, ABC):
             self.frames.clear()  # the weights that made the features may have learnt since
         # A quantised layer may pack its weights anew while it answers; made in inference mode, they
         # could not be trained through afterwards.
-        parameters = () if self.module is None else self.module.parameters()
+        parameters = () if self.module is None else tuple(self.module.parameters())
         whole = all(parameter.is_floating_point() for parameter in parameters)
+        weights = states(parameters)
+        if self._weights != weights:  # an optimiser's step, load_state_dict
+            if self._weights is not None:
+                self.frames.clear()
+            self._weights = weights
         try:
             with torch.inference_mode() if whole else torch.no_grad():
                 yield
@@ -379,10 +387,12 @@ class Answering(nn.Module, ABC):
             grammars=[self.grammar(job.request) for job in jobs],
         )
         entries: dict[int, ModelAnswer | VlmError] = {}
-        for job, row in zip(jobs, generated, strict=True):
+        for job, row, stream in zip(jobs, generated, streams, strict=True):
             if isinstance(row, VlmError):
                 entries[job.index] = row
                 continue
+            if on_token is not None and (rest := stream.finish()):
+                on_token(job.index, rest)
             try:
                 answer = self.read(job.request, row)
             except Exception as error:
@@ -409,7 +419,7 @@ class Answering(nn.Module, ABC):
             self.dtype,
             dtype_name(safer),
         )
-        self._loaded().to(safer)
+        move(self._loaded(), dtype=safer)
         for layer in self._loaded().modules():
             if getattr(layer, "compute_dtype", None) is not None:  # of a 4-bit layer
                 layer.compute_dtype = safer

@@ -199,7 +199,9 @@ class CausalVLM(CausalTensors):
     def start(self, jobs: Sequence[Job]) -> tuple[Decoder, Tensor]:
         """See `AbstractVLM.start`."""
         seen = self._look_at(jobs)
-        return self._start(seen, [job.prompt for job in jobs], [job.frame for job in jobs])
+        prompts, frames = [job.prompt for job in jobs], [job.frame for job in jobs]
+        new_tokens = self.rules(jobs[0].request.params).max_new_tokens
+        return self._start(seen, prompts, frames, new_tokens)
 
     def embed(self, jobs: Sequence[Job]) -> list[Tensor]:
         """Projected vision features [N, D] of each job's frame, computed once a frame."""

@@ -37,6 +37,7 @@ from librobot_vlm_ros.models.prefix_cache import PrefixCache
 from librobot_vlm_ros.models.prefix_reading import Asked, read_behind
 from librobot_vlm_ros.models.step_decoder import CausalStepDecoder
 from librobot_vlm_ros.models.step_llama import LlamaStep
+from librobot_vlm_ros.models.token_rows import IGNORED
 
 __all__ = ["CausalParts", "CausalTensors"]
 
@@ -121,7 +122,7 @@ class CausalTensors(CausalWords):
             )
         seen = self._seen(images) if images is not None else None
         rows = self._ids(source, attention_mask, _views(seen))
-        learnt = None if labels is None else self._kept(labels, attention_mask)
+        learnt = None if labels is None else self._kept(labels, attention_mask, (IGNORED,))
         hidden, orders = self._read_rows(seen, rows, learnt)
         logits = self._loaded().lm_head(hidden)
         result = {"embeddings": hidden, "logits": logits}
@@ -167,7 +168,7 @@ class CausalTensors(CausalWords):
                 rows = self._task_ids(task, words, _views(seen) or [1])
             else:
                 rows = self._ids(words, attention_mask, _views(seen))
-            decoder, history = self._start(seen, rows)
+            decoder, history = self._start(seen, rows, new_tokens=rules.max_new_tokens)
             seeds = [None if seed is None else seed + row for row in range(len(rows))]
             generated = decode(decoder, rules, history, seeds=seeds)
         ids = [torch.tensor(g.ids) for g in generated if isinstance(g, Generated)]
@@ -211,6 +212,10 @@ class CausalTensors(CausalWords):
             self._order(row, () if one is None else one.counts)
             for row, one in zip(rows, found, strict=True)
         ]
+        if not all(orders):
+            raise RequestError(
+                ErrorCode.EMPTY_PROMPT, "there is a row with neither words nor an image"
+            )
         vectors = [
             embed_row(table, row, order, None if one is None else one.vectors)
             for row, order, one in zip(rows, orders, found, strict=True)
@@ -254,11 +259,13 @@ class CausalTensors(CausalWords):
         seen: Sequence[Seen] | None,
         rows: Sequence[Sequence[int]],
         frames: Sequence[FrameEntry] | None = None,
+        new_tokens: int = 0,
     ) -> tuple[Decoder, Tensor]:
         """`frames`: those that `seen` is of, where what is read of them may be kept."""
         vectors, orders = self._rows(seen, rows)
         history = torch.zeros((len(rows), 0), dtype=torch.int64, device=self.torch_device)
-        pool = self._step_pool(LlamaStep, self.language_model, self.module.lm_head)
+        length = max(map(len, vectors)) + new_tokens
+        pool = self._step_pool(LlamaStep, self.language_model, self.module.lm_head, length)
         numbers = self._numbered(orders, seen)
         # A module that is not plain may have adapters that come and go: nothing of it is kept.
         if frames is None or pool is None or self.prefix_attention:

@@ -169,7 +169,9 @@ def _read_fast(path: Path) -> _Read:
         raise ModelError(
             ErrorCode.TOKENIZER_MISMATCH, f"{path.name} cannot be read: {error}"
         ) from error
-    control = {t.content for t in backend.get_added_tokens_decoder().values()} - {"<unk>"}
+    # Gemma's added tokens hold runs of line ends and of blanks, too: they are words like others.
+    added = {t.content for t in backend.get_added_tokens_decoder().values()}
+    control = {token for token in added if token.strip("\u2581 \t\r\n")} - {"<unk>"}
     return (
         lambda text: list(backend.encode(text, add_special_tokens=False).ids),
         lambda ids: str(backend.decode(ids, skip_special_tokens=False)),

@@ -6,7 +6,6 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from librobot_vlm_ros.core import (
@@ -20,6 +19,7 @@ from librobot_vlm_ros.core import (
 from librobot_vlm_ros.models.causal_images import CausalImages
 from librobot_vlm_ros.models.causal_tokenizer import CausalTokenizer
 from librobot_vlm_ros.models.registry import models_with_task
+from librobot_vlm_ros.models.token_rows import token_rows
 
 __all__ = ["CausalWords"]
 
@@ -71,15 +71,11 @@ class CausalWords(CausalImages):
         control = self._words().control_tokens
         return clean_prompt(text, required=required, limits=self.limits, control_tokens=control)
 
-    def _kept(self, rows: Any, attention_mask: Tensor | None) -> list[list[int]]:
-        lists: list[list[int]] = torch.as_tensor(rows).tolist()
-        if attention_mask is None:
-            return lists
-        masks = attention_mask.tolist()
-        return [
-            [token for token, keep in zip(row, mask, strict=True) if keep]
-            for row, mask in zip(lists, masks, strict=True)
-        ]
+    def _kept(
+        self, rows: Any, attention_mask: Tensor | None, also: tuple[int, ...] = ()
+    ) -> list[list[int]]:
+        size, image = int(self.config.text_config.vocab_size), int(self.config.image_token_id)
+        return token_rows(rows, attention_mask, size, (image, *also))
 
     def _ids(
         self, text: Any, attention_mask: Tensor | None, views: Sequence[int] | None

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
 from librobot_vlm_ros.models.catalog import CATALOG
-from librobot_vlm_ros.models.placement import Placement, dtype_name, place
+from librobot_vlm_ros.models.placement import Placement, dtype_name, move, place
 from librobot_vlm_ros.models.progress import LoggedProgress
 from librobot_vlm_ros.models.shards import iterate_tensors, read_config, weight_files
 
@@ -138,7 +138,8 @@ def build_random(plan: LoadPlan, where: Placement) -> Any:
     """The planned model with random weights, in eval mode."""
     with _build_lock:
         module = _construct(plan, where)
-    return module.to(device=where.device, dtype=where.dtype).eval()
+    move(module, device=where.device, dtype=where.dtype)
+    return module.eval()
 
 
 def _construct(plan: LoadPlan, where: Placement) -> Any:

@@ -39,6 +39,13 @@ class TextStream:
         self._start, self._read = self._read, len(self._ids)
         return text[len(known) :]
 
+    def finish(self) -> str:
+        """The text that was held back for a letter of which the rest has not come."""
+        known = self._decode(self._ids[self._start : self._read])
+        text = self._decode(self._ids[self._start :])
+        self._start = self._read = len(self._ids)
+        return text[len(known) :]
+
 
 class TokenSpans:
     """Decoded text of an answer, and the score of any stretch of it.

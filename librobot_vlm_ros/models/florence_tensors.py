@@ -29,6 +29,7 @@ from librobot_vlm_ros.models.florence_tokenizer import FlorenceTokenizer
 from librobot_vlm_ros.models.preprocess import to_views
 from librobot_vlm_ros.models.step_bart import BartStep
 from librobot_vlm_ros.models.step_decoder import BartStepDecoder
+from librobot_vlm_ros.models.token_rows import IGNORED, token_rows
 
 __all__ = ["FlorenceTensors"]
 
@@ -192,15 +193,16 @@ class FlorenceTensors(AbstractVLM):
                 ErrorCode.BAD_PARAMETER, f"{len(features)} images for {len(rows)} prompts"
             )
         module = self._loaded()
-        size = self.config.text_config.vocab_size
         for number, row in enumerate(rows):
             self._check_length(len(row) + (len(features[number]) if features is not None else 0))
-            if row and not 0 <= min(row) <= max(row) < size:
+            if not row and features is None:
                 raise RequestError(
-                    ErrorCode.BAD_PARAMETER, f"a prompt holds token ids beyond 0 to {size - 1}"
+                    ErrorCode.EMPTY_PROMPT, "there is a row with neither words nor an image"
                 )
         table = module.get_input_embeddings()
-        words = [table(torch.tensor(row, device=self.torch_device)) for row in rows]
+        words = [
+            table(torch.tensor(row, dtype=torch.int64, device=self.torch_device)) for row in rows
+        ]
         return encode_prompts(module, features, words)
 
     def _ids(self, text: Any, attention_mask: Tensor | None) -> list[list[int]]:
@@ -212,11 +214,9 @@ class FlorenceTensors(AbstractVLM):
         if isinstance(text[0], str):
             return [self._words().prompt([self._clean(row)]) for row in text]
         image = self.config.image_token_id
-        rows = []
-        for number, row in enumerate(torch.as_tensor(text).tolist()):
-            kept = [1] * len(row) if attention_mask is None else attention_mask[number].tolist()
-            rows.append([t for t, keep in zip(row, kept, strict=True) if keep and t != image])
-        return rows
+        size = int(self.config.text_config.vocab_size)
+        rows = token_rows(text, attention_mask, size, (image,))
+        return [[token for token in row if token != image] for row in rows]
 
     def _task_ids(
         self, task: str, words: Any, attention_mask: Tensor | None, count: int
@@ -276,5 +276,6 @@ class FlorenceTensors(AbstractVLM):
         start = torch.full((rows, 1), text.decoder_start_token_id, device=self.torch_device)
         if labels is None:
             return start
+        token_rows(labels, None, int(text.vocab_size), (IGNORED,))
         shifted = labels[:, :-1].to(self.torch_device)
         return torch.cat([start, shifted.masked_fill(shifted == -100, text.pad_token_id)], dim=1)

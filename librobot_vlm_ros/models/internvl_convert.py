@@ -14,6 +14,7 @@ from librobot_vlm_ros.models.causal_tokenizer import added_tokens
 from librobot_vlm_ros.models.checkpoint import CheckpointLayout, LoadPlan, register_layout
 from librobot_vlm_ros.models.internvl_config import is_original, original_to_native, tile_tokens
 from librobot_vlm_ros.models.native_keys import DERIVED, native_tensors, renamed
+from librobot_vlm_ros.models.shards import tensor_names
 
 __all__ = ["plan_for"]
 
@@ -86,6 +87,7 @@ def _plan_native(config: dict[str, Any], folder: Path) -> LoadPlan:
 def _plan_original(config: dict[str, Any], folder: Path) -> LoadPlan:
     from transformers import InternVLForConditionalGeneration
 
+    config = _completed(config, tensor_names(folder))
     native = original_to_native(config, added_tokens(folder).get("<IMG_CONTEXT>"))
     text = native.text_config
     groups = text.num_key_value_heads
@@ -119,6 +121,33 @@ def _plan_original(config: dict[str, Any], folder: Path) -> LoadPlan:
             yield f"{at}{letter}_proj.{found[2]}", part
 
     return LoadPlan(InternVLForConditionalGeneration, native, convert)
+
+
+def _completed(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """config.json with what it leaves out and the tensors show.
+
+    The original's classes have other defaults than transformers' (InternVisionConfig is that of the
+    6B tower), so that neither tells what a checkpoint has.
+    """
+    names = list(names)
+
+    def some(pattern: str) -> bool:
+        return any(re.search(pattern, name) for name in names)
+
+    shown = {
+        "vision_config": {
+            "qkv_bias": some(r"^vision_model\..*\.attn\.qkv\.bias$"),
+            "qk_normalization": some(r"^vision_model\..*\.attn\.q_norm\."),
+            "norm_type": "layer_norm" if some(r"^vision_model\..*\.norm1\.bias$") else "rms_norm",
+        },
+        "llm_config": {"bias": some(r"^language_model\..*\.attention\.wqkv\.bias$")},
+    }
+    full = dict(config)
+    for part, values in shown.items():
+        if isinstance(config.get(part), Mapping):
+            given = {name: value for name, value in config[part].items() if value is not None}
+            full[part] = {**values, **given}
+    return full
 
 
 def _matches_native(config: Mapping[str, Any]) -> bool:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
@@ -21,7 +20,7 @@ from librobot_vlm_ros.models.checkpoint import CheckpointLayout, LoadPlan, regis
 from librobot_vlm_ros.models.llava_config import CLIP_LARGE_336, is_original, original_to_native
 from librobot_vlm_ros.models.native_keys import DERIVED, native_tensors, renamed
 from librobot_vlm_ros.models.registry import model_info
-from librobot_vlm_ros.models.shards import read_config, read_json, weight_files
+from librobot_vlm_ros.models.shards import read_config, tensor_names
 from librobot_vlm_ros.models.weights import find_weights, in_hub_cache
 from librobot_vlm_ros.models.weights_names import is_hub_id
 
@@ -29,6 +28,8 @@ __all__ = ["plan_for"]
 
 #: The tower of the published models, at the commit that they are known to work with.
 _CLIP_ID = "openai/clip-vit-large-patch14-336"
+#: CLIP's own default, which its config.json may leave out.
+_CLIP_WIDTH = 768
 _CLIP_REVISION = "ce19dc912ca5cd21c8a653c79e251e808ccabcd1"
 
 _OFFICIAL = tuple(
@@ -67,9 +68,9 @@ def _plan_native(config: dict[str, Any], folder: Path) -> LoadPlan:
 def _plan_original(config: dict[str, Any], folder: Path) -> LoadPlan:
     from transformers import LlavaForConditionalGeneration
 
-    inside = any(key.startswith(_TOWER_KEY) for key in _keys(folder))
+    inside = any(key.startswith(_TOWER_KEY) for key in tensor_names(folder))
     tower = None if inside else _tower_folder(config, folder)
-    native = original_to_native(config, _tower_config(config, tower))
+    native = original_to_native(config, _tower_config(config, folder, tower))
     words, rows = int(config["vocab_size"]), native.text_config.vocab_size
 
     def convert(key: str, value: Tensor) -> Iterable[tuple[str, Tensor]]:
@@ -82,20 +83,6 @@ def _plan_original(config: dict[str, Any], folder: Path) -> LoadPlan:
 
     folders = (folder,) if tower is None else (folder, tower)
     return LoadPlan(LlavaForConditionalGeneration, native, convert, folders)
-
-
-def _keys(folder: Path) -> Iterable[str]:
-    """Names of the tensors in a folder, the tensors themselves not read."""
-    for index in sorted(folder.glob("*.index.json")):
-        return list(read_json(index).get("weight_map") or ())
-    keys: list[str] = []
-    for path in weight_files(folder):
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                keys += file.keys()
-        else:
-            keys += torch.load(path, map_location="meta", weights_only=True, mmap=True)
-    return keys
 
 
 def _tower_folder(config: Mapping[str, Any], folder: Path) -> Path:
@@ -119,17 +106,43 @@ def _tower_folder(config: Mapping[str, Any], folder: Path) -> Path:
         ) from error
 
 
-def _tower_config(config: Mapping[str, Any], tower: Path | None) -> dict[str, Any]:
+def _tower_config(config: Mapping[str, Any], folder: Path, tower: Path | None) -> Mapping[str, Any]:
+    """The tower's dimensions; None for `tower` means that its weights lie in the shards."""
+    named = config.get("mm_vision_tower")
     if tower is not None:
-        found = read_config(tower)
-        return dict(found.get("vision_config") or found)
-    if config.get("mm_vision_tower") == _CLIP_ID:
-        return CLIP_LARGE_336
+        found: Mapping[str, Any] = read_config(tower)
+    elif (beside := _config_of_tower(config, folder)) is not None:
+        found = beside
+    elif isinstance(config.get("vision_config"), Mapping):
+        found = config["vision_config"]
+    else:
+        found = CLIP_LARGE_336 if named == _CLIP_ID else {}
+    inner = found.get("vision_config")
+    found = inner if isinstance(inner, Mapping) else found
+    has = found.get("hidden_size") or _CLIP_WIDTH
+    width = config.get("mm_hidden_size") or has
+    if found and has == width:
+        return found
     raise ModelError(
         ErrorCode.BAD_CONFIG,
-        f"the dimensions of the vision tower {config.get('mm_vision_tower')!r} are not known",
-        "put its config.json and weights into a folder vision_tower beside the shards",
+        f"the dimensions of the vision tower {named!r} are not known"
+        if not found
+        else f"config.json of a LLaVA: mm_hidden_size is {width!r}, that of the vision tower "
+        f"{named!r} is {has!r}",
+        "put the tower's config.json and weights into a folder vision_tower beside the shards",
     )
+
+
+def _config_of_tower(config: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:
+    """config.json of the folder that belongs to a tower in the shards, where there is one."""
+    places = [folder / "vision_tower"]
+    if not in_hub_cache(folder):  # a download must not choose which folders here are read
+        named = str(config.get("mm_vision_tower") or "")
+        places += [folder / named, Path(named).expanduser()] if named else []
+    for place in places:
+        if place != folder and (place / "config.json").is_file():
+            return read_config(place)
+    return None
 
 
 def _matches_native(config: Mapping[str, Any]) -> bool:

@@ -11,6 +11,7 @@ import os
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
 
@@ -20,6 +21,7 @@ __all__ = [
     "dtype_name",
     "free_bytes",
     "missing_for_flash",
+    "move",
     "place",
     "resolve_dtype",
     "usable_cores",
@@ -62,6 +64,24 @@ def place(
     where = _resolve_device(device)
     kind = resolve_dtype(dtype, where)
     return Placement(where, kind, _resolve_attention(attention, where, kind))
+
+
+def move(
+    module: nn.Module, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """Bring a model to a device and a dtype, what is no part of its checkpoint to the device alone.
+
+    Rotary frequencies are such buffers: rounded to half precision they would put far places wrong.
+    """
+    kept = [
+        (owner, name, buffer)
+        for owner in module.modules()
+        for name, buffer in owner.named_buffers(recurse=False)
+        if name in owner._non_persistent_buffers_set
+    ]
+    module.to(device=device, dtype=dtype)
+    for owner, name, buffer in kept:
+        setattr(owner, name, buffer.to(device))
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -145,7 +145,7 @@ def to_views(
     Raises ImageError BAD_IMAGE.
     """
     if isinstance(images, Tensor) and images.is_floating_point():
-        if images.dim() not in (3, 4, 5) or images.shape[-3] != 3:
+        if images.dim() not in (3, 4, 5) or images.shape[-3] != 3 or not images.numel():
             raise ImageError(
                 ErrorCode.BAD_IMAGE,
                 f"float images are {list(images.shape)}",

@@ -88,7 +88,8 @@ def parse_json_boxes(
 ) -> tuple[tuple[Region, ...], int]:
     """Regions in pixels of a width x height image, and how many objects are no box.
 
-    Qwen3-VL's notation, also of a list that was cut off. `label` names boxes that come without one.
+    Qwen3-VL's notation, also of a list that was cut off, stands inside an object or gives an object
+    several boxes. `label` names boxes that come without one.
     An empty list is a good answer; one without any object counts as one that is none.
     """
     regions: list[Region] = []
@@ -101,15 +102,18 @@ def parse_json_boxes(
         except (ValueError, RecursionError):
             place = begin + 1  # cut off or damaged: a good one may stand inside or behind
             continue
+        if "bbox_2d" not in found and "{" in text[begin + 1 : place]:
+            pieces, place = pieces - 1, begin + 1  # an object around the objects
+            continue
         numbers, name = found.get("bbox_2d"), found.get("label")
-        region = region_of(
-            numbers if isinstance(numbers, list) else (),
-            name.strip() if isinstance(name, str) and name.strip() else label,
-            score([(begin, place)]),
-            width,
-            height,
-        )
-        if region is not None:
-            regions.append(region)
+        label_here = name.strip() if isinstance(name, str) and name.strip() else label
+        several = isinstance(numbers, list) and all(isinstance(box, list) for box in numbers)
+        boxes = numbers if several and numbers else [numbers]
+        pieces += len(boxes) - 1
+        for box in boxes:
+            corners = box if isinstance(box, list) else ()
+            region = region_of(corners, label_here, score([(begin, place)]), width, height)
+            if region is not None:
+                regions.append(region)
     empty = re.fullmatch(r"\s*(?:```(?:json)?)?\s*\[\s*\]\s*(?:```)?\s*", text)
     return tuple(regions), (0 if empty else max(1, pieces)) - len(regions)

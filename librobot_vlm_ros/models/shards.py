@@ -21,7 +21,14 @@ from torch import Tensor
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
 
-__all__ = ["iterate_tensors", "read_config", "read_json", "tensor_kinds", "weight_files"]
+__all__ = [
+    "iterate_tensors",
+    "read_config",
+    "read_json",
+    "tensor_kinds",
+    "tensor_names",
+    "weight_files",
+]
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLES = ("model.safetensors", "pytorch_model.bin")
@@ -124,6 +131,20 @@ def tensor_kinds(path: Path) -> dict[str, tuple[str, int]]:
             }
     except SafetensorError as error:
         raise _cut_off(path, error) from error
+
+
+def tensor_names(folder: Path) -> list[str]:
+    """Keys of all tensors of a checkpoint folder; of a folder with an index that alone is read.
+
+    Raises ModelError as `weight_files` and `tensor_kinds` do.
+    """
+    files = weight_files(folder)
+    for index, single in zip(_INDEXES, _SINGLES, strict=True):
+        if (folder / index).is_file():
+            return list(read_json(folder / index)["weight_map"])
+        if (folder / single).is_file():
+            break
+    return [key for path in files for key in tensor_kinds(path)]
 
 
 def _name(dtype: torch.dtype) -> str:

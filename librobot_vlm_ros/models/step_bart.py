@@ -103,6 +103,9 @@ class BartStep:
     layers, hooks.
     """
 
+    #: See `LlamaStep.longest`: its table of positions bounds answers, not the arithmetic.
+    longest: int | None = None
+
     def __init__(self, decoder: Any, head: Any) -> None:
         config = decoder.config
         self._modules = decoder, head

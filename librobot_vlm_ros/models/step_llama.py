@@ -120,6 +120,9 @@ class LlamaStep:
     layers, hooks, sliding windows, other layers than those named above.
     """
 
+    #: Places of prompt and answer together that it is right for; None means any number.
+    longest: int | None = None
+
     def __init__(self, text_model: Any, head: Any) -> None:
         config = text_model.config
         self._modules = text_model, head
@@ -127,7 +130,12 @@ class LlamaStep:
         if kind not in _LAYERS:
             raise UnsupportedError(f"a {kind} is not known")
         rope = text_model.rotary_emb
-        if rope.rope_type not in _FIXED_ROPE:
+        self.inv_freq = rope.inv_freq
+        if rope.rope_type == "dynamic":
+            # Its frequencies grow with what is longer than the model was made for, and only then.
+            self.longest = int(rope.original_max_seq_len) - 1
+            self.inv_freq = rope.original_inv_freq
+        elif rope.rope_type not in _FIXED_ROPE:
             raise UnsupportedError(f"rotary embedding {rope.rope_type!r} depends on the length")
         if "sliding_attention" in (getattr(config, "layer_types", None) or ()) or (
             kind == "MistralDecoderLayer" and config.sliding_window
@@ -145,7 +153,7 @@ class LlamaStep:
         self.embed_scale = None if scale is None else scale.to(self.embedding.dtype)
         self.head, self.head_bias = plain(head)
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
-        self.inv_freq, self.rope_scale = rope.inv_freq, float(rope.attention_scaling)
+        self.rope_scale = float(rope.attention_scaling)
         self.eps = float(config.rms_norm_eps)
         # In float32 on a CPU a few small operations beat the one that torch offers.
         self.quick = self.dtype == torch.float32 and self.device.type == "cpu"

@@ -6,7 +6,7 @@ Which step fits a model is found out here, too: `make_step` gives one or says wh
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ __all__ = [
     "make_step",
     "plain",
     "project",
+    "states",
     "weight_of",
 ]
 
@@ -39,9 +40,10 @@ class UnsupportedError(Exception):
     """The module does something that the functional step does not know; the text says what."""
 
 
-def make_step(kind: type[Any], model: Any, head: Any, wanted: str) -> Any:
+def make_step(kind: type[Any], model: Any, head: Any, wanted: str, length: int = 0) -> Any:
     """A `kind` over the text model's weights; None where the module itself is to take the steps.
 
+    `length`: places of the longest prompt and its answer together.
     `wanted`: one of DECODERS. Raises ModelError BAD_CONFIG when "functional" cannot be.
     """
     if wanted == "module":
@@ -49,7 +51,13 @@ def make_step(kind: type[Any], model: Any, head: Any, wanted: str) -> Any:
     try:
         if model.training:
             raise UnsupportedError("it is in training mode")
-        return kind(model, head)
+        step = kind(model, head)
+        if step.longest is not None and length > step.longest:
+            raise UnsupportedError(
+                f"its rotary embedding depends on the length beyond {step.longest} places, "
+                f"prompt and answer may take {length}"
+            )
+        return step
     except (UnsupportedError, AttributeError) as reason:
         if wanted == "functional":
             raise ModelError(
@@ -112,5 +120,9 @@ def project(hidden: Tensor, head: Tensor, bias: Tensor | None, allowed: range | 
 
 def addresses(*modules: nn.Module) -> tuple[Any, ...]:
     """Where the weights of `modules` lie, what they are, and how often they were changed."""
-    weights = [weight for module in modules for weight in module.parameters()]
+    return states([weight for module in modules for weight in module.parameters()])
+
+
+def states(weights: Iterable[Tensor]) -> tuple[Any, ...]:
+    """`addresses` of tensors. What is written through ``.data`` does not count as a change."""
     return tuple((w.data_ptr(), w.dtype, 0 if w.is_inference() else w._version) for w in weights)

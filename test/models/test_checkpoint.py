@@ -17,6 +17,7 @@ from librobot_vlm_ros.core import ErrorCode, ModelError, as_vlm_error
 from librobot_vlm_ros.models import create_vlm, load_module
 from librobot_vlm_ros.models.catalog import CATALOG
 from librobot_vlm_ros.models.florence_config import FlorenceConfig, variants
+from librobot_vlm_ros.models.shards import tensor_names
 from librobot_vlm_ros.models.tiny import edit_json
 
 
@@ -90,6 +91,18 @@ def test_several_shards_by_their_index(folder: Path) -> None:
     assert all(torch.equal(found[key], expected[key]) for key in expected)
     (folder / "model-1.safetensors").unlink()
     assert code_of_loading(folder) == ErrorCode.WEIGHTS_NOT_FOUND
+
+
+def test_the_names_are_those_of_the_files_that_are_read(folder: Path) -> None:
+    index = folder / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": {"strange": "pytorch_model-1.bin"}}))
+    names = tensor_names(folder)
+    assert sorted(names) == sorted(load_file(folder / "model.safetensors"))
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    index.unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    assert sorted(tensor_names(folder)) == sorted(names)
 
 
 def test_an_index_cannot_name_files_elsewhere(folder: Path) -> None:

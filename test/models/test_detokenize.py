@@ -40,6 +40,15 @@ def test_a_letter_of_several_bytes_is_given_once_it_is_whole() -> None:
     assert [stream.feed([byte]) for byte in "aé車".encode()] == ["a", "", "é", "", "", "車"]
 
 
+def test_a_letter_that_stays_incomplete_is_given_at_the_end() -> None:
+    stream = TextStream(decode)
+    ids = "a車".encode()[:-1]
+    heard = "".join(stream.feed([byte]) for byte in ids)
+    assert heard == "a"
+    assert heard + stream.finish() == decode(ids)
+    assert stream.finish() == ""
+
+
 def test_spaces_that_depend_on_the_neighbour_are_kept() -> None:
     stream = TextStream(words)
     heard = [stream.feed([token]) for token in range(6)]

@@ -80,6 +80,33 @@ def test_logits_equal_the_original_arithmetic(tmp_path: Path, changes: dict[str,
     assert module.lm_head.weight is not module.get_input_embeddings().weight
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"vision": {"qk_normalization": True, "qkv_bias": False, "norm_type": "rms_norm"}},
+        {"text": {"bias": True}},
+    ],
+    ids=str,
+)
+def test_what_config_leaves_out_is_read_off_the_tensors(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    write_official(tmp_path, **changes)
+    whole = (tmp_path / "config.json").read_text()
+    config = json.loads(whole)
+    for part, names in (
+        ("vision_config", ("qk_normalization", "qkv_bias", "norm_type")),
+        ("llm_config", ("bias",)),
+    ):
+        for name in names:
+            del config[part][name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    module = load_module(tmp_path, "float32", "cpu")
+    (tmp_path / "config.json").write_text(whole)
+    assert difference(tmp_path, module) < 1e-4
+
+
 def test_logits_of_an_image_in_a_prompt_equal_the_original(
     official: Path, internvl: InternVLVLM
 ) -> None:

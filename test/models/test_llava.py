@@ -229,3 +229,36 @@ def test_the_input_size_is_the_images_part_of_the_square(llava: LlavaVLM) -> Non
     side = llava.images.width
     assert llava.input_size(640, 480) == (side, math.ceil(side * 3 / 4))
     assert llava.input_size(480, 640) == (math.ceil(side * 3 / 4), side)
+
+
+@pytest.mark.parametrize("dimensions", ["beside", "config", "unknown"])
+def test_a_tower_in_the_shards_has_the_dimensions_that_the_folder_states(
+    official: Path, tmp_path: Path, dimensions: str
+) -> None:
+    folder = tmp_path / "whole"
+    shutil.copytree(official, folder)
+    state = read_weights(official)
+    for key in [key for key in state if key.startswith(("text_", "visual_", "logit_scale"))]:
+        del state[key]
+    tower = "model.vision_tower.vision_tower."
+    for name in ("a.bin", "b.bin", "pytorch_model.bin.index.json"):
+        (folder / name).unlink()
+    state = {tower + k if k.startswith("vision_model.") else k: v for k, v in state.items()}
+    torch.save(state, folder / "pytorch_model.bin")
+    tower_config = json.loads((folder / "vision_tower" / "config.json").read_text())
+    (folder / "vision_tower" / "model.safetensors").unlink()
+    if dimensions != "beside":
+        (folder / "vision_tower" / "config.json").unlink()
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"mm_hidden_size": 24, "mm_vision_tower": "openai/clip-vit-large-patch14-336"}
+        if dimensions == "config":
+            config["vision_config"] = tower_config["vision_config"]
+        (folder / "config.json").write_text(json.dumps(config))
+    if dimensions == "unknown":
+        with pytest.raises(ModelError, match="mm_hidden_size is 24, that of the vision") as caught:
+            load_module(folder, "float32", "cpu")
+        assert caught.value.code == ErrorCode.BAD_CONFIG
+        return
+    whole, apart = (load_module(path, "float32", "cpu") for path in (folder, official))
+    for name, value in apart.state_dict().items():
+        assert torch.equal(whole.state_dict()[name], value), name

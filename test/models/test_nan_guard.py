@@ -13,6 +13,7 @@ from torch import nn
 
 from librobot_vlm_ros.core import ErrorCode, GenerationParams, InferenceError, ModelAnswer
 from librobot_vlm_ros.models import AbstractVLM, create_vlm
+from librobot_vlm_ros.models.placement import move
 
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"num_beams": 1},
@@ -88,3 +89,21 @@ def test_nan_in_float32_is_an_error(
     with pytest.raises(InferenceError) as caught:
         vlm.generate(batch["images"], batch["input_ids"], max_new_tokens=2)
     assert caught.value.code == ErrorCode.NAN_LOGITS
+
+
+@pytest.mark.parametrize("moved", ["made in", "gone to"])
+def test_rotary_frequencies_stay_in_full_precision(moved: str) -> None:
+    config = {
+        "vision_config": {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2},
+        "text_config": {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
+    }
+    config["vision_config"] |= {"intermediate_size": 24}
+    config["text_config"] |= {"intermediate_size": 24, "num_key_value_heads": 2}
+    dtype = "bfloat16" if moved == "made in" else "float32"
+    vlm = create_vlm("llava-v1.5-7b", config=config, device="cpu", dtype=dtype)
+    if moved == "gone to":  # as from float16 on a GPU
+        move(vlm.module, dtype=torch.bfloat16)
+    rotary = vlm.language_model.rotary_emb
+    exact = 1e4 ** -(torch.arange(0, 32, 2) / 32)
+    assert vlm.dtype == "bfloat16"
+    assert torch.allclose(rotary.inv_freq, exact, rtol=1e-6, atol=0)

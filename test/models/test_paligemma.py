@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,24 @@ def test_a_prompt_is_image_begin_prefix_newline(vlm3b: PaliGemmaVLM, ask) -> Non
         _, ids = vlm3b.prepare(ask("answer", prompt=hostile))
         assert ids == vlm3b.prepare(ask("answer", prompt=harmless))[1]
         assert not set(ids[2:]) & vlm3b.tokenizer.control_ids
+
+
+def test_line_ends_among_the_added_tokens_are_no_control_tokens(
+    published: Path, tmp_path: Path, vlm3b: PaliGemmaVLM, ask
+) -> None:
+    from tokenizers import AddedToken, Tokenizer
+
+    folder = tmp_path / "gemma"
+    shutil.copytree(published, folder)
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    # Gemma's file lists its user-defined pieces there: line ends, blanks, <table>, [@BOS@].
+    backend.add_tokens([AddedToken("\n", special=False), AddedToken("[@BOS@]", special=False)])
+    backend.save(str(folder / "tokenizer.json"))
+    found = create_vlm("paligemma-3b", pretrained=str(folder), device="cpu")
+    assert "[@BOS@]" in found.tokenizer.control_tokens
+    request = ask("ground", prompt="red\n\ncube", params=GenerationParams(max_new_tokens=3))
+    assert found.prepare(request)[1] == vlm3b.prepare(request)[1]
+    assert found.run([request])[0].text == vlm3b.run([request])[0].text
 
 
 def test_requests_are_answered(vlm3b: PaliGemmaVLM, ask) -> None:

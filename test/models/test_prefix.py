@@ -10,10 +10,16 @@ import pytest
 import torch
 
 from librobot_vlm_ros.core import GenerationParams, ModelAnswer
-from librobot_vlm_ros.models import conformance_llava, conformance_qwen2, conformance_qwen3
+from librobot_vlm_ros.models import (
+    conformance_internvl,
+    conformance_llava,
+    conformance_qwen2,
+    conformance_qwen3,
+)
 from librobot_vlm_ros.models.registry import create_vlm
 
 FAMILIES = {
+    "internvl2-2b": conformance_internvl,
     "llava-v1.5-7b": conformance_llava,
     "qwen2-vl-2b": conformance_qwen2,
     "qwen3-vl-4b": conformance_qwen3,
@@ -124,3 +130,19 @@ def test_features_that_were_made_anew_are_read_anew(vlm, ask, make_frame) -> Non
     entry.pixels = vlm._pixels(frame.pixels)
     assert answers(vlm, request) != first
     assert vlm.prefixes.hits == 0
+
+
+def test_a_frame_is_seen_anew_once_the_weights_have_changed(vlm, ask, make_frame) -> None:
+    frame = make_frame(8)
+    request = ask("answer", on=frame, prompt="a", params=SHORT)
+    first = answers(vlm, request)
+    with torch.no_grad():  # as an optimiser does, and load_state_dict
+        for parameter in vlm.vision_encoder.parameters():
+            parameter.add_(0.3)
+    after = answers(vlm, request)
+    assert after != first
+    vlm.frames.clear()
+    assert answers(vlm, request) == after
+    misses = vlm.frames.misses
+    answers(vlm, request)
+    assert vlm.frames.misses == misses

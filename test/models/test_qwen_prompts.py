@@ -78,6 +78,11 @@ GOOD = '{"bbox_2d": [1, 2, 3, 4], "label": "x"}'
         ('[{"bbox_2d": "1 2 3 4", "label": 7}]', 0, 1),
         ('{"a":' + "[" * 100_000, 0, 1),
         ('{"bbox_2d": [1, 2, 3, ' + "9" * 5000 + "]}", 0, 1),
+        (f'{{"objects": [{GOOD}, {GOOD}]}}', 2, 0),
+        (f'{{"objects": [{GOOD}, {{"label": "a {{cube}}"}}]}}', 1, 1),
+        ('{"objects": [{"none": 1}]}', 0, 1),
+        ('[{"bbox_2d": [[1, 2, 3, 4], [5, 6, 7, 8], [9]], "label": "x"}]', 2, 1),
+        ('[{"bbox_2d": [], "label": "x"}]', 0, 1),
     ],
 )
 def test_objects_that_are_no_box_are_counted(text: str, good: int, bad: int) -> None:

@@ -30,6 +30,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "text_config": {**_TEXT, "head_dim": 16},
         "image_token_id": 1100,
     },
+    "internvl2-2b": {
+        "vision_config": _VISION,
+        "text_config": {**_TEXT, "head_dim": 8},
+        "image_token_id": 1100,
+    },
     "qwen2-vl-2b": {
         **_MARKS,
         "vision_config": {"depth": 1, "embed_dim": 32, "num_heads": 2},
@@ -96,6 +101,22 @@ def test_a_batch_of_prompts_continues_as_through_the_module(
     assert len({row.ids for row in found}) == 3
     for row, other in zip(found, expected, strict=True):
         assert row.log_probs == pytest.approx(other.log_probs, abs=2e-4)
+
+
+def test_beyond_the_length_that_a_rotary_base_grows_with_the_module_decodes(causal) -> None:
+    if causal.name != "internvl2-2b":
+        pytest.skip("its frequencies do not depend on the length")
+    room = int(causal.config.text_config.max_position_embeddings)
+    causal.decoder = "auto"
+    with causal._answering():
+        near, _ = causal._start(None, [[5, 6, 7]], new_tokens=room - 4)
+        far, _ = causal._start(None, [[5, 6, 7]], new_tokens=room - 3)
+        causal.decoder = "functional"
+        with pytest.raises(ModelError, match="depends on the length beyond") as caught:
+            causal._start(None, [[5, 6, 7]], new_tokens=room - 3)
+    assert isinstance(near, CausalStepDecoder)
+    assert not isinstance(far, CausalStepDecoder)
+    assert caught.value.code == ErrorCode.BAD_CONFIG
 
 
 @pytest.mark.parametrize("params", PARAMS[:2], ids=["greedy", "beams"])
