@@ -51,6 +51,7 @@ class LiveParameters:
         self._node = node
         self._is_unconfigured = is_unconfigured
         self._on_change = on_change
+        self._refused = threading.local()  # what `set` gives back
         self._forced = (
             threading.local()
         )  # `force` lets configure-time parameters through on its thread

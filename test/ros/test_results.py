@@ -106,7 +106,8 @@ def test_a_bad_instruction_is_refused_and_the_old_one_stays(vlm: Any) -> None:
     publisher = vlm.robot.node.create_publisher(String, f"{vlm.name}/instruction", 10)
     vlm.wait_for(lambda: publisher.get_subscription_count() > 0, 10.0)
     publisher.publish(String(data="x" * 5000))
-    vlm.process.wait_for_output("PROMPT_TOO_LONG(201)")
+    vlm.process.wait_for_output("~/instruction refused: PROMPT_TOO_LONG(201)")
+    assert "parameter refused" not in vlm.log()  # said once
     assert vlm.get_parameter("instruction") == "duck"
 
 
