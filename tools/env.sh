@@ -29,8 +29,7 @@ export ROS_AUTOMATIC_DISCOVERY_RANGE="${ROS_AUTOMATIC_DISCOVERY_RANGE:-LOCALHOST
 
 # `. tools/env.sh wheels` leaves this package out: the environment to build it in.
 if [ "${1:-}" != wheels ] && [ -f "$_vlm_root/install/setup.bash" ]; then
-  . "$_vlm_root/install/setup.bash"
-  PATH="$_vlm_root/install/librobot_vlm_ros/lib/librobot_vlm_ros:$PATH"  # librobot-vlm
+  . "$_vlm_root/install/setup.bash"  # librobot-vlm, too
 fi
 # The checkout first: edits count at once, and the messages are found beside it (see __init__.py).
 export PYTHONPATH="$_vlm_root${PYTHONPATH:+:$PYTHONPATH}"

@@ -11,10 +11,27 @@ from pathlib import Path
 __all__ = ["configure", "main", "run"]
 
 
+_EPILOG = """\
+Both sides get the same inputs in turns; what counts is the ratio. The folder OUT gets summary.json,
+the README's table and a plot. Exit code 1 when a row failed or tokens differ in full precision.
+
+Examples:
+  librobot-vlm bench
+  librobot-vlm bench --only tabletop --pairs 3 --out build/quick
+  librobot-vlm bench --device cuda
+"""
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options, shared with `librobot-vlm bench`."""
+    parser.epilog = _EPILOG
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--out", type=Path, default=Path("build/bench"), help="where results go")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("build/bench"),
+        help="folder to write (default build/bench)",
+    )
     parser.add_argument("--pairs", type=int, default=5, help="pairs of runs a row (default: 5)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's own)")
     parser.add_argument("--only", default="", help="rows whose group has one of these words in it")

@@ -90,7 +90,7 @@ def _configure_model(model: Any) -> None:
     model.add_argument("--model", default="florence-2-base", help="default florence-2-base")
     model.add_argument("--weights", default="", help="folder or hub id (default: the model's own)")
     model.add_argument("--model-config", default="", metavar="JSON", help="the model's settings")
-    model.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps, xpu")
+    model.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     model.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16")
     model.add_argument("--quantization", default="none", help="none, int8, nf4")
     model.add_argument(

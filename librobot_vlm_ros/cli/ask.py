@@ -117,6 +117,8 @@ def _out_path(image: Path, asked: Path | None) -> Path:
         wrong = "expected the name of a picture, such as answer.png"
     elif not out.parent.is_dir():
         wrong = f"there is no folder {out.parent}"
+    elif not os.access(out.parent, os.W_OK):
+        wrong = f"this user may not write into {out.parent}"
     elif out.is_dir() or out.resolve() == image.resolve():
         wrong = "that would replace the picture or a folder"
     if wrong:

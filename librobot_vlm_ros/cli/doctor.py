@@ -64,8 +64,13 @@ def main(args: argparse.Namespace) -> int:
         print(json.dumps(document, indent=2))
     else:
         warnings = sum(finding.status == "warning" for finding in found)
-        print(f"\n{len(problems)} problems, {warnings} warnings", file=sys.stderr)
+        words = f"{_counted(len(problems), 'problem')}, {_counted(warnings, 'warning')}"
+        print(f"\n{words}", file=sys.stderr)
     return 1 if problems else 0
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _checks(

@@ -55,17 +55,20 @@ Exit codes: 0 done, 1 failed (the error says why), 2 wrong usage, 130 Ctrl-C, 14
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (without the program's name); the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    parser, modules = _parser(words)
-    args = parser.parse_args(words)
-    if args.command is None:
-        parser.print_help()
-        return 2
-    module = modules[args.command]
-    if hasattr(sys.stdout, "reconfigure"):  # a terminal without Unicode must not end a run
-        sys.stdout.reconfigure(errors="replace")
+    command = words[0] if words else ""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal without Unicode must not end a run
+            stream.reconfigure(errors="replace")
     let_signals_go = signals.catch()
     try:
-        code = int(module.main(args))
+        parser, children, modules = _parser(words)
+        if command not in children:
+            parser.parse_args(words)  # ends with --help, --version and wrong usage
+            parser.print_help()
+            return 2
+        # Not by `parser`: options may stand between the words, and usage is that of the command.
+        args = children[command].parse_intermixed_args(words[1:])
+        code = int(modules[command].main(args))
         sys.stdout.flush()  # here, where a reader that has gone is still expected
         return code
     except KeyboardInterrupt:
@@ -77,12 +80,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        return _report(args.command, error)
+        return _report(command, error)
     finally:
         let_signals_go()
 
 
-def _parser(words: Sequence[str]) -> tuple[argparse.ArgumentParser, dict[str, Any]]:
+def _parser(
+    words: Sequence[str],
+) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser], dict[str, Any]]:
+    """The whole parser, that of each command, and the commands' modules."""
     parser = argparse.ArgumentParser(
         prog="librobot-vlm",
         description=_DESCRIPTION,
@@ -91,7 +97,7 @@ def _parser(words: Sequence[str]) -> tuple[argparse.ArgumentParser, dict[str, An
     )
     parser.add_argument("--version", action="version", version=f"librobot-vlm {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    wanted = next((word for word in words if not word.startswith("-")), None)
+    children: dict[str, argparse.ArgumentParser] = {}
     modules: dict[str, Any] = {}
     for name in COMMANDS:
         module = importlib.import_module(f"{__package__}.{name.replace('-', '_')}")
@@ -101,10 +107,10 @@ def _parser(words: Sequence[str]) -> tuple[argparse.ArgumentParser, dict[str, An
             description=module.SUMMARY,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        if name == wanted:
+        if [name] == list(words[:1]):
             module.configure(child)
-        modules[name] = module
-    return parser, modules
+        children[name], modules[name] = child, module
+    return parser, children, modules
 
 
 def _report(command: str, error: Exception) -> int:
@@ -114,8 +120,29 @@ def _report(command: str, error: Exception) -> int:
     coded = as_vlm_error(error)
     if coded.code == ErrorCode.INTERNAL:
         traceback.print_exception(type(error), error, error.__traceback__)
+    if coded.code == ErrorCode.MISSING_DEPENDENCY and _is_of_ros(error):
+        coded = type(coded)(
+            coded.code,
+            f"{command} needs ROS 2 and this package's messages, and they cannot be imported here "
+            f"({str(error).splitlines()[0]})",
+            "Source the ROS 2 installation and the workspace: source install/setup.bash. "
+            "ask, models, convert and doctor work without.",
+        )
     print(f"librobot-vlm {command}: {coded}", file=sys.stderr)
     return 1
+
+
+def _is_of_ros(error: Exception) -> bool:
+    """Whether an import failed because no ROS is sourced, or not all of it is there."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ImportError):
+        cause = cause.__cause__
+    if cause is None:
+        return False
+    package, _, rest = (cause.name or "").partition(".")
+    ours = package == "librobot_vlm_ros" and rest in ("msg", "srv", "action")
+    foreign = package in ("rclpy", "rpyutils") or package.endswith(("_msgs", "_interfaces"))
+    return ours or foreign or "rclpy" in str(cause) or "rosidl" in str(cause)
 
 
 if __name__ == "__main__":

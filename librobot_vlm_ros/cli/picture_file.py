@@ -57,7 +57,7 @@ def read_picture(path: Path, limits: Limits = DEFAULT_LIMITS) -> npt.NDArray[np.
 
 
 def _by_pillow(path: Path, data: bytes, limits: Limits) -> npt.NDArray[np.uint8]:
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(data)) as picture:
@@ -75,6 +75,10 @@ def _by_pillow(path: Path, data: bytes, limits: Limits) -> npt.NDArray[np.uint8]
         raise as_vlm_error(error) from error
     except Image.DecompressionBombError as error:
         raise ImageError(ErrorCode.IMAGE_TOO_LARGE, f"it is too large: {error}") from error
+    except UnidentifiedImageError as error:  # its text names only the buffer
+        raise ImageError(
+            ErrorCode.BAD_IMAGE, "it is no picture of a known format", "Use JPEG or PNG."
+        ) from error
     except Exception as error:  # each of Pillow's formats has errors of its own
         raise ImageError(
             ErrorCode.BAD_IMAGE, f"it cannot be read as a picture: {error}", "Use JPEG or PNG."

@@ -202,7 +202,7 @@ def decode_compressed(
         raise ImageError(
             ErrorCode.UNSUPPORTED_ENCODING,
             f"format '{escape_for_log(format)}' is a depth image, expected colour or gray",
-            "Connect the camera's colour topic, or allow depth images explicitly.",
+            "Connect the camera's colour topic, or set allow_depth to take depth as grey.",
         )
     view = flat.data
     if isinstance(header.structure, jpeg.JpegHeader):

@@ -213,14 +213,15 @@ def _translated(exc: BaseException) -> VlmError:
             "Use a smaller model, image, batch or dtype, or free memory on the device.",
         )
     if isinstance(exc, OSError):
+        words = _words_of(exc) or what
         if exc.errno in (errno.ENOSPC, errno.EDQUOT):
-            return BagError(ErrorCode.DISK_FULL, what, "Free space on that disk and try again.")
+            return BagError(ErrorCode.DISK_FULL, words, "Free space on that disk and try again.")
         if isinstance(exc, PermissionError):
             return BagError(
-                ErrorCode.PERMISSION_DENIED, what, "Let this user read or write that path."
+                ErrorCode.PERMISSION_DENIED, words, "Let this user read or write that path."
             )
         if isinstance(exc, FileNotFoundError):
-            return BagError(ErrorCode.FILE_NOT_FOUND, what, "Check the path.")
+            return BagError(ErrorCode.FILE_NOT_FOUND, words, "Check the path.")
     if isinstance(exc, ImportError):
         return ModelError(
             ErrorCode.MISSING_DEPENDENCY, what, "Install that package in this environment."
@@ -228,6 +229,13 @@ def _translated(exc: BaseException) -> VlmError:
     return VlmError(
         ErrorCode.INTERNAL, what, "This is a defect of librobot_vlm_ros: please report it."
     )
+
+
+def _words_of(exc: OSError) -> str:
+    """The system's words and the path, without the exception's name and number; "" without them."""
+    if not isinstance(exc.strerror, str) or not exc.strerror:
+        return ""
+    return exc.strerror if exc.filename is None else f"{exc.strerror}: {exc.filename!r}"
 
 
 def _text_of(exc: BaseException) -> str:

@@ -60,7 +60,7 @@ def decode_image(
         raise ImageError(
             ErrorCode.UNSUPPORTED_ENCODING,
             f"encoding '{layout.name}' is a depth image, expected a colour or gray image",
-            "Connect the camera's colour topic, or allow depth images explicitly.",
+            "Connect the camera's colour topic, or set allow_depth to take depth as grey.",
         )
     row_bytes = unsigned("step", step)
     _check_layout(layout, columns, rows, row_bytes)

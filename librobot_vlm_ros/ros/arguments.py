@@ -156,6 +156,13 @@ def parse_values(texts: Mapping[str, str]) -> dict[str, Value]:
 
     A list is written `[a, b]` or `a, b`; a boolean `true` or `false`.
     """
+    for name, text in texts.items():
+        if not _is_unicode(text):
+            raise RequestError(
+                ErrorCode.BAD_PARAMETER,
+                f"argument {name} cannot be read as text in this locale: '{escape_for_log(text)}'",
+                "Use a UTF-8 locale: LC_ALL=C.UTF-8.",
+            )
     values = {
         name: PARAMETERS[name].parsed(text) for name, text in texts.items() if name in PARAMETERS
     }
@@ -163,6 +170,15 @@ def parse_values(texts: Mapping[str, str]) -> dict[str, Value]:
     if "use_sim_time" in texts:
         values["use_sim_time"] = _SIM_TIME.parsed(texts["use_sim_time"])
     return values
+
+
+def _is_unicode(text: str) -> bool:
+    """Python keeps bytes that the locale cannot read as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def ros_arguments(texts: Mapping[str, str]) -> list[str]:

@@ -51,6 +51,7 @@ class LiveParameters:
         self._node = node
         self._is_unconfigured = is_unconfigured
         self._on_change = on_change
+        self._refused = threading.local()  # what `set` gives back
         self._forced = (
             threading.local()
         )  # `force` lets configure-time parameters through on its thread
@@ -74,14 +75,20 @@ class LiveParameters:
             self._forced.now = False
 
     def set(self, name: str, value: object) -> VlmError | None:
-        """Set one parameter as a client would; the error when it is refused."""
+        """Set one parameter as a client would; the error when it is refused, which is the caller's
+        to log.
+        """
+        self._refused.quiet, self._refused.error = True, None
         try:
             (result,) = self._node.set_parameters([RosParameter(name, value=value)])
         except Exception as error:  # a value that is of no parameter type
             return as_vlm_error(error)
+        finally:
+            self._refused.quiet = False
         if result.successful:
             return None
-        return RequestError(ErrorCode.BAD_PARAMETER, result.reason)
+        refused: VlmError | None = self._refused.error
+        return refused or RequestError(ErrorCode.BAD_PARAMETER, result.reason)
 
     def _declare(self) -> None:
         overrides = getattr(self._node, "_parameter_overrides", {})  # what was given at start
@@ -129,7 +136,9 @@ class LiveParameters:
                 self._refuse_other_folders(ours)
             self.settings.changed(**ours)
         except VlmError as error:
-            self._node.get_logger().warning(f"parameter refused: {error}")
+            self._refused.error = error
+            if not getattr(self._refused, "quiet", False):
+                self._node.get_logger().warning(f"parameter refused: {error}")
             return SetParametersResult(successful=False, reason=str(error))
         return SetParametersResult(successful=True)
 

@@ -24,6 +24,8 @@ from rclpy.qos import (
 
 __all__ = ["Link", "MatchedSubscription", "matching_profile"]
 
+_UNKNOWN_NODE = "_NODE_NAME_UNKNOWN_"  # what the middleware calls a node it has not heard of
+
 
 @dataclass(frozen=True)
 class Link:
@@ -182,7 +184,7 @@ class MatchedSubscription:
         refused = [item for item in right if not _fits(item.qos_profile, self._profile)]
         if refused:
             problem = (
-                f"quality of service does not match: {refused[0].node_name} publishes {self._name} "
+                f"quality of service does not match: {_named(refused[0])} publishes {self._name} "
                 f"as {_words(refused[0].qos_profile)}, this node asks for {words}"
             )
             fix = "Set qos_reliability:=auto, or publish it as reliable."
@@ -213,6 +215,12 @@ class MatchedSubscription:
             )
         more = f" and {len(topics) - 5} more" if len(topics) > 5 else ""
         return f"Topics of that type: {', '.join(topics[:5])}{more}."
+
+
+def _named(publisher: Any) -> str:
+    """The publisher's node. A topic can be discovered some time before the node that it is of."""
+    name = str(publisher.node_name)
+    return "a publisher whose name is not known yet" if name in ("", _UNKNOWN_NODE) else name
 
 
 def _same(one: QoSProfile, other: QoSProfile | None) -> bool:

@@ -55,8 +55,13 @@ class Served:
 def make_request(goal: Any, served: Served, request_id: str = "") -> InferenceRequest:
     """The request that a `Query` request or `Generate` goal describes. Raises `VlmError`."""
     if served.state != "active":
+        on_its_way = served.state in ("configuring", "activating")
         raise EngineError(
-            ErrorCode.NOT_ACTIVE, f"the node is {served.state}", "Activate it: ros2 lifecycle set."
+            ErrorCode.NOT_ACTIVE,
+            f"the node is {served.state}",
+            "Ask again once it is active."
+            if on_its_way
+            else "Configure and activate it, as with ros2 lifecycle set.",
         )
     spec = get_task(goal.task)
     timeout_s = timeout_of(goal.timeout_s, served.settings.request_timeout_s)

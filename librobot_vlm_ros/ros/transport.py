@@ -116,8 +116,8 @@ def config_file(name: str) -> Path | None:
         from ament_index_python.packages import get_package_share_directory
 
         folders.append(Path(get_package_share_directory("librobot_vlm_ros")) / "config")
-    except (ImportError, LookupError):
-        pass  # no ROS installation knows this package
+    except (ImportError, LookupError, OSError):
+        pass  # no ROS installation knows this package, or none is sourced
     return next((folder / name for folder in folders if (folder / name).is_file()), None)
 
 

@@ -45,6 +45,9 @@ def main(args: Sequence[str] | None = None, values: Mapping[str, Any] | None = N
         # rclpy's own handlers take the context away, and with it the last words of the node.
         rclpy.init(args=argv, signal_handler_options=SignalHandlerOptions.NO)
     except Exception as error:  # arguments and parameter files are read here
+        if "log directory" in str(error):
+            print(f"vlm_node: {_no_log_folder(error)}", file=sys.stderr)
+            return 1
         wrong = RequestError(
             ErrorCode.BAD_PARAMETER,
             f"the arguments of the process cannot be used: {error}",
@@ -76,6 +79,16 @@ def main(args: Sequence[str] | None = None, values: Mapping[str, Any] | None = N
     # Taking the interpreter down takes seconds with torch in it, and is no option while a thread is
     # deep in the model. Everything that must end in order has.
     os._exit(0)
+
+
+def _no_log_folder(error: Exception) -> Exception:
+    from librobot_vlm_ros.core import BagError, ErrorCode
+
+    return BagError(
+        ErrorCode.PERMISSION_DENIED,
+        f"ROS cannot write its log: {error}",
+        "Set ROS_LOG_DIR (or ROS_HOME, or HOME) to a folder that this user may write.",
+    )
 
 
 def _make_node(values: Mapping[str, Any]) -> Any:

@@ -317,7 +317,7 @@ def test_people_see_lines_with_the_fix_below(
     assert main(["doctor"]) == 1
     shown = capsys.readouterr()
     assert shown.out == "ok      a: fine\nPROBLEM b: bad\n        -> mend it\n"
-    assert "1 problems, 0 warnings" in shown.err
+    assert "1 problem, 0 warnings" in shown.err
     monkeypatch.setattr(command, "_checks", lambda info, args: [("x", lambda: rows[:1])])
     assert main(["doctor"]) == 0
     assert main(["doctor", "--model", "no-such"]) == 1

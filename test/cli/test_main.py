@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from librobot_vlm_ros import __version__
 from librobot_vlm_ros.bags.synthetic import write_rectangle_bag
-from librobot_vlm_ros.cli.main import COMMANDS, main
+from librobot_vlm_ros.cli.main import COMMANDS, _parser, main
 
 Captured = pytest.CaptureFixture[str]
 
@@ -59,10 +60,36 @@ def test_wrong_usage_ends_with_2(words: list[str], capsys: Captured) -> None:
     assert "usage:" in capsys.readouterr().err
 
 
+def test_usage_is_that_of_the_command(capsys: Captured) -> None:
+    with pytest.raises(SystemExit):
+        main(["query", "caption", "--no-such-option"])
+    assert capsys.readouterr().err.startswith("usage: librobot-vlm query")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_example_of_the_help_is_understood(command: str) -> None:
+    _, children, _ = _parser([command])
+    examples = re.findall(
+        rf"^  librobot-vlm ({command}\b.*)$", children[command].epilog or "", re.M
+    )
+    for example in examples:
+        # Two blanks stand before what an example does.
+        words = shlex.split(re.split(r" {3,}| > ", example)[0])
+        children[command].parse_intermixed_args(words[1:])
+    assert examples or command == "demo"
+
+
+def test_options_may_stand_between_the_words() -> None:
+    _, children, _ = _parser(["query"])
+    args = children["query"].parse_intermixed_args(["ground", "--timeout", "5", "the red cube"])
+    assert (args.task, args.prompt, args.timeout) == ("ground", "the red cube", 5.0)
+
+
 def test_errors_are_printed_with_their_code(tmp_path: Path, capsys: Captured) -> None:
     assert main(["replay", str(tmp_path / "nothing")]) == 1
     shown = capsys.readouterr().err
     assert shown.startswith("librobot-vlm replay: FILE_NOT_FOUND(604): ")
+    assert "Errno" not in shown
     assert "Traceback" not in shown
 
 
@@ -129,3 +156,28 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
         process.stdout.close()
         shown = process.stderr.read()
     assert shown == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "of_ros"),
+    [
+        (ModuleNotFoundError("No module named 'rclpy'", name="rclpy"), True),
+        (ModuleNotFoundError("No module named", name="librobot_vlm_ros.srv"), True),
+        (ModuleNotFoundError("No module named", name="diagnostic_msgs.msg"), True),
+        (ImportError("librcl.so: cannot open\nThe C extension 'rclpy/_rclpy_pybind11.so'"), True),
+        (ModuleNotFoundError("No module named 'peft'", name="peft"), False),
+        (ModuleNotFoundError("No module named", name="librobot_vlm_ros.nothing"), False),
+    ],
+)
+def test_a_command_that_needs_ros_says_how_to_get_it(
+    error: ImportError, of_ros: bool, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    def fails(args: object) -> int:
+        raise error
+
+    monkeypatch.setattr("librobot_vlm_ros.cli.query.main", fails)
+    assert main(["query", "caption"]) == 1
+    shown = capsys.readouterr().err
+    assert "MISSING_DEPENDENCY(312)" in shown
+    assert ("source install/setup.bash" in shown) == of_ros
+    assert ("Install that package" in shown) != of_ros

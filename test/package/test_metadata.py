@@ -167,3 +167,16 @@ def test_the_installation_holds_executables_launch_files_and_interfaces() -> Non
         for path in (ROOT / folder).rglob("*"):
             if path.is_file() and path.suffix != ".pyc":
                 assert (share / folder / path.relative_to(ROOT / folder)).is_file()
+
+
+@pytest.mark.ros
+def test_a_sourced_workspace_has_the_command_on_its_path() -> None:
+    from ament_index_python.packages import get_package_prefix
+
+    prefix = Path(get_package_prefix(PACKAGE))
+    for command in (prefix / "bin/librobot-vlm", prefix / f"lib/{PACKAGE}/librobot-vlm"):
+        assert os.access(command, os.X_OK), command
+    script = f". '{prefix}/share/{PACKAGE}/local_setup.bash' && command -v librobot-vlm"
+    env = {**os.environ, "PATH": os.defpath}
+    found = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True)
+    assert found.stdout.strip() == str(prefix / "bin/librobot-vlm"), found.stderr

@@ -63,5 +63,5 @@ def test_a_process_that_does_not_end_is_killed(
         process.wait_until_active(session, "/vlm", 60)
         os.kill(process.pid, signal.SIGSTOP)  # it cannot take any notice
         began_s = time.monotonic()
-    assert time.monotonic() - began_s < 5
+    assert time.monotonic() - began_s < 20
     assert started.end() == -9

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
 pytestmark = pytest.mark.ros
+
+_ANSWER_S = 12.0
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +30,26 @@ def vlm(start_vlm: Callable[..., Any]) -> Any:
     made.wait_for_state("active")
     assert made.set_parameters(tasks=[""]) == []
     return made
+
+
+@pytest.fixture(scope="module")
+def slow(start_vlm: Callable[..., Any]) -> Any:
+    """A node whose model takes so long that all else is quick beside it on a busy machine, too."""
+    made = start_vlm(fake={"latency_s": _ANSWER_S}, tasks=[""], queue_size=3, autostart=True)
+    made.wait_for_state("active")
+    return made
+
+
+@pytest.fixture
+def at_work(slow: Any, cameras: dict[str, Any]) -> Iterator[Any]:
+    """A goal that the slow model is at work on; ended with everything else afterwards."""
+    if slow.state == "inactive":
+        assert slow.change_state("activate")
+    goal = Goal(slow, task="caption", use_image=True, image=cameras["front"].message())
+    slow.wait_for(lambda: goal.feedback, 30.0, "the first token")
+    yield goal
+    if slow.state == "active":
+        assert slow.change_state("deactivate")
 
 
 @pytest.fixture(scope="module")
@@ -152,23 +174,25 @@ def test_a_wrong_question_is_answered_with_its_code(
     assert f"({code})" in response.error_msg
 
 
-def test_a_deadline_is_kept(vlm: Any, cameras: dict[str, Any]) -> None:
+def test_a_deadline_is_kept(slow: Any, at_work: Any, cameras: dict[str, Any]) -> None:
     image = cameras["front"].message()
     started = time.monotonic()
-    response = query(vlm, task="caption", use_image=True, image=image, timeout_s=0.1)
+    response = query(slow, task="caption", use_image=True, image=image, timeout_s=0.1)
     assert response.error_code == 502
-    assert time.monotonic() - started < 0.29
+    assert time.monotonic() - started < _ANSWER_S / 2
 
 
 def test_more_questions_than_the_queue_takes_are_answered_busy_at_once(
-    vlm: Any, cameras: dict[str, Any]
+    slow: Any, at_work: Any, cameras: dict[str, Any]
 ) -> None:
     image = cameras["front"].message()
-    waiting = [query_later(vlm, task="caption", use_image=True, image=image) for _ in range(10)]
-    codes = [wait(10.0).error_code for wait in waiting]
-    assert set(codes) == {0, 500}
-    # One may be with the model already while three wait.
-    assert codes.count(0) in (3, 4)
+    waiting = [query_later(slow, task="caption", use_image=True, image=image) for _ in range(10)]
+    # With the model at work, three wait, and the others are answered long before the model is.
+    codes = [wait(15.0).error_code for wait in waiting[3:]]
+    assert codes == [500] * 7
+    assert not at_work.done
+    assert slow.change_state("deactivate")
+    assert [wait(15.0).error_code for wait in waiting[:3]] == [503] * 3
 
 
 def test_models_are_listed(vlm: Any) -> None:
@@ -222,19 +246,20 @@ def test_an_answer_is_streamed_token_by_token(vlm: Any, cameras: dict[str, Any])
     assert result.info.request_id.startswith("generate/")
 
 
-def test_a_goal_is_cancelled_between_two_tokens(vlm: Any, cameras: dict[str, Any]) -> None:
-    goal = Goal(vlm, task="caption", use_image=True, image=cameras["front"].message())
-    vlm.wait_for(lambda: goal.feedback, 5.0)
+def test_a_goal_is_cancelled_between_two_tokens(
+    slow: Any, at_work: Any, cameras: dict[str, Any]
+) -> None:
     started = time.monotonic()
-    goal.cancel()
-    status, result = goal.result()
-    assert time.monotonic() - started < 0.2
+    at_work.cancel()
+    status, result = at_work.result(_ANSWER_S)
+    assert time.monotonic() - started < _ANSWER_S / 2
     assert status == "canceled"
     assert result.error_code == 501
-    assert result.text == goal.feedback[-1].text
-    seen = len(goal.feedback)
-    assert query(vlm, task="caption", use_image=True, image=cameras["front"].message()).success
-    assert len(goal.feedback) <= seen + 1  # one may have been on its way
+    slow.wait_for(lambda: result.text == at_work.feedback[-1].text, 10.0, "the last token")
+    # The model is free for what comes next.
+    following = Goal(slow, task="caption", use_image=True, image=cameras["front"].message())
+    slow.wait_for(lambda: following.feedback, 30.0, "the first token of the next goal")
+    assert at_work.feedback[-1].text == result.text
 
 
 def test_a_wrong_goal_is_aborted_with_its_code(vlm: Any, cameras: dict[str, Any]) -> None:
@@ -243,29 +268,38 @@ def test_a_wrong_goal_is_aborted_with_its_code(vlm: Any, cameras: dict[str, Any]
     assert result.error_code == 202
 
 
-def test_goals_beyond_the_queue_are_aborted_busy(vlm: Any, cameras: dict[str, Any]) -> None:
+def test_goals_beyond_the_queue_are_aborted_busy(
+    slow: Any, at_work: Any, cameras: dict[str, Any]
+) -> None:
     image = cameras["front"].message()
-    goals = [Goal(vlm, task="caption", use_image=True, image=image) for _ in range(6)]
-    outcomes = [goal.result() for goal in goals]
-    codes = [result.error_code for _, result in outcomes]
-    assert set(codes) == {0, 500}
-    assert [status for status, _ in outcomes].count("succeeded") == codes.count(0)
+    goals = [Goal(slow, task="caption", use_image=True, image=image) for _ in range(5)]
+    # Three goals may be there at once, the one that the model is at work on included.
+    slow.wait_for(lambda: sum(goal.done for goal in goals) == 3, 10.0, "the others' end")
+    for goal in goals:
+        if goal.done:
+            status, result = goal.result()
+            assert (status, result.error_code) == ("aborted", 500)
+    assert not at_work.done
 
 
 def test_questions_while_inactive_are_refused_and_a_running_one_is_ended(
-    vlm: Any, cameras: dict[str, Any]
+    slow: Any, at_work: Any, vlm: Any
 ) -> None:
     from librobot_vlm_ros.srv import SwitchModel
 
-    waiting = query_later(vlm, task="caption", use_image=True, image=cameras["front"].message())
-    time.sleep(0.1)
-    assert vlm.change_state("deactivate")
-    assert waiting(1.0).error_code == 503
-    assert query(vlm, task="caption").error_code == 503
-    assert Goal(vlm, task="caption").result()[1].error_code == 503
-    assert vlm.change_state("cleanup")
-    assert query(vlm, task="caption").error_code == 503
-    assert vlm.call(SwitchModel, "switch_model", model="fake").error_code == 311
+    assert slow.change_state("deactivate")
+    status, result = at_work.result()
+    assert (status, result.error_code) == ("aborted", 503)
+    for inactive in (slow, vlm):
+        if inactive.state == "active":
+            assert inactive.change_state("deactivate")
+        assert query(inactive, task="caption").error_code == 503
+        assert Goal(inactive, task="caption").result()[1].error_code == 503
+        assert inactive.change_state("cleanup")
+        assert query(inactive, task="caption").error_code == 503
+        assert inactive.call(SwitchModel, "switch_model", model="fake").error_code == 311
+    # Tests that follow may want the slow one again.
+    assert slow.change_state("configure")
 
 
 def test_switching_answers_what_waits_and_the_parameters_follow(
@@ -282,9 +316,9 @@ def test_switching_answers_what_waits_and_the_parameters_follow(
     assert response.success, response.error_msg
     assert response.active == "fake"
     assert response.load_s >= 0
-    assert [wait(5.0).error_code for wait in waiting] == [0, 0]
+    assert [wait(15.0).error_code for wait in waiting] == [0, 0]
     assert vlm.get_parameter("model_config") == ""
-    assert query(vlm, task="caption", use_image=True, image=image).info.inference_s < 0.1
+    assert query(vlm, task="caption", use_image=True, image=image).info.inference_s < 0.3
 
 
 class Goal:
@@ -313,8 +347,12 @@ class Goal:
     def cancel(self) -> None:
         self._handle.cancel_goal_async()
 
-    def result(self) -> tuple[str, Any]:
-        answer = _wait(self._result)
+    @property
+    def done(self) -> bool:
+        return bool(self._result.done())
+
+    def result(self, timeout_s: float = 15.0) -> tuple[str, Any]:
+        answer = _wait(self._result, timeout_s)
         names = {4: "succeeded", 5: "canceled", 6: "aborted"}
         return names[answer.status], answer.result
 

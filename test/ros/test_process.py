@@ -92,6 +92,28 @@ def test_a_parameter_file_that_is_no_yaml_is_said(run: Callable[..., Any], tmp_p
     assert "BAD_PARAMETER(204)" in process.output()
 
 
+def test_a_home_that_cannot_be_written_is_said_with_what_to_set(
+    start_process: Callable[..., Any], ros_env: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()  # root may write everywhere but below a file
+    env = {**ros_env, "HOME": str(tmp_path / "file" / "home")}
+    env = {name: value for name, value in env.items() if name not in ("ROS_LOG_DIR", "ROS_HOME")}
+    process = start_process([*RUN, "model:=fake"], "run", env=env)
+    assert process.wait(30.0) == 1
+    assert "PERMISSION_DENIED(606): ROS cannot write its log" in process.output()
+    assert "Set ROS_LOG_DIR" in process.output()
+
+
+def test_text_that_the_locale_cannot_read_is_refused_with_what_to_set(
+    start_process: Callable[..., Any], ros_env: dict[str, str]
+) -> None:
+    env = {**ros_env, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    process = start_process([*RUN, "model:=fake", "instruction:=赤い"], "run", env=env)
+    assert process.wait(30.0) == 1
+    assert "BAD_PARAMETER(204): argument instruction cannot be read" in process.output()
+    assert "C.UTF-8" in process.output()
+
+
 def test_a_parameter_file_is_read_and_arguments_win_over_it(
     run: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -60,7 +60,7 @@ def test_each_task_answers_under_the_source_images_own_header(
         assert (message.error_code, message.error_msg) == (0, "")
         assert message.info.model == "fake"
         assert message.info.camera == "camera"
-        assert 0.0 <= message.info.age_s < 5.0
+        assert 0.0 <= message.info.age_s < 20.0
         assert message.info.batch_size >= 1
     assert caption.text
     assert 0.5 <= caption.score <= 1.0
@@ -106,7 +106,8 @@ def test_a_bad_instruction_is_refused_and_the_old_one_stays(vlm: Any) -> None:
     publisher = vlm.robot.node.create_publisher(String, f"{vlm.name}/instruction", 10)
     vlm.wait_for(lambda: publisher.get_subscription_count() > 0, 10.0)
     publisher.publish(String(data="x" * 5000))
-    vlm.process.wait_for_output("PROMPT_TOO_LONG(201)")
+    vlm.process.wait_for_output("~/instruction refused: PROMPT_TOO_LONG(201)")
+    assert "parameter refused" not in vlm.log()  # said once
     assert vlm.get_parameter("instruction") == "duck"
 
 
@@ -141,7 +142,7 @@ def test_bad_images_are_counted_in_diagnostics(
         values = {item.key: item.value for item in status.values} if status else {}
         return int(values.get("bad_images", 0)) >= 7 and "BAD_STEP" in values["last_bad_image"]
 
-    vlm.wait_for(bad_images, 5.0)
+    vlm.wait_for(bad_images, 15.0)
     status = vlm.diagnostics(heard["diagnostics"], "camera camera")
     assert status.level == status.ERROR
     assert "BAD_STEP(103)" in status.message
@@ -152,7 +153,7 @@ def test_diagnostics_tell_the_model_and_what_the_engine_does(
 ) -> None:
     sent = camera.send()
     wait_for_result(vlm, heard["caption"], sent.header, "caption")
-    vlm.wait_for(lambda: vlm.diagnostics(heard["diagnostics"], "engine"), 5.0)
+    vlm.wait_for(lambda: vlm.diagnostics(heard["diagnostics"], "engine"), 15.0)
     model = vlm.diagnostics(heard["diagnostics"], "model")
     assert model.level == model.OK
     values = {
