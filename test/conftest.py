@@ -92,9 +92,13 @@ def ros_env(ros_domain: int) -> Iterator[dict[str, str]]:
         "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST",
         "PYTHONUNBUFFERED": "1",
     }
+    from librobot_vlm_ros.ros.shared_memory import clear_dead_segments
+
     before = {name: os.environ.get(name) for name in ours}
     os.environ.update(ours)
+    clear_dead_segments()
     yield dict(os.environ)
+    clear_dead_segments()  # of the processes that tests have killed: 64 MB of memory each
     for name, value in before.items():
         if value is None:
             os.environ.pop(name, None)

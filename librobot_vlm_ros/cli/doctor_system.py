@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from librobot_vlm_ros.ros.shared_memory import SHARED_MEMORY
 from librobot_vlm_ros.ros.transport import profile_in_force, segment_bytes
 
 from .doctor_child import ask_python
@@ -22,7 +23,6 @@ _TESTED_DISTRO = "jazzy"
 #: Versions of rclpy by the distribution that they came with.
 _DISTROS = {"3": "humble", "4": "iron", "7": "jazzy", "9": "kilted"}
 _IMAGE_BYTES = 640 * 480 * 3
-_SHARED_MEMORY = Path("/dev/shm")
 _NEEDED_BYTES = 128 * 1024 * 1024
 _OPTIONAL = {
     "flash_attn": ("flash-attn", "attention is sdpa"),
@@ -150,10 +150,10 @@ def check_transport() -> Iterator[Finding]:
     rmw = os.environ.get("RMW_IMPLEMENTATION", "rmw_fastrtps_cpp")
     if rmw.startswith("rmw_fastrtps"):
         yield _segment(*profile_in_force())
-    if not _SHARED_MEMORY.is_dir():
+    if not SHARED_MEMORY.is_dir():
         yield Finding("/dev/shm", "warning", "not there", "images go by UDP: mount a tmpfs on it")
         return
-    free = shutil.disk_usage(_SHARED_MEMORY).free
+    free = shutil.disk_usage(SHARED_MEMORY).free
     if free < _NEEDED_BYTES:
         fix = "in a container: docker run --shm-size=512m; else remove what fills it"
         yield Finding("/dev/shm", "warning", f"{gib(free)} free, 128 MiB are needed", fix)

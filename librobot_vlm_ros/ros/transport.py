@@ -15,6 +15,8 @@ from pathlib import Path
 
 import librobot_vlm_ros
 
+from .shared_memory import SHARED_MEMORY
+
 __all__ = [
     "DEFAULT_SEGMENT_BYTES",
     "PROFILE",
@@ -32,7 +34,6 @@ PROFILE = "fastdds.xml"
 DEFAULT_SEGMENT_BYTES = 512 * 1024  # of Fast DDS: less than one 640x480 image
 _PROFILE_VARIABLE = "FASTRTPS_DEFAULT_PROFILES_FILE"
 _OTHER_WISHES = (_PROFILE_VARIABLE, "FASTDDS_DEFAULT_PROFILES_FILE", "FASTDDS_BUILTIN_TRANSPORTS")
-_SHARED_MEMORY = Path("/dev/shm")
 _NEEDED_BYTES = 128 * 1024 * 1024  # the segment of this process and one publisher's
 # mallopt's parameters, from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -56,7 +57,7 @@ def use_image_profile(environ: MutableMapping[str, str] | None = None) -> str:
     profile = config_file(PROFILE)
     if profile is None:
         return f"the transport is left as it is: {PROFILE} is not installed"
-    if not _SHARED_MEMORY.is_dir() or shutil.disk_usage(_SHARED_MEMORY).free < _NEEDED_BYTES:
+    if not SHARED_MEMORY.is_dir() or shutil.disk_usage(SHARED_MEMORY).free < _NEEDED_BYTES:
         return (
             "the transport is left as it is: /dev/shm has less than 128 MB free "
             "(in a container: docker run --shm-size=512m)"

@@ -6,6 +6,7 @@ SIGINT and SIGTERM end it with exit code 0 within 5 seconds, also while the mode
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -31,8 +32,10 @@ def main(args: Sequence[str] | None = None, values: Mapping[str, Any] | None = N
         values: parameters that win over those of `args` and of any file in them.
     """
     wait_for_signal = _catch_signals()  # before the imports below, which take a while
+    from .shared_memory import clear_dead_segments
     from .transport import keep_freed_memory, use_image_profile
 
+    freed = clear_dead_segments()  # or there may be no room for the profile
     transport = use_image_profile()
     keep_freed_memory()
     import rclpy
@@ -61,6 +64,10 @@ def main(args: Sequence[str] | None = None, values: Mapping[str, Any] | None = N
         print(f"vlm_node: {as_vlm_error(error)}", file=sys.stderr)
         return 1
     _forward_logging(node.get_logger())
+    if freed:
+        node.get_logger().info(
+            f"freed {freed / 1e6:.0f} MB of shared memory that ended processes had left"
+        )
     node.get_logger().info(transport)
     spinning = _Spinner(node)
     if node.settings.autostart:
@@ -74,6 +81,10 @@ def main(args: Sequence[str] | None = None, values: Mapping[str, Any] | None = N
     spinning.stop()
     node.destroy_node()
     rclpy.try_shutdown()
+    # The participant goes with the last of what holds it, and takes its shared memory with it.
+    del node, spinning
+    gc.collect()
+    rclpy.get_default_context().destroy()
     sys.stdout.flush()
     sys.stderr.flush()
     # Taking the interpreter down takes seconds with torch in it, and is no option while a thread is

@@ -41,7 +41,7 @@ def test_what_the_user_has_set_stays(environ: dict[str, str]) -> None:
 
 
 def test_too_little_shared_memory_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(transport, "_SHARED_MEMORY", tmp_path / "none")
+    monkeypatch.setattr(transport, "SHARED_MEMORY", tmp_path / "none")
     environ: dict[str, str] = {}
     assert "--shm-size" in transport.use_image_profile(environ)
     assert environ == {}
