@@ -18,7 +18,7 @@ from .spinning import Session
 __all__ = ["CLOCK", "PlayOptions", "PlayReport", "open_publishers"]
 
 CLOCK = "/clock"
-_SETTLE_S = 0.3
+_SETTLE_S = 0.6
 
 
 @dataclass(frozen=True)
