@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -66,6 +67,9 @@ class Transformers:
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
         self.vlm, images = vlm, vlm.images
+        # As `from_pretrained` lays its weights out.
+        self.module = copy.deepcopy(vlm.module).to(memory_format=torch.contiguous_format)
+        self.module.generation_config = GenerationConfig()
         self.processor = CLIPImageProcessorPil(
             size={"height": images.height, "width": images.width},
             do_center_crop=False,
@@ -99,10 +103,9 @@ class Transformers:
             length_penalty=settings.length_penalty,
             suppress_tokens=vlm._suppressed(torch.device("cpu")).tolist(),
         )
-        vlm.module.generation_config = GenerationConfig()
         device = vlm.torch_device
         with torch.inference_mode():
-            out = vlm.module.generate(
+            out = self.module.generate(
                 input_ids=ids.to(device),
                 attention_mask=torch.ones_like(ids, device=device),
                 pixel_values=pixels.to(device, vlm.torch_dtype),

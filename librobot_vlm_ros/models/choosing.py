@@ -67,8 +67,10 @@ class Chooser:
         if rules.no_repeat_ngram:
             self._written = history.new_full((rows, before + rules.max_new_tokens), rules.pad)
             self._written[:, :before] = history
-        #: Log-probabilities of the scale's marks by step, [rows, count].
-        self._marks: dict[int, Tensor] = {}
+        #: The rows of the batch that are still there.
+        self._rows = list(range(rows))
+        #: Log-probabilities of the scale's marks by step, [rows, count], and what `_rows` was then.
+        self._marks: dict[int, tuple[Tensor, list[int]]] = {}
 
     def pick(
         self, logits: Tensor, step: int, allowed: Allowed | None = None, only: range | None = None
@@ -82,7 +84,7 @@ class Chooser:
         if allowed is not None and only is None:
             raw = _restricted(raw, allowed)
         if rules.scale is not None:
-            self._marks[step] = _block(raw, rules.scale, only)
+            self._marks[step] = _block(raw, rules.scale, only), self._rows
         forced = rules.forced(step)
         if forced is not None:
             tokens = torch.full_like(raw[:, 0], forced, dtype=torch.int64)
@@ -98,6 +100,15 @@ class Chooser:
         """Tokens int64 [rows] now stand at place `step` of the answers."""
         if self._rules.no_repeat_ngram:
             self._written[:, self._before + step] = tokens
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with those places of the batch alone, int64 [n]."""
+        kept: list[int] = rows.tolist()
+        self._rows = [self._rows[at] for at in kept]
+        if self._rules.no_repeat_ngram:
+            self._written = self._written[rows]
+        if self._generators is not None:
+            self._generators = [self._generators[at] for at in kept]
 
     def forget(self, step: int) -> None:
         """No mark was chosen at that step."""
@@ -118,7 +129,8 @@ class Chooser:
         ]
         if not found:
             return
-        blocks = torch.stack([self._marks[step][row] for row, step, _ in found])
+        at = [(self._marks[step], row) for row, step, _ in found]
+        blocks = torch.stack([block[rows.index(row)] for (block, rows), row in at])
         marks = torch.tensor([mark for _, _, mark in found], device=blocks.device)
         for (row, step, _), value in zip(found, near(blocks, marks, scale).tolist(), strict=True):
             log_probs[row][step] = value

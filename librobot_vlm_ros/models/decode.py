@@ -47,7 +47,7 @@ class Decoder(Protocol):
         """
 
     def reorder(self, rows: Tensor) -> None:
-        """Row r goes on from what was row rows[r]; there may be more rows than before."""
+        """Row r goes on from what was row rows[r]; there may be more rows than before, or fewer."""
 
 
 def decode(
@@ -91,6 +91,8 @@ class _Loop:
         self._ids: list[list[int]] = [[] for _ in range(rows)]
         self._log_probs: list[list[float]] = [[] for _ in range(rows)]
         self._open = list(range(rows))
+        #: The row of the answers that each row of the decoder writes.
+        self._written_by = list(range(rows))
         self._device = history.device
         self._ahead = history.is_cuda
         self._eos = torch.tensor(rules.eos, device=history.device)
@@ -110,7 +112,7 @@ class _Loop:
                 if error is not None:
                     errors[row] = error
                     self._open.remove(row)
-                    self._ended[row] = True
+                    self._ended[self._written_by.index(row)] = True
             if not self._open:
                 break
             last = step == rules.max_new_tokens - 1
@@ -122,17 +124,34 @@ class _Loop:
             if not self._open or last:
                 break
             if not self._ahead:
+                tokens = self._shrunk(picked.tokens)
                 only = self._common(step + 1)
-                logits = self._feed(picked.tokens, step, only)
+                logits = self._feed(tokens, step, only)
         self._chooser.credit(self._ids, self._log_probs)
         return [
             errors[row] if row in errors else Generated(tuple(ids), tuple(log_probs))
             for row, (ids, log_probs) in enumerate(zip(self._ids, self._log_probs, strict=True))
         ]
 
+    def _shrunk(self, tokens: Tensor) -> Tensor:
+        """The tokens of the rows that go on, alone in the decoder from here on.
+
+        A CPU takes longer for more rows. (On CUDA a graph stands ready for as many as there are.)
+        """
+        if len(self._open) == len(self._written_by):
+            return tokens
+        still = set(self._open)
+        kept = [at for at, row in enumerate(self._written_by) if row in still]
+        rows = torch.tensor(kept, device=self._device)
+        self._written_by = [self._written_by[at] for at in kept]
+        self._ended = self._ended[rows]
+        self._decoder.reorder(rows)
+        self._chooser.keep(rows)
+        return tokens[rows]
+
     def _feed(self, tokens: Tensor, step: int, only: range | None = None) -> Tensor:
         """The next logits; rows that have ended are fed the pad token."""
-        if len(self._ids) > 1:
+        if len(self._written_by) > 1:
             tokens = torch.where(self._ended, self._rules.pad, tokens)
             self._ended |= torch.isin(tokens, self._eos)
         self._chooser.wrote(tokens, step)
@@ -149,12 +168,14 @@ class _Loop:
     ) -> None:
         """Write down what was chosen. Raises InferenceError NAN_LOGITS."""
         scale, marks = self._rules.scale, 0
-        for row in list(self._open):
-            token = tokens[row]
-            if math.isnan(log_probs[row]) or log_probs[row] == math.inf:
+        still = set(self._open)
+        for row, token, log_prob in zip(self._written_by, tokens, log_probs, strict=True):
+            if row not in still:
+                continue
+            if math.isnan(log_prob) or log_prob == math.inf:
                 raise not_finite()
             self._ids[row].append(token)
-            self._log_probs[row].append(math.nan if forced else log_probs[row])
+            self._log_probs[row].append(math.nan if forced else log_prob)
             marks += scale is not None and 0 <= token - scale.first < scale.count
             if tell is not None:
                 tell(row, [token])
@@ -168,10 +189,11 @@ class _Loop:
         if not self._grammars:
             return None
         still = set(self._open)
-        return [
-            grammar.allowed(ids) if grammar is not None and row in still else None
-            for row, (ids, grammar) in enumerate(zip(self._ids, self._grammars, strict=True))
-        ]
+        found: list[range | tuple[int, ...] | None] = []
+        for row in self._written_by:
+            grammar = self._grammars[row] if row in still else None
+            found.append(None if grammar is None else grammar.allowed(self._ids[row]))
+        return found
 
     def _common(self, step: int) -> range | None:
         """The range that every row must choose from at that step; None where there is none."""

@@ -87,6 +87,17 @@ class BartBuffers:
             for kv, cross in zip(self.kv, self.cross, strict=True)
         ]
 
+    def look_as(self, other: BartBuffers, prompts: Tensor | None) -> None:
+        """Take over what `BartStep.look` has put into buffers of the same width, for prompt p that
+        of prompt prompts[p] (None: its own).
+        """
+        cross, mask = other.cross, other.cross_mask
+        if prompts is not None:
+            cross, mask = cross.index_select(2, prompts), mask.index_select(0, prompts)
+        self.cross.copy_(cross)
+        self.cross_mask.copy_(mask)
+        self.padded = self.padded or other.padded
+
     def clear(self) -> None:
         """As they were when made."""
         self.kv.zero_()
@@ -124,6 +135,8 @@ class BartStep:
         self.head, self.head_bias = plain(head)
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
         self.layers = [_layer(layer) for layer in decoder.layers]
+        #: Weights of its largest matrix, but for the head.
+        self.largest = max(layer.fc1[0].numel() for layer in self.layers)
 
     def buffers(self, rows: int, capacity: int, prompts: int, width: int) -> BartBuffers:
         """Room for a batch."""

@@ -121,7 +121,9 @@ class BartStepDecoder(_StepDecoder):
         self, pool: StepPool, hidden: Tensor, mask: Tensor | None, start_token: int
     ) -> None:
         self._pool = pool
-        self._hidden, self._mask = hidden, mask
+        self._states: tuple[Tensor, Tensor | None] | None = (hidden, mask)
+        #: Prompts whose encoder states the buffers hold, and the places of each.
+        self._prompts, self._width = hidden.shape[:2]
         self._start = start_token
         self._rows = hidden.shape[0]
         self._length = self._common = 0
@@ -135,15 +137,13 @@ class BartStepDecoder(_StepDecoder):
         """See `decode.Decoder`."""
         if len(rows) == self._rows and self._reorder_within(rows):
             return
-        prompt = self._prompt[rows]
+        prompt, seen = self._prompt[rows], None
         # Several rows of each prompt, side by side and as many of each, share its encoder states.
-        count = self._hidden.shape[0]
-        each = torch.arange(count, device=prompt.device).repeat_interleave(len(rows) // count)
+        each = torch.arange(self._prompts, device=prompt.device)
+        each = each.repeat_interleave(len(rows) // self._prompts)
         if len(each) != len(rows) or not torch.equal(each, prompt):
-            self._hidden = self._hidden.index_select(0, prompt)
-            self._mask = None if self._mask is None else self._mask.index_select(0, prompt)
-            prompt = torch.arange(len(rows), device=prompt.device)
-        self._move(len(rows), rows, self._buffers.capacity)
+            seen, prompt = prompt, torch.arange(len(rows), device=prompt.device)
+        self._move(len(rows), rows, self._buffers.capacity, seen)
         self._prompt = prompt
 
     def _ready(self) -> Any:
@@ -151,17 +151,25 @@ class BartStepDecoder(_StepDecoder):
             self._move(self._rows, None, self._length + 1)
         return self._buffers
 
-    def _move(self, count: int, rows: Tensor | None, capacity: int) -> None:
-        """To fresh buffers, what was written by rows[r] into row r."""
+    def _move(
+        self, count: int, rows: Tensor | None, capacity: int, seen: Tensor | None = None
+    ) -> None:
+        """To fresh buffers, what was written by rows[r] into row r.
+
+        `seen`: the encoder states that prompt p is to have are now those of prompt seen[p].
+        """
         old, length = self._buffers, self._length
-        prompts, width = self._hidden.shape[:2]
-        fresh = self._pool.take(self, count, capacity, prompts, width)
-        if old is not None:
+        self._prompts = self._prompts if seen is None else len(seen)
+        fresh = self._pool.take(self, count, capacity, self._prompts, self._width)
+        if self._states is not None:
+            self._pool.step.look(fresh, *self._states)
+            self._states = None
+        else:
             kv = old.kv[..., :length, :]
             kv = kv[:, :, : self._rows] if rows is None else kv.index_select(2, rows)
             fresh.kv[:, :, :count, :, :length].copy_(kv)
             fresh.mask[:count, ..., :length] = 0.0
-        self._pool.step.look(fresh, self._hidden, self._mask)
+            fresh.look_as(old, seen)
         fresh.slot.fill_(length)
         self._buffers, self._rows = fresh, count
 

@@ -161,6 +161,8 @@ class LlamaStep:
         self.norm_eps = torch.full((1, 1, 1), self.width * self.eps, device=self.device)
         self.layers = [self._layer(layer) for layer in text_model.layers]
         self.norm = self._norm_weight(text_model.norm)
+        #: Weights of its largest matrix, but for the head.
+        self.largest = max(layer.gate.numel() for layer in self.layers)
 
     def _norm_weight(self, norm: Any) -> Tensor:
         weight = weight_of(norm, None)

@@ -37,7 +37,7 @@ class Script:
         return logits if allowed is None else logits[:, allowed.start : allowed.stop]
 
     def reorder(self, rows: torch.Tensor) -> None:
-        pass
+        self.rows = len(rows)
 
     def _logits(self) -> torch.Tensor:
         logits = torch.zeros(self.rows, 20)
@@ -117,7 +117,9 @@ def test_rows_of_a_batch_have_grammars_of_their_own() -> None:
     free, bound = decode(script, RULES, history, grammars=[None, BOXES])
     assert free.ids == (5, 12, 6, 2)
     assert bound.ids[:4] == (5, 12, 15, 15)
-    assert script.asked == [None] * len(script.asked)
+    # While both rows are there, neither's range is that of all; then the one left has its own.
+    assert script.asked[:3] == [None] * 3
+    assert script.asked[3] == range(15, 20)
 
 
 def test_the_rule_against_repeats_holds_inside_a_box() -> None:
