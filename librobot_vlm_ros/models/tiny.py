@@ -132,10 +132,11 @@ def tiny_florence_folder(
     folder = Path(folder)
     backend = word_tokenizer()
     size = backend.get_vocab_size()
+    words = {**TINY_TEXT, **text, "vocab_size": size + 1}
     config = FlorenceConfig(
         image_size=image_size,
-        vision_config=TINY_VISION,
-        text_config={**TINY_TEXT, **text, "vocab_size": size + 1},
+        vision_config={**TINY_VISION, "projection_dim": words["d_model"]},
+        text_config=words,
     ).to_transformers()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -26,6 +26,7 @@ def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_florence_folder(
         tmp_path_factory.mktemp("wide") / "tiny",
         init_std=0.1,
+        d_model=64,
         encoder_ffn_dim=128,
         decoder_ffn_dim=128,
     )
