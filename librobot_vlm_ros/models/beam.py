@@ -28,6 +28,7 @@ from librobot_vlm_ros.models.decode import (
     StopRow,
     TellIds,
 )
+from librobot_vlm_ros.models.threads import threads_for
 
 __all__ = ["beam_search"]
 
@@ -110,6 +111,20 @@ def beam_search(
     tell: TellIds | None,
 ) -> list[Generated | VlmError]:
     """See `decode.decode`; `history` is int64 [B, H]."""
+    logits = decoder.first()
+    with threads_for(decoder):
+        return _search(decoder, logits, rules, history, stop, tell)
+
+
+def _search(
+    decoder: Decoder,
+    logits: Tensor,
+    rules: DecodeRules,
+    history: Tensor,
+    stop: StopRow,
+    tell: TellIds | None,
+) -> list[Generated | VlmError]:
+    """`logits` [B, V] of the first token."""
     batch, beams, device = history.shape[0], rules.num_beams, history.device
     keep = max(2, 1 + len(rules.eos)) * beams
     eos = torch.tensor(rules.eos, device=device)
@@ -125,7 +140,7 @@ def beam_search(
     unused = suppressed(rules, device)
     errors: dict[int, VlmError] = {}
     listener, diary = _Listener(tell, batch), _Diary(rules)
-    logits = decoder.first().repeat_interleave(beams, dim=0)
+    logits = logits.repeat_interleave(beams, dim=0)
     parents = torch.arange(batch, device=device).repeat_interleave(beams)
     past = history.repeat_interleave(beams, dim=0)
     closed: set[int] = set()

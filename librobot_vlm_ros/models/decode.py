@@ -22,6 +22,7 @@ from torch import Tensor
 from librobot_vlm_ros.core import VlmError
 from librobot_vlm_ros.models.choosing import Chooser, not_finite
 from librobot_vlm_ros.models.decode_rules import DecodeRules, Generated, Grammar, Scale
+from librobot_vlm_ros.models.threads import threads_for
 
 __all__ = ["DecodeRules", "Decoder", "Generated", "Grammar", "Scale", "decode"]
 
@@ -103,9 +104,15 @@ class _Loop:
 
     def run(self, stop: StopRow, tell: TellIds | None) -> list[Generated | VlmError]:
         """See `decode`."""
+        logits = self._decoder.first()
+        with threads_for(self._decoder):
+            return self._run(logits, stop, tell)
+
+    def _run(
+        self, logits: Tensor, stop: StopRow, tell: TellIds | None
+    ) -> list[Generated | VlmError]:
         errors: dict[int, VlmError] = {}
-        rules, decoder = self._rules, self._decoder
-        logits, only = decoder.first(), None
+        rules, only = self._rules, None
         for step in range(rules.max_new_tokens):
             for row in list(self._open):
                 error = stop(row)

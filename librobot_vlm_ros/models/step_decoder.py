@@ -26,6 +26,11 @@ class _StepDecoder:
     #: Which prompt each row belongs to.
     _prompt: Tensor
 
+    @property
+    def light(self) -> bool:
+        """See `threads.threads_for`."""
+        return self._pool.light
+
     def next(self, tokens: Tensor, allowed: range | None = None) -> Tensor:
         """See `decode.Decoder`."""
         buffers = self._ready()

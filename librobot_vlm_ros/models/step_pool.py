@@ -11,14 +11,14 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["StepPool", "bucket", "one_thread"]
+from librobot_vlm_ros.models.threads import is_light
+
+__all__ = ["StepPool", "bucket"]
 
 _log = logging.getLogger(__name__)
 
@@ -26,9 +26,6 @@ _log = logging.getLogger(__name__)
 _KEPT = 4
 #: Slots that a set of buffers has at least, on CUDA and elsewhere.
 _CUDA_SLOTS, _SLOTS = 256, 64
-#: Weights of a matrix up to which a second CPU thread costs more than it brings: a step multiplies
-#: it with a few rows alone (measured up to eight).
-_ONE_THREAD = 1 << 20
 
 
 def bucket(number: int, smallest: int) -> int:
@@ -39,24 +36,13 @@ def bucket(number: int, smallest: int) -> int:
     return size
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Torch computes in the calling thread alone meanwhile."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 class StepPool:
     """Buffers for a step (`LlamaStep`, `BartStep`) and the way to run it over them."""
 
     def __init__(self, step: Any) -> None:
         self.step = step
         self.cuda = step.device.type == "cuda"
-        self._one_thread = not self.cuda and step.largest <= _ONE_THREAD
+        self.light = is_light(step)
         self._kept: OrderedDict[tuple[int, ...], Any] = OrderedDict()
         #: Why the step is not run as a graph; "" while it is.
         self.refused = "" if self.cuda else "there is no CUDA device"
@@ -90,8 +76,7 @@ class StepPool:
     def run(self, buffers: Any, allowed: range | None = None) -> Tensor:
         """Logits [rows, V] after `buffers.tokens`, or of the tokens `allowed` alone."""
         if buffers.graph is None:
-            with one_thread() if self._one_thread else nullcontext():
-                logits: Tensor = self.step(buffers, allowed)
+            logits: Tensor = self.step(buffers, allowed)
             return logits
         buffers.graph.replay()
         whole: Tensor = buffers.logits
