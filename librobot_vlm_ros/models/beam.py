@@ -15,6 +15,7 @@ from torch import Tensor
 
 from librobot_vlm_ros.core import VlmError
 from librobot_vlm_ros.models.choosing import (
+    Sent,
     apply_rules,
     near,
     not_finite,
@@ -113,7 +114,7 @@ def beam_search(
     """See `decode.decode`; `history` is int64 [B, H]."""
     logits = decoder.first()
     with threads_for(decoder):
-        return _search(decoder, logits, rules, history, stop, tell)
+        return _search(decoder, logits, rules, history, stop, tell, ahead=history.is_cuda)
 
 
 def _search(
@@ -123,8 +124,12 @@ def _search(
     history: Tensor,
     stop: StopRow,
     tell: TellIds | None,
+    *,
+    ahead: bool,
 ) -> list[Generated | VlmError]:
-    """`logits` [B, V] of the first token."""
+    """`logits` [B, V] of the first token. `ahead`: each step is asked for before the state of the
+    one before it is read, see `decode`.
+    """
     batch, beams, device = history.shape[0], rules.num_beams, history.device
     keep = max(2, 1 + len(rules.eos)) * beams
     eos = torch.tensor(rules.eos, device=device)
@@ -189,7 +194,15 @@ def _search(
         done = exhausted | (is_finished.all(dim=1) & rules.early_stopping)
         # One NaN makes the whole row NaN, and it is what the search finds best.
         broken = raw.view(batch, -1).amax(dim=1) if forced else best[:, 0]
-        for row, (is_done, best_one) in enumerate(zip(done.tolist(), broken.tolist(), strict=True)):
+        state, last = Sent(done, broken), step == rules.max_new_tokens - 1
+        from_beam = (parent.gather(1, next_index) + offset).flatten()
+        # Before the first step there was one row a prompt, from now on there are `beams`.
+        parents = parents[from_beam] if step == 0 else from_beam
+        tokens = (running.places[:, :, step] % vocabulary).flatten()
+        if ahead and not last:  # what is finished does not change any more
+            decoder.reorder(parents, within=step > 0)
+            logits = decoder.next(tokens)
+        for row, (is_done, best_one) in enumerate(zip(*state.read(), strict=True)):
             if row not in closed and math.isnan(best_one):
                 raise not_finite()
             if is_done:
@@ -197,11 +210,9 @@ def _search(
         listener.hear(step + 1, running, finished, is_finished, closed, vocabulary)
         if len(closed) == batch:
             break
-        from_beam = (parent.gather(1, next_index) + offset).flatten()
-        # Before the first step there was one row a prompt, from now on there are `beams`.
-        parents = parents[from_beam] if step == 0 else from_beam
-        decoder.reorder(parents)
-        logits = decoder.next((running.places[:, :, step] % vocabulary).flatten())
+        if not ahead and not last:
+            decoder.reorder(parents, within=step > 0)
+            logits = decoder.next(tokens)
     answers: list[Generated | VlmError] = []
     for row in range(batch):
         if row in errors:

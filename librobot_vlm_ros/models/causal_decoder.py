@@ -173,7 +173,7 @@ class CausalDecoder:
         logits: Tensor = self._head(hidden[:, -1])
         return logits if allowed is None else logits[:, allowed.start : allowed.stop]
 
-    def reorder(self, rows: Tensor) -> None:
+    def reorder(self, rows: Tensor, within: bool = False) -> None:
         """See `decode.Decoder`."""
         self.cache.reorder_cache(rows)
         self.mask = self.mask.index_select(0, rows)

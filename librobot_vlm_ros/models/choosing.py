@@ -13,10 +13,44 @@ from torch.nn import functional
 from librobot_vlm_ros.core import ErrorCode, InferenceError
 from librobot_vlm_ros.models.decode_rules import DecodeRules, Scale
 
-__all__ = ["Chooser", "Picked", "apply_rules", "near", "not_finite", "token_log_probs"]
+__all__ = [
+    "Chooser",
+    "Picked",
+    "Sent",
+    "apply_rules",
+    "near",
+    "not_finite",
+    "suppressed",
+    "token_log_probs",
+]
 
 #: What each row may choose from: a range, some tokens, or None for all.
 Allowed = Sequence[range | tuple[int, ...] | None]
+
+
+class Sent:
+    """Numbers on their way to the host, float64 [n, m] (which holds every token id).
+
+    The device is waited for up to where they were sent from only, not for what was asked of it
+    since.
+    """
+
+    def __init__(self, *rows: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._values = torch.stack([row.double() for row in rows])
+        if self._values.is_cuda:
+            host = torch.empty(self._values.shape, dtype=torch.float64, pin_memory=True)
+            host.copy_(self._values, non_blocking=True)
+            self._values = host
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> list[list[float]]:
+        """A list for each of the rows."""
+        if self._event is not None:
+            self._event.synchronize()
+        found: list[list[float]] = self._values.tolist()
+        return found
 
 
 @dataclass
@@ -26,26 +60,13 @@ class Picked:
     tokens: Tensor
     log_probs: Tensor
 
-    def read(self) -> tuple[list[int], list[float]]:
-        """Both on the host. NaN where the model's numbers were not finite.
-
-        The device is waited for up to here only, not for what was asked of it since.
-        """
-        if self._event is not None:
-            self._event.synchronize()
-            tokens, log_probs = self._host.tolist()
-            return [int(token) for token in tokens], log_probs
-        return self.tokens.tolist(), self.log_probs.tolist()
-
     def __post_init__(self) -> None:
-        self._event: torch.cuda.Event | None = None
-        if self.tokens.is_cuda:
-            # float64 holds every token id.
-            both = torch.stack([self.tokens.double(), self.log_probs.double()])
-            self._host = torch.empty(both.shape, dtype=both.dtype, pin_memory=True)
-            self._host.copy_(both, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
+        self._sent = Sent(self.tokens, self.log_probs)
+
+    def read(self) -> tuple[list[int], list[float]]:
+        """Both on the host. NaN where the model's numbers were not finite."""
+        tokens, log_probs = self._sent.read()
+        return [int(token) for token in tokens], log_probs
 
 
 class Chooser:

@@ -47,8 +47,12 @@ class Decoder(Protocol):
         `allowed`: only the logits of these tokens, [rows, len(allowed)].
         """
 
-    def reorder(self, rows: Tensor) -> None:
-        """Row r goes on from what was row rows[r]; there may be more rows than before, or fewer."""
+    def reorder(self, rows: Tensor, within: bool = False) -> None:
+        """Row r goes on from what was row rows[r]; there may be more rows than before, or fewer.
+
+        `within`: as many as before, and each goes on from one of its own prompt. Then the device
+        need not be asked about it.
+        """
 
 
 def decode(

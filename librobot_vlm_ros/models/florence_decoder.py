@@ -67,12 +67,11 @@ class FlorenceDecoder:
         logits: Tensor = self._head(output.last_hidden_state[:, -1])
         return logits if allowed is None else logits[:, allowed.start : allowed.stop]
 
-    def reorder(self, rows: Tensor) -> None:
+    def reorder(self, rows: Tensor, within: bool = False) -> None:
         """See `decode.Decoder`."""
         self._cache.self_attention_cache.reorder_cache(rows)
-        prompt = self._prompt[rows]
         # Rows of one prompt see the same encoder states: there is nothing to move among them.
-        if torch.equal(prompt, self._prompt):
+        if within or torch.equal(prompt := self._prompt[rows], self._prompt):
             return
         self._prompt = prompt
         self._cache.cross_attention_cache.reorder_cache(rows)

@@ -43,10 +43,9 @@ class _StepDecoder:
         """Buffers with room for one token more."""
         raise NotImplementedError
 
-    def _reorder_within(self, rows: Tensor) -> bool:
+    def _reorder_within(self, rows: Tensor, within: bool) -> bool:
         """Move what was written among the rows of each prompt; False when rows change prompts."""
-        prompt = self._prompt[rows]
-        if not torch.equal(prompt, self._prompt):
+        if not within and not torch.equal(self._prompt[rows], self._prompt):
             return False
         # What a prompt's rows have in common need not be moved.
         kv = self._buffers.kv[..., self._common : self._length, :]
@@ -69,13 +68,13 @@ class CausalStepDecoder(_StepDecoder):
         self._prompt = torch.arange(self._rows, device=logits.device)
         return logits
 
-    def reorder(self, rows: Tensor) -> None:
+    def reorder(self, rows: Tensor, within: bool = False) -> None:
         """See `decode.Decoder`."""
         if self._buffers is None:
             self._prompt = self._prompt[rows]
             self._load(rows)
             return
-        if len(rows) == self._rows and self._reorder_within(rows):
+        if len(rows) == self._rows and self._reorder_within(rows, within):
             return
         old, step = self._buffers, self._pool.step
         count, length = len(rows), self._length
@@ -138,9 +137,9 @@ class BartStepDecoder(_StepDecoder):
         """See `decode.Decoder`."""
         return self.next(torch.full_like(self._prompt, self._start))
 
-    def reorder(self, rows: Tensor) -> None:
+    def reorder(self, rows: Tensor, within: bool = False) -> None:
         """See `decode.Decoder`."""
-        if len(rows) == self._rows and self._reorder_within(rows):
+        if len(rows) == self._rows and self._reorder_within(rows, within):
             return
         prompt, seen = self._prompt[rows], None
         # Several rows of each prompt, side by side and as many of each, share its encoder states.

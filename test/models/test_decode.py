@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 from librobot_vlm_ros.core import EngineError, ErrorCode, InferenceError, VlmError
 from librobot_vlm_ros.models.choosing import near
+from librobot_vlm_ros.models.beam import _search
 from librobot_vlm_ros.models.decode import DecodeRules, Generated, Scale, _Loop, decode
 from librobot_vlm_ros.models.florence import FlorenceVLM
 from librobot_vlm_ros.models.florence_folder import PUBLISHED, FlorenceSettings
@@ -34,7 +35,7 @@ class Table:
         logits = self.table[tokens]
         return logits if allowed is None else logits[:, allowed.start : allowed.stop]
 
-    def reorder(self, rows: torch.Tensor) -> None:
+    def reorder(self, rows: torch.Tensor, within: bool = False) -> None:
         pass
 
 
@@ -263,6 +264,36 @@ def test_a_host_that_runs_a_step_ahead_of_its_reads_finds_the_same(ngram: int) -
     found = on_its_way(rules, ahead=False)
     assert found == on_its_way(rules, ahead=True)
     assert found[0][1] is STOPPED
+
+
+@pytest.mark.parametrize("early_stopping", [False, True])
+def test_a_search_over_beams_that_runs_a_step_ahead_finds_the_same(early_stopping: bool) -> None:
+    found = {}
+    for ahead in (False, True):
+        answers = []
+        for seed in range(12):
+            table = torch.randn(9, 9, generator=torch.Generator().manual_seed(seed)) * 3
+            decoder = Table(table, rows=3)
+            decoder.start = torch.tensor([0, 3, 4])
+            rules = dataclasses.replace(
+                RULES, num_beams=3, eos=(2, 8), early_stopping=early_stopping, length_penalty=0.7
+            )
+            told: list[list[int]] = [[], [], []]
+
+            def stop(row: int, told: list[list[int]] = told) -> VlmError | None:
+                return STOPPED if row == 1 and len(told[1]) >= 3 else None
+
+            def tell(row: int, ids: list[int], told: list[list[int]] = told) -> None:
+                told[row].extend(ids)
+
+            rows = _search(decoder, decoder.first(), rules, history(3), stop, tell, ahead=ahead)
+            answers.append((rows, told, decoder.steps))
+        found[ahead] = answers
+    for (rows, told, steps), (other, heard, more) in zip(found[False], found[True], strict=True):
+        assert rows == other
+        assert told == heard
+        assert steps <= more <= steps + 1
+    assert len({len(rows[0].ids) for rows, _, _ in found[True]}) > 1
 
 
 def test_nan_in_a_row_that_has_ended_does_no_harm() -> None:

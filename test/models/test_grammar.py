@@ -36,7 +36,7 @@ class Script:
         logits = self._logits()
         return logits if allowed is None else logits[:, allowed.start : allowed.stop]
 
-    def reorder(self, rows: torch.Tensor) -> None:
+    def reorder(self, rows: torch.Tensor, within: bool = False) -> None:
         self.rows = len(rows)
 
     def _logits(self) -> torch.Tensor:
