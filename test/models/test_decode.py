@@ -10,8 +10,8 @@ import torch
 from transformers import GenerationConfig
 
 from librobot_vlm_ros.core import EngineError, ErrorCode, InferenceError, VlmError
-from librobot_vlm_ros.models.choosing import near
 from librobot_vlm_ros.models.beam import _search
+from librobot_vlm_ros.models.choosing import near
 from librobot_vlm_ros.models.decode import DecodeRules, Generated, Scale, _Loop, decode
 from librobot_vlm_ros.models.florence import FlorenceVLM
 from librobot_vlm_ros.models.florence_folder import PUBLISHED, FlorenceSettings
