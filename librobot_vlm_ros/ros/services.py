@@ -9,11 +9,12 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
-from librobot_vlm_ros.core import EngineError, ErrorCode, VlmError, as_vlm_error
+from librobot_vlm_ros.core import VlmError, as_vlm_error
 from librobot_vlm_ros.models import list_vlms, model_info
 from librobot_vlm_ros.models.base import ModelInfo
 from librobot_vlm_ros.msg import ModelDescription
 from librobot_vlm_ros.runtime import LoadReport
+from librobot_vlm_ros.runtime.requests import busy
 from librobot_vlm_ros.srv import ListModels, Query, SwitchModel
 
 from .deferred import DeferredService, Reply
@@ -96,7 +97,7 @@ class Services:
             full = self._waiting >= limit
             self._waiting += not full
         if full:
-            refuse(reply, _busy(limit))
+            refuse(reply, busy(limit))
             return
         try:
             self._pool.submit(self._run, run, request, reply)
@@ -135,7 +136,7 @@ class Services:
     def _busy_query(self) -> Any:
         size = self._host.settings.queue_size
         if self._busy_answer[0] != size:
-            answer = fill_answer(Query.Response(), _busy(size), self._host.settings)
+            answer = fill_answer(Query.Response(), busy(size), self._host.settings)
             self._busy_answer = (size, answer)
         return self._busy_answer[1]
 
@@ -176,14 +177,6 @@ class Services:
             reply.send(response)
 
         future.add_done_callback(answer)
-
-
-def _busy(size: int) -> EngineError:
-    return EngineError(
-        ErrorCode.BUSY,
-        f"all {size} places in the queue are taken",
-        "Ask again later, or raise queue_size.",
-    )
 
 
 def _description(info: ModelInfo, active: bool) -> ModelDescription:

@@ -76,6 +76,8 @@ def test_every_field_is_a_parameter_and_its_own_default_is_valid() -> None:
         ({"min_score": 1.1}, ErrorCode.BAD_PARAMETER),
         ({"dtype": "fp8"}, ErrorCode.BAD_PARAMETER),
         ({"device": "gpu"}, ErrorCode.BAD_PARAMETER),
+        ({"device": "mps"}, ErrorCode.BAD_PARAMETER),
+        ({"device": "xpu:0"}, ErrorCode.BAD_PARAMETER),
         ({"image_topic": "/a//b"}, ErrorCode.BAD_PARAMETER),
         ({"image_topic": "/a b"}, ErrorCode.BAD_PARAMETER),
         ({"model_config": "["}, ErrorCode.BAD_PARAMETER),
