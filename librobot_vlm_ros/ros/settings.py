@@ -72,10 +72,12 @@ class Settings:
     )
     device: str = parameter(
         "auto",
-        "Where the model runs. An explicit device is used or refused, never replaced.",
+        "Where the model runs. An explicit device is used or refused, never replaced. mps and xpu "
+        "are refused: no model was tested there.",
         When.CONFIGURE,
         pattern=_DEVICE,
-        expected="auto, cpu, cuda or cuda:N (on mps, xpu and others no model was tested)",
+        expected="auto, cpu, cuda or cuda:N",
+        reason="on mps, xpu and others no model was tested",
     )
     dtype: str = parameter(
         "auto",

@@ -32,6 +32,9 @@ def main(args: Sequence[str] | None = None, values: Mapping[str, Any] | None = N
         values: parameters that win over those of `args` and of any file in them.
     """
     wait_for_signal = _catch_signals()  # before the imports below, which take a while
+    from .libraries import let_libraries_warn
+
+    let_libraries_warn()
     from .shared_memory import clear_dead_segments
     from .transport import keep_freed_memory, use_image_profile
 
@@ -181,7 +184,12 @@ class _Spinner:
 
 
 def _forward_logging(logger: Any) -> None:
-    """Send what the rooms below log (they don't know ROS) to the node's log."""
+    """Send what the rooms below log (they don't know ROS) to the node's log, by its level.
+
+    The level is that of the start, `--log-level`: rooms ask it before they make costly texts.
+    """
+    # The numbers of both libraries are the same.
+    level = int(logger.get_effective_level())
 
     class Forward(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -190,12 +198,14 @@ def _forward_logging(logger: Any) -> None:
                 logger.error(text)
             elif record.levelno >= logging.WARNING:
                 logger.warning(text)
-            else:
+            elif record.levelno >= logging.INFO:
                 logger.info(text)
+            else:
+                logger.debug(text)
 
     ours = logging.getLogger("librobot_vlm_ros")
-    ours.addHandler(Forward(logging.INFO))
-    ours.setLevel(logging.INFO)
+    ours.addHandler(Forward(level))
+    ours.setLevel(level)
     ours.propagate = False
 
 

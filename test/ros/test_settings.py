@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from librobot_vlm_ros.core import ErrorCode, VlmError
+from librobot_vlm_ros.core import ErrorCode, RequestError, VlmError
 from librobot_vlm_ros.ros.arguments import (
     LAUNCH_PARAMETERS,
     arguments,
@@ -195,6 +195,11 @@ def test_words_are_split_and_unknown_names_get_the_nearest() -> None:
     assert split_arguments(["model:=a:=b"], ["model"]) == {"model": "a:=b"}
     with pytest.raises(VlmError, match="Did you mean model"):
         split_arguments(["modle:=a"], ["model"])
+
+
+def test_a_device_that_is_refused_is_told_why() -> None:
+    with pytest.raises(RequestError, match=r"expected auto, .* \(on mps, .* no model was tested\)"):
+        Settings(device="mps")
 
 
 def test_an_arguments_description_tells_its_bounds_and_its_examples_can_be_typed() -> None:
