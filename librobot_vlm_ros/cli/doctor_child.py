@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,10 +14,12 @@ from typing import Any
 import librobot_vlm_ros
 from librobot_vlm_ros.models.probe import MARK
 
-__all__ = ["ask_python", "ask_probe"]
+__all__ = ["ask_python", "ask_probe", "last_words"]
 
 _ROOT = Path(librobot_vlm_ros.__file__).parents[1]
 _LAST_WORDS = 300
+#: `package.Error: text` or `Error`, as a traceback ends; its stack is indented.
+_EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(: |$)")
 
 
 def ask_python(script: str, timeout_s: float = 60.0) -> tuple[dict[str, Any], str]:
@@ -57,5 +60,19 @@ def _run(words: list[str], timeout_s: float) -> tuple[list[dict[str, Any]], str]
         return facts, f"it did not end within {timeout_s:g} s"
     if code < 0:
         return facts, f"the process was ended by {signal.Signals(-code).name}"
-    said = [line for line in errors.decode(errors="replace").splitlines() if line.strip()]
-    return facts, (said[-1] if said else f"exit code {code}")[-_LAST_WORDS:]
+    return facts, last_words(errors.decode(errors="replace")) or f"exit code {code}"
+
+
+def last_words(errors: str) -> str:
+    """What a Python process ended with: the exception of the last traceback, all its lines in one,
+    or the last line where there is none. Of a long text the two ends.
+    """
+    lines = [line.rstrip() for line in errors.splitlines() if line.strip()]
+    tops = [number for number, line in enumerate(lines) if line.startswith("Traceback (most")]
+    stack = range(tops[-1] if tops else len(lines), len(lines))
+    begin = next((number for number in stack if _EXCEPTION.match(lines[number])), -1)
+    text = " ".join(line.strip() for line in lines[begin:])
+    if len(text) <= _LAST_WORDS:
+        return text
+    head, tail = text[: _LAST_WORDS // 2], text[-_LAST_WORDS // 2 :]
+    return f"{head.rpartition(' ')[0] or head} ... {tail.partition(' ')[2] or tail}"

@@ -33,4 +33,6 @@ def found_by(name: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]
 
 def gib(count: float) -> str:
     """Bytes as people read them."""
+    if count < 2**20:
+        return f"{count / 2**10:.0f} KiB"
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

@@ -129,7 +129,9 @@ class ModelDoctor:
             "problem" if offline else "warning",
             f"{named} is not downloaded" + (" and HF_HUB_OFFLINE is set" if offline else ""),
             f"with a network: hf download {hub_id}{pin}"
-            + ("" if offline else " (or the first use does it)"),
+            + ("" if offline else " (or the first use does it)")
+            + "; a folder with config.json and *.safetensors: weights:=/path/to/folder (--weights)"
+            "; or the model that ships with this package: model:=florence-2-tabletop (--model)",
         )
 
     def check_answers(self) -> Iterator[Finding]:

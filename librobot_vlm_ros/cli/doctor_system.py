@@ -148,7 +148,8 @@ def check_ros() -> Iterator[Finding]:
 def check_transport() -> Iterator[Finding]:
     """Shared memory of Fast DDS: the segment that the profile gives, and the room for it."""
     rmw = os.environ.get("RMW_IMPLEMENTATION", "rmw_fastrtps_cpp")
-    if rmw.startswith("rmw_fastrtps"):
+    has_ros = importlib.util.find_spec("rclpy") is not None  # without, nothing is sent
+    if has_ros and rmw.startswith("rmw_fastrtps"):
         yield _segment(*profile_in_force())
     if not SHARED_MEMORY.is_dir():
         yield Finding("/dev/shm", "warning", "not there", "images go by UDP: mount a tmpfs on it")

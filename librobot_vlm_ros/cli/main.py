@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from librobot_vlm_ros import __version__
+from librobot_vlm_ros.ros.libraries import let_libraries_warn
 
 from . import signals
 
-__all__ = ["COMMANDS", "main"]
+__all__ = ["COMMANDS", "in_flags", "main"]
 
 #: Subcommands in the order of the help; each is a module of this folder (`_` for `-`) with
 #: `SUMMARY`, `configure(parser)` and `main(args) -> exit code`.
@@ -32,6 +34,7 @@ COMMANDS = (
     "example-policy",
 )
 
+_LAUNCH_WORD = re.compile(r"\b([a-z][a-z0-9_]*):=(\S+)")
 _DESCRIPTION = """\
 Vision-language perception for ROS 2: cameras and instructions in, captions, grounded regions and
 embeddings out.
@@ -54,18 +57,21 @@ Exit codes: 0 done, 1 failed (the error says why), 2 wrong usage, 130 Ctrl-C, 14
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (without the program's name); the exit code."""
+    let_libraries_warn()
     words = list(sys.argv[1:] if argv is None else argv)
     command = words[0] if words else ""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal without Unicode must not end a run
             stream.reconfigure(errors="replace")
     let_signals_go = signals.catch()
+    flags: Collection[str] = ()
     try:
         parser, children, modules = _parser(words)
         if command not in children:
             parser.parse_args(words)  # ends with --help, --version and wrong usage
             parser.print_help()
             return 2
+        flags = children[command]._option_string_actions
         # Not by `parser`: options may stand between the words, and usage is that of the command.
         args = children[command].parse_intermixed_args(words[1:])
         code = int(modules[command].main(args))
@@ -80,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        return _report(command, error)
+        return _report(command, error, flags)
     finally:
         let_signals_go()
 
@@ -113,7 +119,7 @@ def _parser(
     return parser, children, modules
 
 
-def _report(command: str, error: Exception) -> int:
+def _report(command: str, error: Exception, flags: Collection[str]) -> int:
     """Print a coded error; with its traceback when it is a defect of ours."""
     from librobot_vlm_ros.core import ErrorCode, as_vlm_error
 
@@ -128,8 +134,21 @@ def _report(command: str, error: Exception) -> int:
             "Source the ROS 2 installation and the workspace: source install/setup.bash. "
             "ask, models, convert and doctor work without.",
         )
+    coded = type(coded)(coded.code, coded.message, in_flags(coded.hint, flags))
     print(f"librobot-vlm {command}: {coded}", file=sys.stderr)
     return 1
+
+
+def in_flags(hint: str, flags: Collection[str]) -> str:
+    """A hint with `name:=value`, as launch files and `run` take it, in the flags that the command
+    has: `--name value`. Names without a flag stay.
+    """
+
+    def written(found: re.Match[str]) -> str:
+        flag = f"--{found[1].replace('_', '-')}"
+        return f"{flag} {found[2]}" if flag in flags else found[0]
+
+    return _LAUNCH_WORD.sub(written, hint)
 
 
 def _is_of_ros(error: Exception) -> bool:

@@ -30,13 +30,20 @@ class Session:
     def __enter__(self) -> Session:
         import rclpy
         from rclpy.executors import SingleThreadedExecutor
+        from rclpy.parameter import Parameter
         from rclpy.signals import SignalHandlerOptions
 
         self._context = rclpy.Context()
         # Python's own handlers raise where they should: in the thread that waits.
         rclpy.init(args=[], context=self._context, signal_handler_options=SignalHandlerOptions.NO)
+        # It offers nothing of its own: under SROS2 each offer would need a right.
+        no_description = Parameter("start_type_description_service", value=False)
         self.node = rclpy.create_node(
-            self._name, context=self._context, start_parameter_services=False, enable_rosout=False
+            self._name,
+            context=self._context,
+            start_parameter_services=False,
+            enable_rosout=False,
+            parameter_overrides=[no_description],
         )
         self._executor = SingleThreadedExecutor(context=self._context)
         self._executor.add_node(self.node)

@@ -216,7 +216,7 @@ def _translated(exc: BaseException) -> VlmError:
         words = _words_of(exc) or what
         if exc.errno in (errno.ENOSPC, errno.EDQUOT):
             return BagError(ErrorCode.DISK_FULL, words, "Free space on that disk and try again.")
-        if isinstance(exc, PermissionError):
+        if isinstance(exc, PermissionError) or exc.errno == errno.EROFS:
             return BagError(
                 ErrorCode.PERMISSION_DENIED, words, "Let this user read or write that path."
             )

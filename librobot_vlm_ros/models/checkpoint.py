@@ -42,6 +42,10 @@ Convert = Callable[[str, Tensor], Iterable[tuple[str, Tensor]]]
 #: transformers switches initialisation off for the whole process while a model is built empty.
 _build_lock = threading.Lock()
 
+#: What weights may be stored in. Others (float8, int8, packed 4 bit) mean something only together
+#: with scales, and copied without them they would be other weights.
+_STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 
 @dataclass(frozen=True)
 class LoadPlan:
@@ -101,7 +105,7 @@ def load_module(
 
     The folder is in its family's official or in transformers' native layout. Raises ModelError:
     WEIGHTS_NOT_FOUND, BAD_CONFIG, WEIGHTS_CORRUPT, UNSAFE_CHECKPOINT, SHAPE_MISMATCH, KEY_MISMATCH,
-    NAN_WEIGHTS, LOAD_CANCELLED, and what `placement.place` raises.
+    NAN_WEIGHTS, DTYPE_UNSUPPORTED, LOAD_CANCELLED, and what `placement.place` raises.
     """
     where = place(device, dtype, attention)
     root = Path(folder).expanduser()
@@ -182,6 +186,8 @@ def _fill(
             progress.at(done, total)
             if should_cancel():
                 raise ModelError(ErrorCode.LOAD_CANCELLED, "loading the model was cancelled")
+            if value.is_floating_point() and value.dtype not in _STORED:
+                raise _quantised(key, value)  # before arithmetic that float8 does not have
             for name, tensor in convert(key, value):
                 target = targets.get(name)
                 if target is None:
@@ -202,6 +208,8 @@ def _fill(
 
 
 def _copy(name: str, target: Tensor, value: Tensor, where: Placement, *, again: bool) -> None:
+    if target.is_floating_point() and value.dtype not in _STORED:
+        raise _quantised(name, value)  # before its shape, which packing has changed
     if target.shape != value.shape:
         raise ModelError(
             ErrorCode.SHAPE_MISMATCH,
@@ -226,6 +234,15 @@ def _copy(name: str, target: Tensor, value: Tensor, where: Placement, *, again: 
         )
     raise ModelError(
         ErrorCode.NAN_WEIGHTS, f"{name} holds NaN or infinity", "the checkpoint is damaged"
+    )
+
+
+def _quantised(name: str, value: Tensor) -> ModelError:
+    stored = ", ".join(dtype_name(dtype) for dtype in _STORED)
+    return ModelError(
+        ErrorCode.DTYPE_UNSUPPORTED,
+        f"{name} is stored as {dtype_name(value.dtype)}, expected one of {stored}",
+        "take the model's unquantised weights; quantization int8 or nf4 makes them small in memory",
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
 import re
@@ -12,7 +11,7 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from librobot_vlm_ros.core import ErrorCode, ModelError
+from librobot_vlm_ros.core import ErrorCode, ModelError, as_vlm_error
 from librobot_vlm_ros.models.base import ModelInfo
 from librobot_vlm_ros.models.progress import bars_to_log
 from librobot_vlm_ros.models.shards import weight_files
@@ -48,7 +47,8 @@ def find_weights(info: ModelInfo, pretrained: str | None, revision: str | None =
     `pretrained`: a folder, a hub id ("owner/name" or "owner/name@revision"), or None for the
     model's own. Downloads log their progress and honour HF_HOME and HF_HUB_OFFLINE. One that
     breaks off is resumed at the byte; after a restart the files that were finished are kept.
-    Raises ModelError WEIGHTS_NOT_FOUND that names the ways to get them.
+    Raises ModelError WEIGHTS_NOT_FOUND that names the ways to get them, and OSError where the cache
+    cannot be written (`as_vlm_error` makes it DISK_FULL or PERMISSION_DENIED).
     """
     if pretrained is None and info.shipped_folder is not None:
         folder = _SHIPPED / info.shipped_folder
@@ -111,7 +111,9 @@ def _from_hub(info: ModelInfo, hub_id: str, revision: str | None) -> Weights:
             _reach(constants.ENDPOINT)
             folder = _download(hub_id, revision)
         except Exception as error:  # the hub, its HTTP library and the network each have their own
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES):
+            if as_vlm_error(error).code in (ErrorCode.DISK_FULL, ErrorCode.PERMISSION_DENIED):
+                if isinstance(error, OSError) and error.filename is None:
+                    error.filename = constants.HF_HUB_CACHE  # a failed write names no file
                 raise
             raise _not_found(info, f"{hub_id} could not be downloaded: {error}", hub_id) from error
     return Weights(folder, folder.name)

@@ -8,5 +8,6 @@ Nothing is imported here, so that parameters and arguments can be read without r
     camera, matching, decoder      images in
     publishing, annotate           results out
     services, generate, on_demand  questions
+    intake, deferred               requests taken beside the executor, answered later
     diagnostics, reporting         what goes wrong, said once
 """

@@ -8,7 +8,8 @@ thread, calls `reply.send(response)`.
 A flood of calls must not lose one. A reader with the depth of services as they come (10) has room
 for 10 ms of 1,000 calls a second, and rclpy's executor takes one request per round of one or two
 milliseconds: requests were overwritten before they were seen. So the reader is deeper, and each
-round takes what has come, up to a bound that leaves the executor to the others.
+round takes what has come, up to a bound that leaves the executor to the others. Services that
+anybody may flood do without the executor, see `intake`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.service import Service
 
-__all__ = ["SERVICES", "DeferredService", "Reply", "defer"]
+__all__ = ["SERVICES", "Reply", "defer"]
 
 #: Reliable and keeping the last, as services are, with room for a quarter of a second of 1,000
 #: calls a second. The depth also bounds a flood's memory: that many requests with their images.
@@ -37,12 +38,15 @@ class Reply:
     """The way back to the client of one request. `send` works once and from any thread."""
 
     def __init__(
-        self, make_response: Callable[[], Any], on_lost: Callable[[Exception], None]
+        self,
+        make_response: Callable[[], Any],
+        on_lost: Callable[[Exception], None],
+        send: Callable[[Any], None] | None = None,
     ) -> None:
         self.make_response = make_response
         self._on_lost = on_lost
         self._lock = threading.Lock()
-        self._send: Callable[[Any], None] | None = None
+        self._send = send
         self._response: Any = None
         self._sent = False
 
@@ -110,20 +114,3 @@ def defer(
 
     service.callback = callback
     service.send_response = send_response  # the executor calls it on this very object
-
-
-class DeferredService:
-    """A service of a node that answers through a `Reply`."""
-
-    def __init__(
-        self,
-        node: Any,
-        service_type: Any,
-        name: str,
-        handle: Callable[[Any, Reply], None],
-        on_lost: Callable[[Exception], None],
-    ) -> None:
-        self.service = node.create_service(
-            service_type, name, lambda _request, reply: reply, qos_profile=SERVICES
-        )
-        defer(self.service, handle, on_lost)

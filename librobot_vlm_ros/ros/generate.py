@@ -25,6 +25,7 @@ from librobot_vlm_ros.core import (
     VlmError,
     as_vlm_error,
 )
+from librobot_vlm_ros.runtime.requests import busy
 
 from .deferred import SERVICES
 from .on_demand import fill_answer, make_request
@@ -113,15 +114,12 @@ class GenerateAction:
     def _execute(self, handle: ServerGoalHandle) -> Any:
         settings = self._host.settings
         stream = _Stream(handle)
-        entered = self._enter(settings.queue_size)
+        # Those that wait and those that the model works on; the engine knows which are which.
+        entered = self._enter(settings.queue_size + settings.max_batch)
         outcome: Result | VlmError
         try:
-            if not entered:
-                raise EngineError(
-                    ErrorCode.BUSY,
-                    f"{settings.queue_size} goals are being worked on",
-                    "Try again later, or raise queue_size.",
-                )
+            if not entered or self._host.engine_full():  # before a look at the image
+                raise busy(settings.queue_size)
             served = self._host.served()
             request = make_request(handle.request, served, _request_id(handle))
             future = served.engine.submit(request, on_token=stream.add)

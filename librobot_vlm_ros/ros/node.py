@@ -250,7 +250,8 @@ class VlmNode(GuardedLifecycleNode):
         ended = self.stop_transitions(0.1 * timeout_s)
         self._free_s = 0.1 * timeout_s
         self.recover()  # where the transition was refused, or did not get that far
-        return self._decoder.close(0.1 * timeout_s) and ended and self._engine_ended
+        taken = self._served_services.stop(0.1 * timeout_s)
+        return self._decoder.close(0.1 * timeout_s) and ended and taken and self._engine_ended
 
     # -- events
 

@@ -45,6 +45,8 @@ class Parameter:
     """Regular expression that the whole string must match."""
     expected: str = ""
     """What `pattern` asks for, in words."""
+    reason: str = ""
+    """Why nothing else is taken, where that is not plain; told with the error."""
     examples: tuple[str, ...] = ()
     """Values as one types them behind `name:=`, for those that the default does not explain."""
 
@@ -121,7 +123,8 @@ class Parameter:
         if self.choices and value not in self.choices:
             raise self._error(value, f"expected one of {', '.join(self.choices)}")
         if self.pattern and re.fullmatch(self.pattern, value) is None:
-            raise self._error(value, f"expected {self.expected}")
+            why = f" ({self.reason})" if self.reason else ""
+            raise self._error(value, f"expected {self.expected}{why}")
 
     def _error(self, value: object, expected: str) -> RequestError:
         return RequestError(

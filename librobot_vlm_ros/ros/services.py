@@ -9,14 +9,16 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
-from librobot_vlm_ros.core import EngineError, ErrorCode, VlmError, as_vlm_error
+from librobot_vlm_ros.core import VlmError, as_vlm_error
 from librobot_vlm_ros.models import list_vlms, model_info
 from librobot_vlm_ros.models.base import ModelInfo
 from librobot_vlm_ros.msg import ModelDescription
 from librobot_vlm_ros.runtime import LoadReport
+from librobot_vlm_ros.runtime.requests import busy
 from librobot_vlm_ros.srv import ListModels, Query, SwitchModel
 
-from .deferred import DeferredService, Reply
+from .deferred import Reply
+from .intake import Intake
 from .on_demand import Served, fill_answer, make_request
 from .reporting import Throttled
 from .settings import Settings
@@ -50,29 +52,31 @@ class Host(Protocol):
 class Services:
     """The three services of a node.
 
-    The executor only decides: what can be refused without a look at the image (the node is not
-    active, the queue is full) is answered there, so that a flood costs little; the rest goes to a
-    thread whose line is as bounded as the engine's queue.
+    The intake's thread only decides: what can be refused without a look at the image (the node is
+    not active, the queue is full) is answered there, so that a flood costs little; the rest goes to
+    another thread whose line is as bounded as the engine's queue.
     """
 
     def __init__(self, node: Any, host: Host) -> None:
         self._host = host
-        self._logger = Throttled(node.get_logger())
-        # Images that come with a query are checked and decoded here, not on the executor.
+        # Images that come with a query are checked and decoded here.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="vlm-requests")
         self._lock = threading.Lock()
         self._waiting = 0
         self._busy_answer: tuple[int, Any] = (0, None)  # the size, and what it is refused with
-        for kind, name, handle in (
-            (Query, "~/query", self._on_query),
-            (ListModels, "~/list_models", self._guarded(self._list)),
-            (SwitchModel, "~/switch_model", self._guarded(self._switch)),
-        ):
-            DeferredService(node, kind, name, handle, self._on_lost)
+        self._intake = Intake(node, Throttled(node.get_logger()))
+        self._intake.serve(Query, "~/query", self._on_query)
+        self._intake.serve(ListModels, "~/list_models", self._guarded(self._list))
+        self._intake.serve(SwitchModel, "~/switch_model", self._guarded(self._switch))
+        self._intake.start()
 
     def close(self) -> None:
-        """Take no more requests."""
+        """Begin nothing more; what can be refused at once still is."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def stop(self, timeout_s: float) -> bool:
+        """Take no more requests; whether the thread that does has ended in time."""
+        return self._intake.stop(timeout_s)
 
     def _guarded(self, handle: Callable[[Any, Reply], None]) -> Callable[[Any, Reply], None]:
         def run(request: Any, reply: Reply) -> None:
@@ -96,7 +100,7 @@ class Services:
             full = self._waiting >= limit
             self._waiting += not full
         if full:
-            refuse(reply, _busy(limit))
+            refuse(reply, busy(limit))
             return
         try:
             self._pool.submit(self._run, run, request, reply)
@@ -107,9 +111,6 @@ class Services:
         with self._lock:
             self._waiting -= 1
         run(request, reply)
-
-    def _on_lost(self, error: Exception) -> None:
-        self._logger.warning("lost", f"an answer could not be sent, the client has gone: {error}")
 
     def _refuse(self, reply: Reply, error: VlmError) -> None:
         response = reply.make_response()
@@ -135,7 +136,7 @@ class Services:
     def _busy_query(self) -> Any:
         size = self._host.settings.queue_size
         if self._busy_answer[0] != size:
-            answer = fill_answer(Query.Response(), _busy(size), self._host.settings)
+            answer = fill_answer(Query.Response(), busy(size), self._host.settings)
             self._busy_answer = (size, answer)
         return self._busy_answer[1]
 
@@ -176,14 +177,6 @@ class Services:
             reply.send(response)
 
         future.add_done_callback(answer)
-
-
-def _busy(size: int) -> EngineError:
-    return EngineError(
-        ErrorCode.BUSY,
-        f"all {size} places in the queue are taken",
-        "Ask again later, or raise queue_size.",
-    )
 
 
 def _description(info: ModelInfo, active: bool) -> ModelDescription:

@@ -28,7 +28,7 @@ from .weights_paths import allowed_folders, confined
 __all__ = ["PARAMETERS", "Settings"]
 
 _TOPIC = r"(~/|/)?[A-Za-z_][A-Za-z0-9_]*(/[A-Za-z_][A-Za-z0-9_]*)*"
-_DEVICE = r"auto|cpu|mps|xpu(:\d+)?|cuda(:\d+)?"
+_DEVICE = r"auto|cpu|cuda(:\d+)?"
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,12 @@ class Settings:
     )
     device: str = parameter(
         "auto",
-        "Where the model runs. An explicit device is used or refused, never replaced.",
+        "Where the model runs. An explicit device is used or refused, never replaced. mps and xpu "
+        "are refused: no model was tested there.",
         When.CONFIGURE,
         pattern=_DEVICE,
         expected="auto, cpu, cuda or cuda:N",
+        reason="on mps, xpu and others no model was tested",
     )
     dtype: str = parameter(
         "auto",
@@ -202,7 +204,8 @@ class Settings:
     )
     queue_size: int = parameter(
         8,
-        "Queries and goals that may wait; beyond, the answer is BUSY.",
+        "Queries and goals that may wait, beside those that the model works on; beyond, the answer "
+        "is BUSY.",
         When.LIVE,
         low=1,
         high=1024,

@@ -32,6 +32,9 @@ def main(args: Sequence[str] | None = None, values: Mapping[str, Any] | None = N
         values: parameters that win over those of `args` and of any file in them.
     """
     wait_for_signal = _catch_signals()  # before the imports below, which take a while
+    from .libraries import let_libraries_warn
+
+    let_libraries_warn()
     from .shared_memory import clear_dead_segments
     from .transport import keep_freed_memory, use_image_profile
 
@@ -48,8 +51,9 @@ def main(args: Sequence[str] | None = None, values: Mapping[str, Any] | None = N
         # rclpy's own handlers take the context away, and with it the last words of the node.
         rclpy.init(args=argv, signal_handler_options=SignalHandlerOptions.NO)
     except Exception as error:  # arguments and parameter files are read here
-        if "log directory" in str(error):
-            print(f"vlm_node: {_no_log_folder(error)}", file=sys.stderr)
+        known = _known_trouble(error)
+        if known is not None:
+            print(f"vlm_node: {known}", file=sys.stderr)
             return 1
         wrong = RequestError(
             ErrorCode.BAD_PARAMETER,
@@ -61,7 +65,7 @@ def main(args: Sequence[str] | None = None, values: Mapping[str, Any] | None = N
     try:
         node = _make_node(values or {})
     except Exception as error:
-        print(f"vlm_node: {as_vlm_error(error)}", file=sys.stderr)
+        print(f"vlm_node: {_known_trouble(error) or as_vlm_error(error)}", file=sys.stderr)
         return 1
     _forward_logging(node.get_logger())
     if freed:
@@ -92,14 +96,30 @@ def main(args: Sequence[str] | None = None, values: Mapping[str, Any] | None = N
     os._exit(0)
 
 
-def _no_log_folder(error: Exception) -> Exception:
-    from librobot_vlm_ros.core import BagError, ErrorCode
+def _known_trouble(error: Exception) -> Exception | None:
+    """What ROS refuses a node for, coded; None for anything else."""
+    from librobot_vlm_ros.core import BagError, ErrorCode, ModelError
 
-    return BagError(
-        ErrorCode.PERMISSION_DENIED,
-        f"ROS cannot write its log: {error}",
-        "Set ROS_LOG_DIR (or ROS_HOME, or HOME) to a folder that this user may write.",
-    )
+    text = str(error)
+    if "log directory" in text:
+        return BagError(
+            ErrorCode.PERMISSION_DENIED,
+            f"ROS cannot write its log: {text}",
+            "Set ROS_LOG_DIR (or ROS_HOME, or HOME) to a folder that this user may write.",
+        )
+    if "SECURITY ERROR" in text:
+        return BagError(
+            ErrorCode.FILE_NOT_FOUND,
+            f"ROS_SECURITY_ENABLE is set, and the enclave's files are not there: {text}",
+            "Check ROS_SECURITY_KEYSTORE and --enclave, or make the keys: config/sros2/README.md.",
+        )
+    if "security libraries" in text:
+        return ModelError(
+            ErrorCode.MISSING_DEPENDENCY,
+            f"ROS_SECURITY_ENABLE is set, and this middleware was built without security: {text}",
+            "Take one that was built with it, as those of the ROS distributions are.",
+        )
+    return None
 
 
 def _make_node(values: Mapping[str, Any]) -> Any:
@@ -181,7 +201,12 @@ class _Spinner:
 
 
 def _forward_logging(logger: Any) -> None:
-    """Send what the rooms below log (they don't know ROS) to the node's log."""
+    """Send what the rooms below log (they don't know ROS) to the node's log, by its level.
+
+    The level is that of the start, `--log-level`: rooms ask it before they make costly texts.
+    """
+    # The numbers of both libraries are the same.
+    level = int(logger.get_effective_level())
 
     class Forward(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -190,12 +215,14 @@ def _forward_logging(logger: Any) -> None:
                 logger.error(text)
             elif record.levelno >= logging.WARNING:
                 logger.warning(text)
-            else:
+            elif record.levelno >= logging.INFO:
                 logger.info(text)
+            else:
+                logger.debug(text)
 
     ours = logging.getLogger("librobot_vlm_ros")
-    ours.addHandler(Forward(logging.INFO))
-    ours.setLevel(logging.INFO)
+    ours.addHandler(Forward(level))
+    ours.setLevel(level)
     ours.propagate = False
 
 

@@ -52,7 +52,7 @@ class EngineConfig:
     """Limits and modes of one engine.
 
     Args:
-        queue_size: on-demand requests that may wait; beyond, the answer is BUSY.
+        queue_size: on-demand requests that may wait beside those in work; beyond: BUSY.
         max_batch: requests the backend is given at once, at most.
         max_frame_age_s: standing tasks refuse frames received longer ago [s]; 0 = no limit.
         history_frames: recent frames kept per camera for queries by stamp.

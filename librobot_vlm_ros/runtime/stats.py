@@ -62,6 +62,7 @@ class EngineStats:
     tokens_per_s: float
     """Generated tokens per second of inference."""
     queue_depth: int
+    """Requests that wait, those that the model works on not among them."""
     in_flight: int
     """Requests the model works on now."""
     busy_s: float

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from librobot_vlm_ros.cli import doctor_model, doctor_system
-from librobot_vlm_ros.cli.doctor_child import ask_python
+from librobot_vlm_ros.cli.doctor_child import ask_python, last_words
 from librobot_vlm_ros.cli.doctor_finding import Finding, found_by
 from librobot_vlm_ros.cli.doctor_model import MINIMUM, ModelDoctor
 from librobot_vlm_ros.cli.main import main
@@ -145,6 +145,19 @@ def test_a_process_that_hangs_or_dies_keeps_what_it_had_said() -> None:
     assert (facts, why) == ({"a": 2}, "because")
 
 
+def test_an_exception_is_told_whole_and_a_long_one_by_its_two_ends() -> None:
+    why = "ImportError: /opt/lib.so: no symbol\nThe C extension is not there.\nSee https://x\n"
+    assert last_words(f"noise\nTraceback (most recent call last):\n  File\n{why}") == (
+        "ImportError: /opt/lib.so: no symbol The C extension is not there. See https://x"
+    )
+    told = last_words("RuntimeError: cannot load " + "/a/long/path " * 100 + "for this reason")
+    assert len(told) <= 310
+    assert told.startswith("RuntimeError: cannot load /a/long/path ")
+    assert "/a/long/path ... /a/long/path" in told
+    assert told.endswith("for this reason")
+    assert last_words(" \n") == ""
+
+
 def test_memory_is_held_against_the_model_by_dtype(doctor: Callable[..., ModelDoctor]) -> None:
     def memory(free: int, name: str, dtype: str = "float16") -> Finding:
         made = doctor(facts_of(free=free, gpus=[GPU], dtype=dtype), name=name)
@@ -240,8 +253,11 @@ def test_weights_that_are_not_here_are_told_with_the_command(
     assert (
         f"hf download {base.default_pretrained} --revision {base.pinned_revision}" in weights().fix
     )
+    assert "weights:=" in weights().fix
+    assert "model:=florence-2-tabletop" in weights().fix
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert weights().status == "problem"
+    assert "weights:=" in weights().fix
     snapshot = tmp_path / "hub" / "models--microsoft--Florence-2-base" / "snapshots" / "x"
     snapshot.mkdir(parents=True)
     (snapshot / "model.safetensors").write_bytes(b"x")
@@ -274,6 +290,7 @@ def test_the_segment_of_the_profile_in_force_is_told(
                  "FASTDDS_BUILTIN_TRANSPORTS", "RMW_IMPLEMENTATION"):  # fmt: skip
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(doctor_system.importlib.util, "find_spec", lambda name: object())
 
     def told() -> Finding:
         return next(f for f in doctor_system.check_transport() if f.name == "shared memory")
@@ -286,7 +303,7 @@ def test_the_segment_of_the_profile_in_force_is_told(
     assert "cannot be read" in told().value
     mine.write_text("<dds><profiles/></dds>")
     assert told().status == "warning"
-    assert str(transport.DEFAULT_SEGMENT_BYTES // 1024) == "512"
+    assert "segment of 512 KiB, less than a 640x480 image" in told().value
     mine.write_text("<dds><useBuiltinTransports>false</useBuiltinTransports></dds>")
     assert "leaves it out" in told().value
     mine.write_text("<dds")
@@ -296,6 +313,9 @@ def test_the_segment_of_the_profile_in_force_is_told(
     assert "switched off" in told().value
     monkeypatch.setenv("RMW_IMPLEMENTATION", "rmw_cyclonedds_cpp")
     assert [f.name for f in doctor_system.check_transport()] == ["/dev/shm"]
+    monkeypatch.delenv("RMW_IMPLEMENTATION")
+    monkeypatch.setattr(doctor_system.importlib.util, "find_spec", lambda name: None)
+    assert [f.name for f in doctor_system.check_transport()] == ["/dev/shm"]  # nothing is sent
 
 
 def test_too_little_shared_memory_is_told_with_the_flag_for_containers(

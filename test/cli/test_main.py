@@ -12,7 +12,7 @@ import pytest
 
 from librobot_vlm_ros import __version__
 from librobot_vlm_ros.bags.synthetic import write_rectangle_bag
-from librobot_vlm_ros.cli.main import COMMANDS, _parser, main
+from librobot_vlm_ros.cli.main import COMMANDS, _parser, in_flags, main
 
 Captured = pytest.CaptureFixture[str]
 
@@ -35,6 +35,35 @@ def test_the_help_of_each_command_explains_its_arguments(command: str, capsys: C
     assert ended.value.code == 0
     assert f"usage: librobot-vlm {command}" in shown
     assert len(shown.splitlines()) > 5
+
+
+def test_hints_are_in_the_flags_that_a_command_has() -> None:
+    flags = ["--weights", "--max-new-tokens"]
+    assert in_flags("Example: weights:=/a/b, or model:=x", flags) == (
+        "Example: --weights /a/b, or model:=x"
+    )
+    assert in_flags("max_new_tokens:=3", flags) == "--max-new-tokens 3"
+
+
+@pytest.mark.parametrize("command", ["annotate", "ask"])
+def test_ways_to_weights_are_told_as_the_command_takes_them(
+    command: str, capsys: Captured, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("torch")
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    words = {
+        "annotate": [str(tmp_path / "bag"), str(tmp_path / "out"), "--tasks", "caption"],
+        "ask": [str(Path(__file__).parents[2] / "docs" / "demo.png")],
+    }[command]
+    write_rectangle_bag(tmp_path / "bag", 2)
+    assert main([command, *words, "--model", "florence-2-base"]) == 1
+    said = capsys.readouterr().err
+    assert "WEIGHTS_NOT_FOUND(301)" in said
+    assert "--weights /path/to/folder" in said
+    assert "--model florence-2-tabletop" in said
+    assert ":=" not in said
 
 
 def test_version(capsys: Captured) -> None:

@@ -100,6 +100,7 @@ class MuteError(Exception):
         (OSError(errno.ENOSPC, "No space left on device"), ErrorCode.DISK_FULL, BagError),
         (OSError(errno.EDQUOT, "Quota exceeded"), ErrorCode.DISK_FULL, BagError),
         (PermissionError(errno.EACCES, "no"), ErrorCode.PERMISSION_DENIED, BagError),
+        (OSError(errno.EROFS, "Read-only file system"), ErrorCode.PERMISSION_DENIED, BagError),
         (FileNotFoundError(errno.ENOENT, "no"), ErrorCode.FILE_NOT_FOUND, BagError),
         (OSError(errno.EIO, "broken"), ErrorCode.INTERNAL, VlmError),
         (ImportError("No module named 'x'"), ErrorCode.MISSING_DEPENDENCY, ModelError),

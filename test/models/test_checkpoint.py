@@ -160,6 +160,19 @@ def test_weights_beyond_the_range_of_the_dtype(folder: Path) -> None:
     load(folder, "bfloat16")
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
+def test_weights_stored_in_a_dtype_that_needs_scales(folder: Path, dtype: torch.dtype) -> None:
+    rewrite(folder, lambda w: w.update({NORM: w[NORM].to(dtype)}))
+    with pytest.raises(ModelError, match=f"{NORM} is stored as .*8") as caught:
+        load(folder)
+    assert caught.value.code == ErrorCode.DTYPE_UNSUPPORTED
+
+
+def test_packed_weights_are_told_from_those_of_another_shape(folder: Path) -> None:
+    rewrite(folder, lambda w: w.update({NORM: torch.zeros(3, 1, dtype=torch.uint8)}))
+    assert code_of_loading(folder) == ErrorCode.DTYPE_UNSUPPORTED
+
+
 @pytest.mark.parametrize(
     "content", ["", "no json", "[]", '{"model_type": "bert"}', '{"model_type": 3}']
 )

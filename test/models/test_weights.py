@@ -102,7 +102,9 @@ def test_a_full_disk_while_downloading_keeps_its_own_code(monkeypatch: pytest.Mo
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(OSError, match="No space") as caught:
         find_weights(BASE, None)
-    assert as_vlm_error(caught.value).code == ErrorCode.DISK_FULL
+    error = as_vlm_error(caught.value)
+    assert error.code == ErrorCode.DISK_FULL
+    assert constants.HF_HUB_CACHE in error.message
 
 
 def test_a_model_published_as_a_pickle_only_is_downloaded_as_one(

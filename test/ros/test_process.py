@@ -30,6 +30,12 @@ def end(process: Any, number: int) -> float:
     return time.monotonic() - started
 
 
+def end_without_words(process: Any) -> int:
+    """The exit code, whatever it wrote."""
+    process.send(signal.SIGINT)
+    return int(process.wait(10.0))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_idle_node(run: Callable[..., Any], number: int) -> None:
     process = run("model:=fake", "image_topic:=/nobody/here", "log_level:=info")
@@ -140,6 +146,26 @@ def test_at_level_debug_each_result_is_logged(
         return "detect@camera#" in process.output()
 
     wait_until(logged, 15.0, "the debug line of a result")
+    assert end(process, signal.SIGINT) < 5.0
+
+
+def test_at_level_debug_the_rooms_below_are_heard(run: Callable[..., Any]) -> None:
+    words = ["model:=fake", 'model_config:={"load_error": 302}']
+    process = run(*words, "log_level:=debug")
+    output = process.wait_for_output("autostart stopped", 40.0)
+    assert "loading fake failed:" in output
+    assert end_without_words(process) == 0
+    quiet = run(*words)
+    assert "loading fake failed:" not in quiet.wait_for_output("autostart stopped", 40.0)
+    assert end(quiet, signal.SIGINT) < 5.0
+
+
+def test_warnings_of_libraries_end_nothing_where_python_makes_errors_of_them(
+    start_process: Callable[..., Any], ros_env: dict[str, str]
+) -> None:
+    env = {**ros_env, "PYTHONWARNINGS": "error"}
+    process = start_process([*RUN, "model:=florence-2-tabletop"], "run", env=env)
+    process.wait_for_output("activate done", 60.0)
     assert end(process, signal.SIGINT) < 5.0
 
 

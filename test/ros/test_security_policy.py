@@ -65,7 +65,99 @@ def test_the_clients_enclave_is_the_other_side_of_the_nodes() -> None:
         return {name.replace("~/", "/vlm/") for name in names}
 
     everybodys = {"/parameter_events", "/rosout"}
+    sometimes = {"/clock"}
     assert client["services", "request"] == outside(node["services", "reply"])
     assert client["actions", "call"] == outside(node["actions", "execute"])
-    assert client["topics", "subscribe"] == outside(node["topics", "publish"]) - everybodys
+    heard = outside(node["topics", "publish"]) - everybodys
+    assert client["topics", "subscribe"] == heard | sometimes
     assert client["topics", "publish"] == {"/vlm/instruction"} | everybodys
+
+
+def names_of(node: Any, name: str) -> dict[tuple[str, str], set[str]]:
+    """(tag, right) -> names that the node of that name has in the graph, as `allowed` gives them.
+
+    Names of a service or topic below an action belong to the action.
+    """
+
+    def names(kind: str) -> set[str]:
+        found = getattr(node, f"get_{kind}_names_and_types_by_node")(name, "/")
+        inner = "/generate/_action/"
+        return {n.replace(f"/{name}/", "~/") for n, _ in found if inner not in n}
+
+    return {
+        ("topics", "publish"): names("publisher"),
+        ("topics", "subscribe"): names("subscriber"),
+        ("services", "reply"): names("service"),
+        ("services", "request"): names("client"),
+    }
+
+
+@pytest.mark.ros
+def test_a_client_has_every_right_that_a_node_of_rclpy_needs(robot: Any) -> None:
+    import rclpy
+    from librobot_vlm_ros.action import Generate
+    from librobot_vlm_ros.msg import Caption
+    from librobot_vlm_ros.srv import Query
+    from rclpy.action import ActionClient
+    from std_msgs.msg import String
+
+    node = rclpy.create_node("vlm_client", context=robot.context)
+    try:
+        node.create_client(Query, "/vlm/query")
+        node.create_subscription(Caption, "/vlm/caption", print, 10)
+        node.create_publisher(String, "/vlm/instruction", 10)
+        ActionClient(node, Generate, "/vlm/generate")
+        policy = allowed("/vlm_client")
+        found = names_of(node, "vlm_client")
+        for right, names in found.items():
+            assert names <= policy[right], right
+        # And no more than that: what such a node offers by itself is all that it may offer.
+        assert found["services", "reply"] == policy["services", "reply"]
+    finally:
+        node.destroy_node()
+
+
+@pytest.mark.ros
+def test_the_query_command_needs_no_more_than_a_clients_rights(
+    ros_env: dict[str, str],
+) -> None:
+    from librobot_vlm_ros.srv import Query
+
+    from librobot_vlm_ros.cli.spinning import Session
+
+    policy = allowed("/vlm_client")
+    with Session("librobot_vlm_query") as session:
+        session.node.create_client(Query, "/vlm/query")
+        found = names_of(session.node, "librobot_vlm_query")
+    assert found["services", "request"] == {"/vlm/query"}
+    for right, names in found.items():
+        assert names <= policy[right], right
+
+
+@pytest.mark.ros
+def test_security_that_cannot_be_had_ends_the_node_with_what_to_do(
+    start_process: Callable[..., Any], ros_env: dict[str, str], tmp_path: Path
+) -> None:
+    secure = {
+        **ros_env,
+        "ROS_SECURITY_KEYSTORE": str(tmp_path),
+        "ROS_SECURITY_ENABLE": "true",
+        "ROS_SECURITY_STRATEGY": "Enforce",
+    }
+    words = ["python", "-m", "librobot_vlm_ros.ros.vlm_node"]
+    words += ["--ros-args", "-p", "model:=fake", "--enclave", "/vlm"]
+    process = start_process(words, "without_keys", env=secure)
+    assert process.wait(30.0) == 1
+    assert "FILE_NOT_FOUND(604): ROS_SECURITY_ENABLE is set" in process.output()
+    assert "--enclave" in process.output()
+    enclave = tmp_path / "enclaves" / "vlm"
+    enclave.mkdir(parents=True)
+    for name in ("identity_ca.cert.pem", "cert.pem", "key.pem", "permissions_ca.cert.pem",
+                 "governance.p7s", "permissions.p7s"):  # fmt: skip
+        (enclave / name).write_text("no key")
+    process = start_process(words, "with_keys_of_no_use", env=secure)
+    # Keys of no use, or a middleware without security: either way nothing comes up unprotected.
+    assert process.wait(30.0) == 1
+    assert "configure" not in process.output()
+    if "security libraries" in process.output():
+        assert "MISSING_DEPENDENCY(312)" in process.output()

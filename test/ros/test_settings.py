@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from librobot_vlm_ros.core import ErrorCode, VlmError
+from librobot_vlm_ros.core import ErrorCode, RequestError, VlmError
 from librobot_vlm_ros.ros.arguments import (
     LAUNCH_PARAMETERS,
     arguments,
@@ -76,6 +76,8 @@ def test_every_field_is_a_parameter_and_its_own_default_is_valid() -> None:
         ({"min_score": 1.1}, ErrorCode.BAD_PARAMETER),
         ({"dtype": "fp8"}, ErrorCode.BAD_PARAMETER),
         ({"device": "gpu"}, ErrorCode.BAD_PARAMETER),
+        ({"device": "mps"}, ErrorCode.BAD_PARAMETER),
+        ({"device": "xpu:0"}, ErrorCode.BAD_PARAMETER),
         ({"image_topic": "/a//b"}, ErrorCode.BAD_PARAMETER),
         ({"image_topic": "/a b"}, ErrorCode.BAD_PARAMETER),
         ({"model_config": "["}, ErrorCode.BAD_PARAMETER),
@@ -193,6 +195,11 @@ def test_words_are_split_and_unknown_names_get_the_nearest() -> None:
     assert split_arguments(["model:=a:=b"], ["model"]) == {"model": "a:=b"}
     with pytest.raises(VlmError, match="Did you mean model"):
         split_arguments(["modle:=a"], ["model"])
+
+
+def test_a_device_that_is_refused_is_told_why() -> None:
+    with pytest.raises(RequestError, match=r"expected auto, .* \(on mps, .* no model was tested\)"):
+        Settings(device="mps")
 
 
 def test_an_arguments_description_tells_its_bounds_and_its_examples_can_be_typed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import resource
@@ -14,11 +15,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from suite import Findings, borrowed, row
+from hardship import CANNOT
+from suite import HERE, Findings, borrowed, row
 
 from librobot_vlm_ros.core import BagError, ErrorCode
 
 _TASKS = ["--tasks", "caption", "ground", "--model", "fake"]
+#: Full while the journal is written, and while the bag is.
+_DISKS = [("db3", "96k"), ("mcap", "200k"), ("db3", "64k"), ("db3", "400k"), ("mcap", "96k")]
 _CUT = (ErrorCode.BAG_TRUNCATED, ErrorCode.BAG_UNREADABLE)
 
 
@@ -110,9 +114,39 @@ def bag_with_a_wrong_type(found: Findings) -> None:
         found.check("Traceback" not in errors and not out.exists(), "something was left")
 
 
+def _on_a_full_disk(bag: Path, out: Path, size: str, *words: str) -> Any:
+    """(exit code, errors) of annotating onto a disk of that size and of the same with space freed;
+    the bag is `out` then. None where this machine allows no such disk.
+    """
+    disk = out.with_name(f"{out.name}-mount")
+    disk.mkdir()
+    script = [sys.executable, str(HERE / "annotating_full.py"), str(disk), size, f"{out}-kept"]
+    command = [*script, "--", str(bag), str(disk / "out"), *_TASKS, *words]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300.0, check=False)
+    if ended.returncode == CANNOT:
+        return None
+    told = json.loads(ended.stdout)
+    if told["left"] != ["out.partial"]:
+        told["full"]["errors"] += f" left: {told['left']}"
+        told["full"]["code"] = -1
+    Path(f"{out}-kept/out").rename(out)
+    return [(told[run]["code"], told[run]["errors"]) for run in ("full", "again")]
+
+
+def _check_full(found: Findings, what: str, full: tuple[int, str], again: tuple[int, str]) -> None:
+    """What a run that is out of disk says, and that the same command goes on."""
+    code, errors = full
+    found.cases += 1
+    said = f"DISK_FULL({int(ErrorCode.DISK_FULL)})"
+    found.check(code == 1 and said in errors, f"{what}: exit {code}: {errors!a}")
+    found.check("Traceback" not in errors, f"{what}: a traceback")
+    code, errors = again
+    found.check(code == 0, f"after {what}: exit {code}: {errors[-300:]}")
+
+
 @row
 def annotating_broken_off(found: Findings) -> None:
-    """Killed at any time, or out of disk: resuming loses and doubles nothing."""
+    """Killed at any time, or out of disk (full, or limited): resuming loses and doubles nothing."""
     from librobot_vlm_ros.bags.synthetic import write_rectangle_bag
 
     contents = borrowed("cli/test_annotate.py").contents
@@ -143,17 +177,23 @@ def annotating_broken_off(found: Findings) -> None:
             found.cases += 1
             found.check(contents(out) == wanted, f"{number}: something is lost or doubled")
         for limit in [40_000, 75_000, 120_000, 300_000][: found.number(4, 1)]:
-            out = Path(base) / f"full{limit}"
+            out = Path(base) / f"limit{limit}"
             words = [bag, out, *_TASKS, "--storage", "db3"]
             code, errors = _ended(_annotate(*words, limit=limit))
-            found.cases += 1
-            said = f"DISK_FULL({int(ErrorCode.DISK_FULL)})"
-            found.check(code == 1 and said in errors, f"full at {limit}: exit {code}: {errors!a}")
-            found.check(
-                "Traceback" not in errors and not out.exists(), "a traceback, or a half bag"
-            )
-            code, errors = _ended(_annotate(*words))
-            found.check(code == 0, f"after full at {limit}: exit {code}: {errors[-300:]}")
+            found.check(not out.exists(), f"full at {limit}: a half bag")
+            again = _ended(_annotate(*words))
+            _check_full(found, f"limit of {limit} bytes", (code, errors), again)
             same = sorted(map(str, contents(out))) == sorted(map(str, wanted))
             found.check(same, f"full at {limit}: something is lost or doubled")
-    found.note(kills=kills, resumed=resumed)
+        real = 0
+        for storage, size in _DISKS[: found.number(len(_DISKS), 1)]:
+            out = Path(base) / f"disk-{storage}-{size}"
+            ends = _on_a_full_disk(bag, out, size, "--storage", storage)
+            if ends is None:
+                found.note(not_possible_here=["a full disk"])
+                break
+            real += 1
+            _check_full(found, f"disk of {size} ({storage})", *ends)
+            same = sorted(map(str, contents(out))) == sorted(map(str, wanted))
+            found.check(same, f"disk of {size}: something is lost or doubled")
+    found.note(kills=kills, resumed=resumed, full_disks=real)

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -131,20 +131,30 @@ class Watched:
 
 
 @contextlib.contextmanager
-def robot_and_node(fake: dict[str, Any] | None = None, **parameters: Any) -> Iterator[Any]:
-    """(robot, vlm) in a ROS domain of their own, as the node's own tests have them."""
+def robot_and_node(
+    fake: dict[str, Any] | None = None,
+    *,
+    before: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+    **parameters: Any,
+) -> Iterator[Any]:
+    """(robot, vlm) in a ROS domain of their own, as the node's own tests have them.
+
+    `before`: a command that becomes the node (see hardship.py). `environment`: added to the node's.
+    """
     from librobot_vlm_ros.cli.isolation import isolated_ros
 
     ros, common = borrowed("ros/conftest.py"), borrowed("conftest.py")
     parameters = {"model": "fake", "annotated": False, **parameters}
     if fake:
         parameters["model_config"] = json.dumps(fake)
-    words = [sys.executable, "-m", "librobot_vlm_ros.ros.vlm_node", "--ros-args"]
+    words = [*before, sys.executable, "-m", "librobot_vlm_ros.ros.vlm_node", "--ros-args"]
     words += ["-r", "__ns:=/torture"]
     for name, value in parameters.items():
         words += ["-p", f"{name}:={json.dumps(value)}"]
     with isolated_ros(), tempfile.TemporaryDirectory() as folder:
-        process = common.RunningProcess(words, Path(folder) / "log", dict(os.environ), None)
+        around = {**os.environ, **(environment or {})}
+        process = common.RunningProcess(words, Path(folder) / "log", around, None)
         robot = ros.Robot()
         vlm = ros.Vlm(process, robot, "/torture/vlm", wait_for)
         try:
