@@ -21,7 +21,14 @@ from torch import Tensor
 
 from librobot_vlm_ros.core import VlmError
 from librobot_vlm_ros.models.choosing import Chooser, not_finite
-from librobot_vlm_ros.models.decode_rules import DecodeRules, Generated, Grammar, Scale
+from librobot_vlm_ros.models.decode_rules import (
+    DecodeRules,
+    Except,
+    Generated,
+    Grammar,
+    Scale,
+    Some,
+)
 
 __all__ = ["DecodeRules", "Decoder", "Generated", "Grammar", "Scale", "decode"]
 
@@ -40,10 +47,11 @@ class Decoder(Protocol):
     def first(self) -> Tensor:
         """Logits of the first token, one row a prompt."""
 
-    def next(self, tokens: Tensor, allowed: range | None = None) -> Tensor:
+    def next(self, tokens: Tensor, allowed: range | Tensor | None = None) -> Tensor:
         """Take one token a row (int64 [rows]) and give the logits of the one after it.
 
-        `allowed`: only the logits of these tokens, [rows, len(allowed)].
+        `allowed`: only the logits of these tokens, [rows, len(allowed)]; int64 [n] where they do
+        not stand in a row.
         """
 
     def reorder(self, rows: Tensor) -> None:
@@ -104,6 +112,7 @@ class _Loop:
         errors: dict[int, VlmError] = {}
         rules, decoder = self._rules, self._decoder
         logits, only = decoder.first(), None
+        self._vocabulary = logits.shape[-1]
         for step in range(rules.max_new_tokens):
             for row in list(self._open):
                 error = stop(row)
@@ -130,7 +139,7 @@ class _Loop:
             for row, (ids, log_probs) in enumerate(zip(self._ids, self._log_probs, strict=True))
         ]
 
-    def _feed(self, tokens: Tensor, step: int, only: range | None = None) -> Tensor:
+    def _feed(self, tokens: Tensor, step: int, only: range | Tensor | None = None) -> Tensor:
         """The next logits; rows that have ended are fed the pad token."""
         if len(self._ids) > 1:
             tokens = torch.where(self._ended, self._rules.pad, tokens)
@@ -163,7 +172,7 @@ class _Loop:
         if not marks:
             self._chooser.forget(step)
 
-    def _allowed(self) -> list[range | tuple[int, ...] | None] | None:
+    def _allowed(self) -> list[Some] | None:
         """What the grammars let each row choose from now; None where there are none."""
         if not self._grammars:
             return None
@@ -173,12 +182,18 @@ class _Loop:
             for row, (ids, grammar) in enumerate(zip(self._ids, self._grammars, strict=True))
         ]
 
-    def _common(self, step: int) -> range | None:
-        """The range that every row must choose from at that step; None where there is none."""
+    def _common(self, step: int) -> range | Tensor | None:
+        """Few tokens that every row must choose from at that step; None where there are none."""
         allowed = self._allowed()
         # The n-gram rule is about the whole vocabulary, and so is a forced token.
         whole = self._rules.no_repeat_ngram or self._rules.forced(step) is not None
         if not allowed or whole or len(self._open) < len(allowed):
             return None
         first = allowed[0]
-        return first if isinstance(first, range) and set(allowed) == {first} else None
+        if first is None or isinstance(first, Except) or set(allowed) != {first}:
+            return None
+        # Gathering the weights of many tokens is no cheaper than the whole layer.
+        scattered = not isinstance(first, range)
+        if scattered and (self._rules.scale is not None or len(first) * 4 > self._vocabulary):
+            return None
+        return self._chooser.choices.reach(first)

@@ -6,7 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["DecodeRules", "Generated", "Grammar", "Scale"]
+__all__ = ["DecodeRules", "Except", "Generated", "Grammar", "Scale", "Some"]
+
+
+@dataclass(frozen=True)
+class Except:
+    """All tokens but these."""
+
+    tokens: tuple[int, ...]
+
+
+#: Tokens that may stand at a place: a range, these, all but these, or (None) all.
+Some = range | tuple[int, ...] | Except | None
 
 
 class Grammar(Protocol):
@@ -15,8 +26,11 @@ class Grammar(Protocol):
     It must allow whatever a well-formed answer has, so that it never changes one.
     """
 
-    def allowed(self, ids: Sequence[int]) -> range | tuple[int, ...] | None:
-        """Tokens that may follow `ids`; None where all may. A range is computed at less cost."""
+    def allowed(self, ids: Sequence[int]) -> Some:
+        """Tokens that may follow `ids`, one at least.
+
+        The fewer they are the less is computed, a range for less than as many others.
+        """
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from librobot_vlm_ros.models.choices import columns
+
 __all__ = ["FlorenceDecoder", "encode_prompts"]
 
 
@@ -55,7 +57,7 @@ class FlorenceDecoder:
         """See `decode.Decoder`."""
         return self.next(torch.full_like(self._prompt, self._start))
 
-    def next(self, tokens: Tensor, allowed: range | None = None) -> Tensor:
+    def next(self, tokens: Tensor, allowed: range | Tensor | None = None) -> Tensor:
         """See `decode.Decoder`."""
         output = self._decoder(
             input_ids=tokens[:, None],
@@ -65,7 +67,7 @@ class FlorenceDecoder:
             use_cache=True,
         )
         logits: Tensor = self._head(output.last_hidden_state[:, -1])
-        return logits if allowed is None else logits[:, allowed.start : allowed.stop]
+        return columns(logits, allowed)
 
     def reorder(self, rows: Tensor) -> None:
         """See `decode.Decoder`."""

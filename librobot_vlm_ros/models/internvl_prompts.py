@@ -51,15 +51,17 @@ INTERNVL_TASKS: Mapping[str, str] = {
 
 _NUMBER = r"\s*(\d{1,5}(?:\.\d{1,6})?)\s*"
 _FOUR = rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]"
+#: Text up to the next mark of the notation.
+_UNMARKED = r"(?:(?!</?(?:box|ref)>).)*"
 _PIECE = re.compile(
-    r"<ref>(?P<label>.*?)</ref>"
-    r"|<box>(?P<box>(?:(?!</?(?:box|ref)>).)*)(?:</box>)?"
+    rf"<ref>(?P<label>{_UNMARKED})</ref>"
+    rf"|<box>(?P<box>{_UNMARKED})(?:</box>)?"
     rf"|(?P<bare>{_FOUR})",
-    re.S,
+    re.S | re.A,
 )
 #: A list that holds no list, whole or cut off.
-_LIST = re.compile(r"\[(?!\s*\[)[^\[\]]*(?:\]|$|(?=\[))")
-_BOX = re.compile(_FOUR)
+_LIST = re.compile(r"\[(?!\s*\[)[^\[\]]*(?:\]|$|(?=\[))", re.A)
+_BOX = re.compile(_FOUR, re.A)
 
 
 def question(task: str, text: str, region: Sequence[float] | None, width: int, height: int) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 
 from librobot_vlm_ros.core import Region
 from librobot_vlm_ros.models.boxes import Score, region_of
+from librobot_vlm_ros.models.notation_json import JSON_PLACES
 
 __all__ = ["QWEN2_TASKS", "QWEN3_TASKS", "parse_json_boxes", "parse_token_boxes"]
 
@@ -43,13 +44,16 @@ QWEN3_TASKS: Mapping[str, str] = {
 
 _NUMBER = r"\s*(\d{1,5}(?:\.\d{1,6})?)\s*"
 _PAIRS = rf"\({_NUMBER},{_NUMBER}\)\s*,\s*\({_NUMBER},{_NUMBER}\)"
+#: Text up to the next mark of the notation.
+_UNMARKED = r"(?:(?!<\|(?:box|object_ref)_).)*"
 _PIECE = re.compile(
-    r"<\|object_ref_start\|>(?P<label>.*?)<\|object_ref_end\|>"
-    r"|<\|box_start\|>(?P<box>(?:(?!<\|(?:box|object_ref)_).)*)(?:<\|box_end\|>)?"
+    rf"<\|object_ref_start\|>(?P<label>{_UNMARKED})<\|object_ref_end\|>"
+    rf"|<\|box_start\|>(?P<box>{_UNMARKED})(?:<\|box_end\|>)?"
     rf"|(?P<bare>{_PAIRS})",
-    re.S,
+    re.S | re.A,
 )
-_BOX = re.compile(rf"\s*{_PAIRS}\s*")
+_BOX = re.compile(rf"\s*{_PAIRS}\s*", re.A)
+_DECIMAL = re.compile(rf"[0-9]{{1,4}}(?:\.[0-9]{{1,{JSON_PLACES}}})?")
 
 
 def parse_token_boxes(
@@ -89,12 +93,12 @@ def parse_json_boxes(
     """Regions in pixels of a width x height image, and how many objects are no box.
 
     Qwen3-VL's notation, also of a list that was cut off, stands inside an object or gives an object
-    several boxes. `label` names boxes that come without one.
+    several boxes. Its numbers are decimals. `label` names boxes that come without one.
     An empty list is a good answer; one without any object counts as one that is none.
     """
     regions: list[Region] = []
     pieces, place = 0, 0
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(parse_int=_decimal, parse_float=_decimal)
     while (begin := text.find("{", place)) >= 0:
         pieces += 1
         try:
@@ -117,3 +121,8 @@ def parse_json_boxes(
                 regions.append(region)
     empty = re.fullmatch(r"\s*(?:```(?:json)?)?\s*\[\s*\]\s*(?:```)?\s*", text)
     return tuple(regions), (0 if empty else max(1, pieces)) - len(regions)
+
+
+def _decimal(text: str) -> float | None:
+    """A number of a box; None for what is none, such as one with an exponent."""
+    return float(text) if _DECIMAL.fullmatch(text) else None

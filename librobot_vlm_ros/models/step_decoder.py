@@ -26,7 +26,7 @@ class _StepDecoder:
     #: Which prompt each row belongs to.
     _prompt: Tensor
 
-    def next(self, tokens: Tensor, allowed: range | None = None) -> Tensor:
+    def next(self, tokens: Tensor, allowed: range | Tensor | None = None) -> Tensor:
         """See `decode.Decoder`."""
         buffers = self._ready()
         buffers.tokens[: self._rows].copy_(tokens)
