@@ -167,10 +167,18 @@ class CausalDecoder:
 
     def next(self, tokens: Tensor, allowed: range | Tensor | None = None) -> Tensor:
         """See `decode.Decoder`."""
-        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
-        place = self.place[:, None].expand(*self._places.shape[:-2], -1, 1)
-        self.place = self.place + 1
-        hidden = self._step(self._model.get_input_embeddings()(tokens[:, None]), place)
+        return self.extend(tokens[:, None], allowed)
+
+    def extend(self, tokens: Tensor, allowed: range | Tensor | None = None) -> Tensor:
+        """See `decode.ExtendingDecoder`."""
+        if self._inputs.shape[1]:
+            self.read()
+        count = tokens.shape[1]
+        self.mask = torch.cat([self.mask, self.mask.new_ones((len(tokens), count))], dim=1)
+        place = self.place[:, None] + torch.arange(count, device=self.place.device)
+        self.place = self.place + count
+        place = place.expand(*self._places.shape[:-2], -1, count)
+        hidden = self._step(self._model.get_input_embeddings()(tokens), place)
         logits: Tensor = self._head(hidden[:, -1])
         return columns(logits, allowed)
 

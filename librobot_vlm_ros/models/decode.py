@@ -3,7 +3,8 @@
 A family gives a `Decoder` (a prompt already taken in, with its KV cache) and `DecodeRules`; what
 comes back is one `Generated` or one error per row. Each row can be stopped on its own before any
 token. Answers equal those of transformers' `generate` with the same settings (tested), and hold
-besides the probability that the model itself gave each token, before any rule touched it.
+besides the probability that the model itself gave each token, before any rule touched it. Where a
+row has no choice (a forced token, a grammar that leaves one), the model is not asked.
 
 On CUDA the host runs one step ahead: the next step is asked for before the token is read that it
 starts from, so that the device never waits for the host. The price is one step for nothing at the
@@ -30,7 +31,16 @@ from librobot_vlm_ros.models.decode_rules import (
     Some,
 )
 
-__all__ = ["DecodeRules", "Decoder", "Generated", "Grammar", "Scale", "decode"]
+__all__ = [
+    "DecodeRules",
+    "Decoder",
+    "ExtendingDecoder",
+    "Generated",
+    "Grammar",
+    "Scale",
+    "decode",
+    "take_in",
+]
 
 #: Asked before each token: why row r must stop, or None.
 StopRow = Callable[[int], VlmError | None]
@@ -41,7 +51,8 @@ TellIds = Callable[[int, list[int]], None]
 class Decoder(Protocol):
     """A batch of prompts inside a model. Rows are numbered from 0; logits are [rows, V].
 
-    Logits are the caller's to overwrite, until it asks for the next ones.
+    Logits are the caller's to overwrite, until it asks for the next ones. Where tokens are known
+    before they are chosen, an `ExtendingDecoder` takes them in together.
     """
 
     def first(self) -> Tensor:
@@ -56,6 +67,39 @@ class Decoder(Protocol):
 
     def reorder(self, rows: Tensor) -> None:
         """Row r goes on from what was row rows[r]; there may be more rows than before."""
+
+
+class ExtendingDecoder(Decoder, Protocol):
+    """One that takes in several tokens at less cost than one by one."""
+
+    def extend(self, tokens: Tensor, allowed: range | Tensor | None = None) -> Tensor:
+        """Take int64 [rows, n] and give the logits behind the last. It may be the first call of
+        all: then the tokens stand behind the prompts.
+        """
+
+
+def take_in(
+    decoder: Decoder,
+    tokens: Sequence[Tensor],
+    allowed: range | Tensor | None = None,
+    *,
+    begun: bool,
+) -> Tensor:
+    """Logits behind tokens int64 [rows] each; behind the prompts where there are none.
+
+    `begun`: whether the decoder has taken in the prompts.
+    """
+    if not tokens:
+        return decoder.first()
+    extend = getattr(decoder, "extend", None)
+    if extend is not None and (len(tokens) > 1 or not begun):
+        logits: Tensor = extend(torch.stack(list(tokens), dim=1), allowed)
+        return logits
+    if not begun:
+        decoder.first()
+    for known in tokens[:-1]:
+        decoder.next(known)
+    return decoder.next(tokens[-1]) if allowed is None else decoder.next(tokens[-1], allowed)
 
 
 def decode(
@@ -104,15 +148,21 @@ class _Loop:
         self._eos = torch.tensor(rules.eos, device=history.device)
         #: Rows that have ended, as the device knows them.
         self._ended = torch.zeros(rows, dtype=torch.bool, device=history.device)
+        #: Tokens that the decoder has not taken in yet, and whether it has taken in the prompts.
+        self._unread: list[Tensor] = []
+        self._begun = False
+        #: As soon as it is known.
+        self._vocabulary = 0
         free = rules.temperature > 0 or not any(grammars)
         self._grammars = () if free else tuple(grammars)
 
     def run(self, stop: StopRow, tell: TellIds | None) -> list[Generated | VlmError]:
         """See `decode`."""
         errors: dict[int, VlmError] = {}
-        rules, decoder = self._rules, self._decoder
-        logits, only = decoder.first(), None
-        self._vocabulary = logits.shape[-1]
+        rules, only = self._rules, None
+        known = self._known(0)
+        if known is None:
+            logits = self._ask()
         for step in range(rules.max_new_tokens):
             for row in list(self._open):
                 error = stop(row)
@@ -123,29 +173,47 @@ class _Loop:
             if not self._open:
                 break
             last = step == rules.max_new_tokens - 1
-            allowed = self._allowed() if only is None else None
-            picked = self._chooser.pick(logits, step, allowed, only)
-            if self._ahead and not last:
-                logits = self._feed(picked.tokens, step)
-            self._take(*picked.read(), step, forced=rules.forced(step) is not None, tell=tell)
+            forced, early = rules.forced(step) is not None, False
+            if known is not None:
+                self._note(torch.tensor(known, device=self._device), step)
+                self._take(known, [0.0] * len(known), step, forced=forced, tell=tell)
+            else:
+                allowed = self._allowed() if only is None else None
+                picked = self._chooser.pick(logits, step, allowed, only)
+                self._note(picked.tokens, step)
+                early = self._ahead and not last and rules.forced(step + 1) is None
+                if early:
+                    logits = self._ask()
+                self._take(*picked.read(), step, forced=forced, tell=tell)
             if not self._open or last:
                 break
-            if not self._ahead:
-                only = self._common(step + 1)
-                logits = self._feed(picked.tokens, step, only)
+            if not early:
+                known = self._known(step + 1)
+                if known is None:
+                    only = self._common(step + 1)
+                    logits = self._ask(only)
         self._chooser.credit(self._ids, self._log_probs)
         return [
             errors[row] if row in errors else Generated(tuple(ids), tuple(log_probs))
             for row, (ids, log_probs) in enumerate(zip(self._ids, self._log_probs, strict=True))
         ]
 
-    def _feed(self, tokens: Tensor, step: int, only: range | Tensor | None = None) -> Tensor:
-        """The next logits; rows that have ended are fed the pad token."""
+    def _note(self, tokens: Tensor, step: int) -> None:
+        """Tokens to be taken in; for rows that have ended it is the pad token."""
         if len(self._ids) > 1:
             tokens = torch.where(self._ended, self._rules.pad, tokens)
             self._ended |= torch.isin(tokens, self._eos)
         self._chooser.wrote(tokens, step)
-        return self._decoder.next(tokens) if only is None else self._decoder.next(tokens, only)
+        self._unread.append(tokens)
+
+    def _ask(self, only: range | Tensor | None = None) -> Tensor:
+        """The logits behind what is noted."""
+        unread, self._unread = self._unread, []
+        logits = take_in(self._decoder, unread, only, begun=self._begun)
+        if only is None:
+            self._vocabulary = logits.shape[-1]
+        self._begun = True
+        return logits
 
     def _take(
         self,
@@ -182,9 +250,26 @@ class _Loop:
             for row, (ids, grammar) in enumerate(zip(self._ids, self._grammars, strict=True))
         ]
 
+    def _known(self, step: int) -> list[int] | None:
+        """The tokens of all rows at that step where none has a choice: the model isn't asked."""
+        forced = self._rules.forced(step)
+        if forced is not None:
+            return [forced] * len(self._ids)
+        # A host that runs ahead has asked already; the n-gram rule may forbid the only token.
+        allowed = None if self._ahead or self._rules.no_repeat_ngram else self._allowed()
+        if not allowed:
+            return None
+        tokens = [self._rules.pad] * len(self._ids)
+        for row in self._open:
+            some = allowed[row]
+            if some is None or isinstance(some, Except) or len(some) > 1:
+                return None
+            tokens[row] = some[0]
+        return tokens
+
     def _common(self, step: int) -> range | Tensor | None:
         """Few tokens that every row must choose from at that step; None where there are none."""
-        allowed = self._allowed()
+        allowed = None if self._ahead else self._allowed()
         # The n-gram rule is about the whole vocabulary, and so is a forced token.
         whole = self._rules.no_repeat_ngram or self._rules.forced(step) is not None
         if not allowed or whole or len(self._open) < len(allowed):

@@ -80,8 +80,10 @@ class DecodeRules:
 class Generated:
     """What a row gave, with each token's log-probability; marks on a scale as `near` counts them.
 
-    A forced token has NaN: the model did not choose it. Where a grammar allowed some tokens only,
-    the probability is that among those.
+    A token that the rules force has NaN: the model did not choose it, and no mean counts it. Where
+    a grammar allowed some tokens only, the probability is that among those: 0.0 of the only one,
+    which a mean counts as certain. In a well-formed answer it is: what the notation decides has a
+    probability near 1 without a grammar, too.
     """
 
     ids: tuple[int, ...]
