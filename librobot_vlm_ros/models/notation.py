@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, NamedTuple, Protocol
 
-from librobot_vlm_ros.models.boxes import SCALE
+from librobot_vlm_ros.models.boxes import MOST_BLANKS, SCALE
 
 __all__ = ["BLANKS", "Corners", "ListBoxes", "Notation", "Tail", "TokenBoxes"]
 
-#: What `\s` matches in ASCII, less the separators that no tokenizer writes.
+#: What `\s` matches in ASCII.
 BLANKS = " \t\n\r\f\v"
 _DIGITS = frozenset(string.digits)
 
@@ -50,6 +50,12 @@ class Corners(NamedTuple):
     text: str = ""
     #: The first corner, as far as it is written: the second must not lie before it.
     near: tuple[Decimal, ...] = ()
+    #: Blanks that stand last.
+    blanks: int = 0
+
+    def blank(self) -> Corners | None:
+        """The state behind one blank more."""
+        return self._replace(blanks=self.blanks + 1) if self.blanks < MOST_BLANKS else None
 
 
 @dataclass(frozen=True)
@@ -66,16 +72,17 @@ class Box:
     def step(self, state: Corners, char: str) -> Corners | None:
         """See `Notation`. A state whose item is `len(template)` is a whole box."""
         if state.item == len(self.template):
-            return state if char in self.blanks else None
+            return self._blank(state, char)
         wanted = self.template[state.item]
         if wanted:
-            return (
-                state._replace(item=state.item + 1) if char == wanted else self._blank(state, char)
-            )
+            if char != wanted:
+                return self._blank(state, char)
+            return state._replace(item=state.item + 1, blanks=0)
         low = self._low(state)
         if char in _DIGITS or (char == "." and state.text):
             text = state.text + char
-            return state._replace(text=text) if self._can_be(text, low) else None
+            can = self._can_be(text, low)
+            return state._replace(text=text, blanks=0) if can else None
         if not state.text:
             return self._blank(state, char)
         if state.text.endswith(".") or not low <= Decimal(state.text) <= SCALE:
@@ -86,7 +93,7 @@ class Box:
         return self.step(Corners(state.item + 1, "", near), char)
 
     def _blank(self, state: Corners, char: str) -> Corners | None:
-        return state if char in self.blanks else None
+        return state.blank() if char in self.blanks else None
 
     def _low(self, state: Corners) -> Decimal:
         """What the number here must be at least."""
@@ -201,8 +208,11 @@ class ListBoxes:
                 return None
             return _At("inside" if tail == "<box>" else "free")
         if state.where == "open":
-            if char == "[" or char in BLANKS:
-                return state
+            if char == "[":
+                return state._replace(box=Corners())
+            if char in BLANKS:
+                box = state.box.blank()
+                return None if box is None else state._replace(box=box)
             state = state._replace(where="list")
         box = self._box.step(state.box, char)
         if box is None:

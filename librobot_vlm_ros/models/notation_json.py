@@ -72,7 +72,8 @@ class JsonBoxes:
     def _in_box(self, state: _In, char: str) -> _In | None:
         where, stack = state.where, state.stack
         if where != "corners" and char in _BLANKS:
-            return state
+            corners = state.corners.blank()
+            return None if corners is None else state._replace(corners=corners)
         if where == "corners" or (where == "list" and char != "["):
             corners = self._box.step(state.corners, char)
             if corners is None:
@@ -81,7 +82,7 @@ class JsonBoxes:
                 return state._replace(where="corners", corners=corners)
             return _In("between" if state.several else "behind", stack)
         if where == "list":
-            return None if state.several else state._replace(several=True)
+            return None if state.several else state._replace(several=True, corners=Corners())
         if where == "box":
             return _In("list", stack) if char == "[" else None
         if where == "next":
