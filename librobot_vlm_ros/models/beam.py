@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from librobot_vlm_ros.core import VlmError
+from librobot_vlm_ros.models.choices import Choices
 from librobot_vlm_ros.models.choosing import (
     apply_rules,
     near,
@@ -27,7 +28,9 @@ from librobot_vlm_ros.models.decode import (
     Generated,
     StopRow,
     TellIds,
+    take_in,
 )
+from librobot_vlm_ros.models.decode_rules import Grammar, Some
 
 __all__ = ["beam_search"]
 
@@ -108,8 +111,13 @@ def beam_search(
     *,
     stop: StopRow,
     tell: TellIds | None,
+    grammars: Sequence[Grammar | None] = (),
 ) -> list[Generated | VlmError]:
-    """See `decode.decode`; `history` is int64 [B, H]."""
+    """See `decode.decode`; `history` is int64 [B, H].
+
+    `grammars`: hypotheses that break them are left out of the search. It may end at another answer
+    than without them, also where that is well formed (see `beam_grammar`).
+    """
     batch, beams, device = history.shape[0], rules.num_beams, history.device
     keep = max(2, 1 + len(rules.eos)) * beams
     eos = torch.tensor(rules.eos, device=device)
@@ -125,7 +133,12 @@ def beam_search(
     unused = suppressed(rules, device)
     errors: dict[int, VlmError] = {}
     listener, diary = _Listener(tell, batch), _Diary(rules)
-    logits = decoder.first().repeat_interleave(beams, dim=0)
+    choices, first = Choices(device), rules.forced(0)
+    logits = decoder.first() if first is None else _behind(decoder, first, batch, device)
+    ahead = None
+    if first is not None:  # nothing is to be asked at the first step
+        ahead, logits = logits, torch.zeros_like(logits)
+    logits = logits.repeat_interleave(beams, dim=0)
     parents = torch.arange(batch, device=device).repeat_interleave(beams)
     past = history.repeat_interleave(beams, dim=0)
     closed: set[int] = set()
@@ -143,6 +156,10 @@ def beam_search(
             before = running.places[:, :, :step].flatten(0, 1) % vocabulary
             written = torch.cat([past, before], dim=1)
         scores = apply_rules(raw, written, rules, step)
+        if any(grammars) and rules.forced(step) is None:
+            allowed = _allowed(running.places[:, :, :step] % vocabulary, grammars)
+            raw = choices.restrict(raw.clone(), allowed)
+            scores = scores.masked_fill(raw.isneginf(), -math.inf)
         total = scores.view(batch, beams, vocabulary) + running.scores[:, :, None]
         best, place = total.flatten(1).topk(keep, dim=1)
         parent, token = place // vocabulary, place % vocabulary
@@ -186,6 +203,9 @@ def beam_search(
         # Before the first step there was one row a prompt, from now on there are `beams`.
         parents = parents[from_beam] if step == 0 else from_beam
         decoder.reorder(parents)
+        if ahead is not None:
+            ahead, logits = None, ahead.index_select(0, parents)
+            continue
         logits = decoder.next((running.places[:, :, step] % vocabulary).flatten())
     answers: list[Generated | VlmError] = []
     for row in range(batch):
@@ -196,6 +216,21 @@ def beam_search(
         listener.finish(row, list(answer.ids))
         answers.append(answer)
     return answers
+
+
+def _behind(decoder: Decoder, token: int, batch: int, device: torch.device) -> Tensor:
+    """Logits behind a token that all prompts begin with."""
+    tokens = torch.full((batch,), token, device=device)
+    return take_in(decoder, [tokens], begun=False)
+
+
+def _allowed(ids: Tensor, grammars: Sequence[Grammar | None]) -> list[Some]:
+    """What may follow each hypothesis `ids` [B, beams, T], in the order of their rows."""
+    return [
+        None if grammar is None else grammar.allowed(written)
+        for row, grammar in zip(ids.tolist(), grammars, strict=True)
+        for written in row
+    ]
 
 
 def _empty(batch: int, count: int, rules: DecodeRules, device: torch.device) -> _Beams:

@@ -111,17 +111,24 @@ def decode(
     tell: TellIds | None = None,
     seeds: Sequence[int | None] | None = None,
     grammars: Sequence[Grammar | None] = (),
+    again: Callable[[Sequence[int]], tuple[Decoder, Tensor]] | None = None,
 ) -> list[Generated | VlmError]:
     """Generate until every row has ended.
 
     `history`: int64 [rows, H], tokens before the first new one that the n-gram rule sees.
-    `seeds`: one a row, for sampling; None draws one. `grammars`: one a row, for greedy answers;
-    beams and samples are free.
+    `seeds`: one a row, for sampling; None draws one. `grammars`: one a row; samples are free.
+    `again`: takes in the prompts of some rows anew, which beams need to keep to grammars; without
+    it they are free, too.
     Raises InferenceError NAN_LOGITS when the model gives no usable numbers.
     """
     if rules.num_beams > 1:
         from librobot_vlm_ros.models.beam import beam_search
+        from librobot_vlm_ros.models.beam_grammar import search_in_notation
 
+        if again is not None and any(grammars):
+            return search_in_notation(
+                decoder, rules, history, grammars, again, stop=stop, tell=tell
+            )
         return beam_search(decoder, rules, history, stop=stop, tell=tell)
     return _Loop(decoder, rules, history, seeds, grammars).run(stop, tell)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["DecodeRules", "Except", "Generated", "Grammar", "Scale", "Some"]
+__all__ = ["DecodeRules", "Except", "Generated", "Grammar", "Scale", "Some", "permits"]
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,13 @@ class Except:
 
 #: Tokens that may stand at a place: a range, these, all but these, or (None) all.
 Some = range | tuple[int, ...] | Except | None
+
+
+def permits(some: Some, token: int) -> bool:
+    """Whether the token may stand there."""
+    if some is None:
+        return True
+    return token not in some.tokens if isinstance(some, Except) else token in some
 
 
 class Grammar(Protocol):
