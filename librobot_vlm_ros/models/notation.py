@@ -11,7 +11,6 @@ from __future__ import annotations
 import string
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from typing import Any, NamedTuple, Protocol
 
 from librobot_vlm_ros.models.boxes import MOST_BLANKS, SCALE
@@ -48,8 +47,8 @@ class Corners(NamedTuple):
 
     item: int = 0
     text: str = ""
-    #: The first corner, as far as it is written: the second must not lie before it.
-    near: tuple[Decimal, ...] = ()
+    #: The first corner in `Box`'s unit, as far as it is written: the second must not lie before it.
+    near: tuple[int, ...] = ()
     #: Blanks that stand last.
     blanks: int = 0
 
@@ -58,7 +57,7 @@ class Corners(NamedTuple):
         return self._replace(blanks=self.blanks + 1) if self.blanks < MOST_BLANKS else None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Box:
     """How four numbers are written: characters, and "" where a number stands; blanks between."""
 
@@ -68,6 +67,11 @@ class Box:
     whole: int = 5
     places: int = 6
     zeros: bool = True
+
+    def __post_init__(self) -> None:
+        #: Numbers are counted in the smallest that can be written.
+        self._unit = 10**self.places
+        self._most = SCALE * self._unit
 
     def step(self, state: Corners, char: str) -> Corners | None:
         """See `Notation`. A state whose item is `len(template)` is a whole box."""
@@ -85,36 +89,47 @@ class Box:
             return state._replace(text=text, blanks=0) if can else None
         if not state.text:
             return self._blank(state, char)
-        if state.text.endswith(".") or not low <= Decimal(state.text) <= SCALE:
+        if state.text.endswith(".") or not low <= self._value(state.text) <= self._most:
             return None
-        near = (
-            state.near if len(state.near) == 2 else (*state.near, Decimal(state.text).normalize())
-        )
+        near = state.near
+        if len(near) < 2:
+            near = (*near, self._value(state.text))
         return self.step(Corners(state.item + 1, "", near), char)
 
     def _blank(self, state: Corners, char: str) -> Corners | None:
         return state.blank() if char in self.blanks else None
 
-    def _low(self, state: Corners) -> Decimal:
-        """What the number here must be at least."""
-        number = sum(not item for item in self.template[: state.item])
-        return state.near[number - 2] if number >= 2 else Decimal(0)
+    def _value(self, text: str) -> int:
+        whole, _, part = text.partition(".")
+        return int(whole + part.ljust(self.places, "0"))
 
-    def _can_be(self, text: str, low: Decimal) -> bool:
+    def _low(self, state: Corners) -> int:
+        """What the number here must be at least."""
+        number = self.template[: state.item].count("")
+        return state.near[number - 2] if number >= 2 else 0
+
+    def _can_be(self, text: str, low: int) -> bool:
         """Whether `text` is, or can become, a number from `low` to the end of the scale."""
         whole, point, part = text.partition(".")
-        if text.count(".") > 1 or len(whole) > self.whole or len(part) > self.places:
+        if len(whole) > self.whole or len(part) > self.places or "." in part:
             return False
         nought = whole[0] == "0"
         if nought and len(whole) > 1 and not self.zeros:
             return False
         if point:
-            least = Decimal(f"{whole}.{part or 0}")
-            more = Decimal(10) ** -len(part) if len(part) < self.places else Decimal(0)
-            return least <= SCALE and (least >= low or least + more > low)
-        further = 0 if nought and not self.zeros else self.whole - len(whole)
-        reached = [(int(whole) * 10**n, (int(whole) + 1) * 10**n) for n in range(further + 1)]
-        return any(first <= SCALE and (first >= low or end > low) for first, end in reached)
+            least = self._value(text)
+            return least <= self._most and least + 10 ** (self.places - len(part)) > low
+        # With more digits before the point it begins at ten times the number, and so on.
+        least, end = int(whole) * self._unit, (int(whole) + 1) * self._unit
+        for _ in range(self.whole - len(whole) + 1):
+            if least > self._most:
+                return False
+            if end > low:
+                return True
+            if nought and not self.zeros:
+                return False
+            least, end = least * 10, end * 10
+        return False
 
 
 class Tail:

@@ -19,12 +19,13 @@ from librobot_vlm_ros.models.notation import BLANKS, Notation
 __all__ = ["NotationGrammar", "NotationTokens", "notation_grammar"]
 
 #: States whose tokens are kept at most.
-_KEPT = 4096
-#: How vocabularies write blanks.
-_SPELT = str.maketrans({"▁": " ", "Ġ": " ", "Ċ": "\n", "ĉ": "\t", "č": "\r", "Č": "\f", "ċ": "\v"})
+_KEPT = 512
+#: How vocabularies write blanks and control characters.
+_SPELT = str.maketrans({"▁": " ", **{chr(256 + byte): chr(byte) for byte in range(33)}})
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-#: What stands first in a box's text, blanks left out.
-_OF_BOXES = frozenset("0123456789()[],.<}")
+#: What stands first where a notation binds, blanks left out, and words that do.
+_BOUND = frozenset('0123456789()[]{},.:"<-')
+_BOUND_WORDS = ("true", "false", "null", "NaN", "Infinity")
 
 
 class _Node:
@@ -51,10 +52,14 @@ class NotationTokens:
         self._texts: dict[int, str] = {}
         self._allowed: dict[Any, Some] = {}
         self._spelt = {token: _spelt(piece) for piece, token in tokenizer.vocabulary.items()}
-        self._root = _Node()
+        #: Tokens by their first character, until their texts are planted.
+        self._first: dict[str, list[int]] = {}
         for token, spelt in self._spelt.items():
-            if not spelt.lstrip(BLANKS) or spelt.lstrip(BLANKS)[0] in _OF_BOXES:
-                self._plant(token)
+            # Words behind a blank are many, and none where a notation binds; nor are other scripts.
+            bound = spelt[:1] not in BLANKS or _may_be_bound(spelt.lstrip(BLANKS))
+            if spelt and spelt[0].isascii() and bound:
+                self._first.setdefault(spelt[0], []).append(token)
+        self._root = _Node()
         self._with: dict[str, list[int]] = {}
 
     def text(self, token: int) -> str:
@@ -106,6 +111,9 @@ class NotationTokens:
                     barred.append(token)
             return Except(tuple(sorted({*barred}))) if barred else None
         found = list(self._eos) if ends else []
+        for char in [c for c in self._first if self.notation.step(state, c) is not None]:
+            for token in self._first.pop(char):
+                self._plant(token)
         left = [(self._root, state)]
         while left:
             node, at = left.pop()
@@ -114,17 +122,8 @@ class NotationTokens:
                 if behind is not None:
                     found += child.tokens
                     left.append((child, behind))
-        if not found:  # within a mark that is spelt letter by letter
-            found = [token for token in self._spelt if self._goes_on(state, token)]
         # A tokenizer without the notation's characters cannot write it.
         return tuple(sorted(found)) or None
-
-    def _goes_on(self, state: Any, token: int) -> bool:
-        spelt = self._spelt[token]
-        if not spelt or self.notation.step(state, spelt[0]) is None or token in self._eos:
-            return False
-        text = self.text(token)
-        return bool(text) and self._walk(state, text) is not None
 
     def _having(self, chars: str) -> list[int]:
         """Tokens that hold one of these characters."""
@@ -171,6 +170,13 @@ def notation_grammar(
     if key not in tokenizer.notations:
         tokenizer.notations[key] = NotationTokens(tokenizer, notation, eos)
     return NotationGrammar(tokenizer.notations[key])
+
+
+def _may_be_bound(text: str) -> bool:
+    """Whether a text may follow where a notation binds; `text` has no blanks in front."""
+    if not text or text[0] in _BOUND:
+        return True
+    return any(word.startswith(text) or text.startswith(word) for word in _BOUND_WORDS)
 
 
 def _spelt(piece: str) -> str:

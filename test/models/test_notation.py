@@ -143,8 +143,18 @@ def test_what_may_be_written_is_read_without_a_box_that_is_none(family: str) -> 
         ('[{"bbox_2d": [' + " " * 65, False),
         ('[{"bbox_2d": [1, 2, 3, 4] "', False),
         ('[{"bbox_2d": [1, 2, 3, 4]}', True),
-        ('{{"bbox_2d": t', False),
-        ('{"a" "bbox_2d": t', True),  # no JSON, so no box either
+        ("{{", False),
+        ('{"a" "', False),
+        ('{"a": tr', True),
+        ('{"a": tru}', False),
+        ('{"a": [1, -0.5e+3, null, {}], "b": "\\u00e9"', True),
+        ('{"a": [1,]', False),
+        ('{"a": 01', False),
+        ('{"a": 1.}', False),
+        ('{"a": "\n', False),
+        ('{"a": "\\x', False),
+        ('{"a": 1,}', False),
+        ('{"a": -Infinity, "b": NaN}', True),
     ],
 )
 def test_boxes_of_json_are_four_numbers(text: str, good: bool) -> None:
@@ -279,7 +289,7 @@ def test_a_box_that_is_written_at_random_is_a_box(tokenizer, pieces, family: str
     chance = random.Random(3)
     eos = end_of(words)
     known = notation_grammar(words, notation, [eos])._tokens
-    for _ in range(200):
+    for _ in range(60):
         grammar = notation_grammar(words, notation, [eos])
         ids = write(grammar, words, begin)
         while isinstance(some := grammar.allowed(ids), tuple):
@@ -287,6 +297,9 @@ def test_a_box_that_is_written_at_random_is_a_box(tokenizer, pieces, family: str
             dull = [t for t in some if not known.text(t).strip() and t != eos]
             ids.append(chance.choice([t for t in some if t not in dull] or list(some)))
             if ids[-1] == eos or len(ids) > 200:
+                break
+            where = read(notation, words.decode(ids)).where
+            if family == "qwen3" and where in ("after", "more", "free"):
                 break
         text = words.decode(ids)
         assert len(ids) <= 200
