@@ -158,7 +158,9 @@ def beam_search(
         scores = apply_rules(raw, written, rules, step)
         if any(grammars) and rules.forced(step) is None:
             allowed = _allowed(running.places[:, :, :step] % vocabulary, grammars)
-            raw = choices.restrict(raw.clone(), allowed)
+            choices.bar(logits, allowed)
+            # The search goes by the model's own numbers; told are those among what may follow.
+            raw = choices.restrict(token_log_probs(logits, unused), allowed)
             scores = scores.masked_fill(raw.isneginf(), -math.inf)
         total = scores.view(batch, beams, vocabulary) + running.scores[:, :, None]
         best, place = total.flatten(1).topk(keep, dim=1)

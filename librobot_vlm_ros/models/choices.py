@@ -26,16 +26,18 @@ class Choices:
             self._indices[tokens] = torch.tensor(tokens, device=self._device)
         return self._indices[tokens]
 
-    def restrict(self, raw: Tensor, allowed: Sequence[Some]) -> Tensor:
-        """Log-probabilities [rows, V] among what each row may choose from, other tokens at -inf;
-        overwrites `raw`.
-        """
-        for line, some in zip(raw, allowed, strict=True):
-            if some is None:
-                continue
+    def bar(self, logits: Tensor, allowed: Sequence[Some]) -> None:
+        """Set logits [rows, V] of the tokens to -inf that a row is barred from one by one."""
+        for line, some in zip(logits, allowed, strict=True):
             if isinstance(some, Except):
                 line.index_fill_(0, self.index(some.tokens), -math.inf)
-                line.copy_(torch.log_softmax(line, dim=0))
+
+    def restrict(self, raw: Tensor, allowed: Sequence[Some]) -> Tensor:
+        """Log-probabilities [rows, V] among what each row may choose from, other tokens at -inf;
+        overwrites `raw`, which is of logits that went through `bar`.
+        """
+        for line, some in zip(raw, allowed, strict=True):
+            if some is None or isinstance(some, Except):
                 continue
             among = torch.log_softmax(columns(line, self.reach(some)), dim=0)
             line.fill_(-math.inf)

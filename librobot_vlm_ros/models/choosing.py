@@ -82,6 +82,8 @@ class Chooser:
         `allowed`: what each row may choose from. `only`: the logits are those of these tokens.
         """
         rules = self._rules
+        if allowed is not None and only is None:
+            self.choices.bar(logits, allowed)
         raw = token_log_probs(logits, None if only is not None else self._suppressed)
         if allowed is not None and only is None:
             raw = self.choices.restrict(raw, allowed)

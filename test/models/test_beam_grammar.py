@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from librobot_vlm_ros.core import EngineError, ErrorCode, GenerationParams
+from librobot_vlm_ros.models import conformance_qwen_folder
 from librobot_vlm_ros.models.beam import beam_search
 from librobot_vlm_ros.models.beam_grammar import fits
+from librobot_vlm_ros.models.causal_tokenizer import CausalTokenizer
 from librobot_vlm_ros.models.decode import DecodeRules, Generated, Scale, decode
 from librobot_vlm_ros.models.florence_folder import PUBLISHED
 from librobot_vlm_ros.models.grammar import BoxGrammar
+from librobot_vlm_ros.models.notation import TokenBoxes
+from librobot_vlm_ros.models.notation_grammar import notation_grammar
+from librobot_vlm_ros.models.qwen_prompts import parse_token_boxes
 
 #: Tokens 10 to 15 are the locations; 2 ends an answer, 3 to 9 are words.
 FIRST, COUNT, SIZE = 10, 6, 16
@@ -120,6 +126,47 @@ def test_a_bound_search_alone_would_change_good_answers() -> None:
         )
         changed += bound.ids != free.ids
     assert changed
+
+
+def test_boxes_that_are_written_as_text(tmp_path: Path) -> None:
+    """Random chains of Qwen2-VL's tokens, led towards its boxes."""
+    conformance_qwen_folder.tokenizer().save(str(tmp_path / "tokenizer.json"))
+    ids = conformance_qwen_folder.IDS
+    eos = ids["<|im_end|>"]
+    words = CausalTokenizer.from_folder(tmp_path, hidden=[eos], vocab_size=200)
+    rules = DecodeRules(eos=(eos,), pad=eos, max_new_tokens=40, num_beams=3)
+    usual = [*words.words("(),0123456789"), ids["<|box_end|>"], eos]
+
+    class Written(Chain):
+        def __init__(self, seed: int) -> None:
+            random = torch.Generator().manual_seed(seed)
+            self.table = torch.randn(41, words.size, words.size, generator=random)
+            self.table[..., usual] += 4.0
+            self.table[:, words.words("(,"), eos] -= 6.0
+            self.table[..., words.words(",")] += 1.5
+            self.table[0, :, ids["<|box_start|>"]] += 30.0
+            good = [*words.words("(1,2),(30,45)"), ids["<|box_end|>"], eos]
+            for place, token in enumerate(good, start=1):  # every other one leans to a good one
+                self.table[place, :, token] += 12.0 * (seed % 2)
+            self.rows, self.place = 1, 0
+
+    def answer(seed: int, *, bound: bool) -> Generated:
+        grammars = [notation_grammar(words, TokenBoxes(), [eos])] if bound else []
+        (row,) = decode(
+            Written(seed), rules, past(), grammars=grammars, again=lambda _: (Written(seed), past())
+        )
+        assert isinstance(row, Generated)
+        return row
+
+    changed = kept = 0
+    for seed in range(40):
+        free, row = answer(seed, bound=False), answer(seed, bound=True)
+        bad, left = (parse_token_boxes(words.decode(g.ids), 9, 9)[1] for g in (free, row))
+        assert left == 0 or len(row.ids) == rules.max_new_tokens, words.decode(row.ids)
+        assert bad or row.ids == free.ids
+        kept, changed = kept + (not bad), changed + (row.ids != free.ids)
+    assert changed > 5, (kept, changed)
+    assert kept, (kept, changed)
 
 
 def test_rows_of_a_batch_are_searched_again_on_their_own() -> None:
