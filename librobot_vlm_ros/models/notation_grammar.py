@@ -128,11 +128,8 @@ class NotationTokens:
     def _having(self, chars: str) -> list[int]:
         """Tokens that hold one of these characters."""
         if chars not in self._with:
-            self._with[chars] = [
-                token
-                for token, spelt in self._spelt.items()
-                if any(char in spelt for char in chars)
-            ]
+            wanted = frozenset(chars)
+            self._with[chars] = [t for t, s in self._spelt.items() if not wanted.isdisjoint(s)]
         return self._with[chars]
 
 

@@ -59,7 +59,8 @@ class JsonBoxes:
     What begins with a brace is an object of JSON, whole before the answer ends. In it the value of
     the key is four numbers, or a list of such, wherever the object stands. Numbers of a box are
     decimals without sign and exponent. Text outside of objects is free, and so are other keys,
-    values, and what a string says.
+    values, and what a string says. (Of a key that comes twice the parser takes the last value, and
+    it reads no object within one that has a box; here all of them are bound.)
     """
 
     start = _In("free")
