@@ -41,7 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _groups(cuda: bool) -> dict[str, Callable[..., None]]:
-    from librobot_vlm_ros.bench import decoding, frames, full_size, memory, tabletop
+    from librobot_vlm_ros.bench import decoding, frames, full_size, memory, structured, tabletop
 
     groups: dict[str, Callable[..., None]] = {}
     if cuda:
@@ -54,6 +54,7 @@ def _groups(cuda: bool) -> dict[str, Callable[..., None]]:
         "tabletop": tabletop.tabletop,
         "florence": decoding.florence,
         "families": decoding.families,
+        "structured": structured.structured,
         "one-frame": frames.one_frame,
         "preprocessing": frames.preprocessing,
         "loading": memory.loading,

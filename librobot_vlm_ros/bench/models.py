@@ -40,6 +40,11 @@ def _text(layers: int, **more: Any) -> dict[str, Any]:
 
 #: Small models by registered name.
 TINY: dict[str, dict[str, Any]] = {
+    "internvl2-2b": {
+        "vision_config": _VISION,
+        "text_config": _text(8, head_dim=32),
+        "image_token_id": 1100,
+    },
     "llava-v1.5-7b": {"vision_config": _VISION, "text_config": _text(8, head_dim=32)},
     "paligemma-3b": {
         "vision_config": _VISION,
@@ -203,7 +208,8 @@ def vlm_leads(vlm: Any) -> bool:
 
 def pair_of(name: str, device: str, new_tokens: int, **config: Any) -> Pair:
     """A small model of a family, ready to be asked."""
-    sides = {"florence-2-base": 128, "llava-v1.5-7b": 56, "paligemma-3b": 56, "qwen3-vl-4b": 96}
+    sides = {"florence-2-base": 128, "qwen3-vl-4b": 96}
+    sides |= dict.fromkeys(("internvl2-2b", "llava-v1.5-7b", "paligemma-3b"), 56)
     vlm = build(name, device, **{**TINY[name], **config})
     return Pair(vlm, new_tokens, sides.get(name, 112))
 

@@ -385,6 +385,7 @@ class Answering(nn.Module, ABC):
             tell=tell if on_token is not None else None,
             seeds=[job.request.params.seed for job in jobs],
             grammars=[self.grammar(job.request) for job in jobs],
+            again=lambda rows: self.start([jobs[row] for row in rows]),
         )
         entries: dict[int, ModelAnswer | VlmError] = {}
         for job, row, stream in zip(jobs, generated, streams, strict=True):

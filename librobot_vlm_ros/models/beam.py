@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from librobot_vlm_ros.core import VlmError
+from librobot_vlm_ros.models.choices import Choices
 from librobot_vlm_ros.models.choosing import (
     Sent,
     apply_rules,
@@ -28,7 +29,9 @@ from librobot_vlm_ros.models.decode import (
     Generated,
     StopRow,
     TellIds,
+    take_in,
 )
+from librobot_vlm_ros.models.decode_rules import Grammar, Some
 from librobot_vlm_ros.models.threads import threads_for
 
 __all__ = ["beam_search"]
@@ -110,11 +113,17 @@ def beam_search(
     *,
     stop: StopRow,
     tell: TellIds | None,
+    grammars: Sequence[Grammar | None] = (),
 ) -> list[Generated | VlmError]:
-    """See `decode.decode`; `history` is int64 [B, H]."""
-    logits = decoder.first()
+    """See `decode.decode`; `history` is int64 [B, H].
+
+    `grammars`: hypotheses that break them are left out of the search. It may end at another answer
+    than without them, also where that is well formed (see `beam_grammar`).
+    """
+    first = rules.forced(0)
+    logits = decoder.first() if first is None else _behind(decoder, first, history)
     with threads_for(decoder):
-        return _search(decoder, logits, rules, history, stop, tell, ahead=history.is_cuda)
+        return _search(decoder, logits, rules, history, stop, tell, grammars, ahead=history.is_cuda)
 
 
 def _search(
@@ -124,11 +133,13 @@ def _search(
     history: Tensor,
     stop: StopRow,
     tell: TellIds | None,
+    grammars: Sequence[Grammar | None] = (),
     *,
     ahead: bool,
 ) -> list[Generated | VlmError]:
-    """`logits` [B, V] of the first token. `ahead`: each step is asked for before the state of the
-    one before it is read, see `decode`.
+    """`logits` [B, V] of the first token, or behind it where it is forced.
+
+    `ahead`: each step is asked for before the state of the one before it is read, see `decode`.
     """
     batch, beams, device = history.shape[0], rules.num_beams, history.device
     keep = max(2, 1 + len(rules.eos)) * beams
@@ -145,6 +156,9 @@ def _search(
     unused = suppressed(rules, device)
     errors: dict[int, VlmError] = {}
     listener, diary = _Listener(tell, batch), _Diary(rules)
+    choices, behind = Choices(device), None
+    if rules.forced(0) is not None:  # nothing is to be asked at the first step
+        behind, logits = logits, torch.zeros_like(logits)
     logits = logits.repeat_interleave(beams, dim=0)
     parents = torch.arange(batch, device=device).repeat_interleave(beams)
     past = history.repeat_interleave(beams, dim=0)
@@ -163,6 +177,12 @@ def _search(
             before = running.places[:, :, :step].flatten(0, 1) % vocabulary
             written = torch.cat([past, before], dim=1)
         scores = apply_rules(raw, written, rules, step)
+        if any(grammars) and rules.forced(step) is None:
+            allowed = _allowed(running.places[:, :, :step] % vocabulary, grammars)
+            choices.bar(logits, allowed)
+            # The search goes by the model's own numbers; told are those among what may follow.
+            raw = choices.restrict(token_log_probs(logits, unused), allowed)
+            scores = scores.masked_fill(raw.isneginf(), -math.inf)
         total = scores.view(batch, beams, vocabulary) + running.scores[:, :, None]
         best, place = total.flatten(1).topk(keep, dim=1)
         parent, token = place // vocabulary, place % vocabulary
@@ -198,21 +218,19 @@ def _search(
         from_beam = (parent.gather(1, next_index) + offset).flatten()
         # Before the first step there was one row a prompt, from now on there are `beams`.
         parents = parents[from_beam] if step == 0 else from_beam
-        tokens = (running.places[:, :, step] % vocabulary).flatten()
+        token = (running.places[:, :, step] % vocabulary).flatten()
         if ahead and not last:  # what is finished does not change any more
-            decoder.reorder(parents, within=step > 0)
-            logits = decoder.next(tokens)
+            logits = _following(decoder, parents, token, step, behind)
         for row, (is_done, best_one) in enumerate(zip(*state.read(), strict=True)):
             if row not in closed and math.isnan(best_one):
                 raise not_finite()
             if is_done:
                 closed.add(row)
         listener.hear(step + 1, running, finished, is_finished, closed, vocabulary)
-        if len(closed) == batch:
+        if len(closed) == batch or last:
             break
-        if not ahead and not last:
-            decoder.reorder(parents, within=step > 0)
-            logits = decoder.next(tokens)
+        if not ahead:
+            logits = _following(decoder, parents, token, step, behind)
     answers: list[Generated | VlmError] = []
     for row in range(batch):
         if row in errors:
@@ -222,6 +240,30 @@ def _search(
         listener.finish(row, list(answer.ids))
         answers.append(answer)
     return answers
+
+
+def _behind(decoder: Decoder, token: int, history: Tensor) -> Tensor:
+    """Logits behind a token that all prompts begin with."""
+    return take_in(decoder, [torch.full_like(history[:, 0], token)], begun=False)
+
+
+def _following(
+    decoder: Decoder, parents: Tensor, tokens: Tensor, step: int, behind: Tensor | None
+) -> Tensor:
+    """Logits of the next step; `behind` are those of the second one where they are known."""
+    decoder.reorder(parents, within=step > 0)
+    if step == 0 and behind is not None:
+        return behind.index_select(0, parents)
+    return decoder.next(tokens)
+
+
+def _allowed(ids: Tensor, grammars: Sequence[Grammar | None]) -> list[Some]:
+    """What may follow each hypothesis `ids` [B, beams, T], in the order of their rows."""
+    return [
+        None if grammar is None else grammar.allowed(written)
+        for row, grammar in zip(ids.tolist(), grammars, strict=True)
+        for written in row
+    ]
 
 
 def _empty(batch: int, count: int, rules: DecodeRules, device: torch.device) -> _Beams:

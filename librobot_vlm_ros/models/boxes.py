@@ -7,10 +7,14 @@ from typing import Any
 
 from librobot_vlm_ros.core import Region
 
-__all__ = ["SCALE", "Score", "region_of"]
+__all__ = ["MOST_BLANKS", "SCALE", "Score", "region_of"]
 
 #: What stands for the whole width or height.
 SCALE = 1000
+
+#: Blanks that may stand in a row within a box: a model that finds no way on must not write them
+#: until its answer is cut off.
+MOST_BLANKS = 64
 
 #: Stretches (begin, end) of an answer's text to their score.
 Score = Callable[[Sequence[tuple[int, int]]], float]

@@ -31,9 +31,11 @@ from librobot_vlm_ros.models.causal_images import Seen
 from librobot_vlm_ros.models.causal_tensors import CausalParts, CausalTensors
 from librobot_vlm_ros.models.checkpoint import LoadPlan, build_random
 from librobot_vlm_ros.models.checksum import check_sha256
-from librobot_vlm_ros.models.decode import Decoder, DecodeRules, Generated
+from librobot_vlm_ros.models.decode import Decoder, DecodeRules, Generated, Grammar
 from librobot_vlm_ros.models.detokenize import TokenSpans, geometric_mean
 from librobot_vlm_ros.models.frame_cache import FrameEntry
+from librobot_vlm_ros.models.notation import Notation
+from librobot_vlm_ros.models.notation_grammar import notation_grammar
 from librobot_vlm_ros.models.placement import place
 from librobot_vlm_ros.models.registry import model_info
 from librobot_vlm_ros.models.weights import find_weights
@@ -48,6 +50,8 @@ class CausalVLM(CausalTensors):
     config_class: ClassVar[type[Any]]
     #: The registered name of a model that is built by its class.
     default_name: ClassVar[str]
+    #: How the family writes boxes as text; None where it has tokens for them, or writes none.
+    notation: ClassVar[Notation | None] = None
 
     def __init__(
         self,
@@ -236,8 +240,7 @@ class CausalVLM(CausalTensors):
                 ErrorCode.BAD_PARAMETER,
                 f"max_new_tokens is {wanted}, {self.name} has room for {room}",
             )
-        eos = text.eos_token_id
-        ends = tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
+        ends = self._ends()
         return DecodeRules(
             eos=ends,
             pad=ends[0] if text.pad_token_id is None else text.pad_token_id,
@@ -262,7 +265,18 @@ class CausalVLM(CausalTensors):
         """Text; begin, end and pad are left out."""
         return self._words().decode(ids)
 
+    def grammar(self, request: InferenceRequest) -> Grammar | None:
+        """Whole boxes, where the family writes them as text."""
+        if self.notation is None or self.tokenizer is None or request.spec.output == "text":
+            return None
+        return notation_grammar(self.tokenizer, self.notation, self._ends())
+
     # Inside.
+
+    def _ends(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        eos = self.config.text_config.eos_token_id
+        return tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
 
     def _images_json(self) -> dict[str, Any]:
         """preprocessor_config.json of the model's images."""

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from librobot_vlm_ros.core import ErrorCode, RequestError
 from librobot_vlm_ros.models.causal_images import Seen
+from librobot_vlm_ros.models.choices import columns
 
 __all__ = ["CausalDecoder", "deep_inputs", "embed_row", "pad_places", "pad_rows", "weave"]
 
@@ -164,14 +165,22 @@ class CausalDecoder:
         self._then(self.cache)
         return hidden
 
-    def next(self, tokens: Tensor, allowed: range | None = None) -> Tensor:
+    def next(self, tokens: Tensor, allowed: range | Tensor | None = None) -> Tensor:
         """See `decode.Decoder`."""
-        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
-        place = self.place[:, None].expand(*self._places.shape[:-2], -1, 1)
-        self.place = self.place + 1
-        hidden = self._step(self._model.get_input_embeddings()(tokens[:, None]), place)
+        return self.extend(tokens[:, None], allowed)
+
+    def extend(self, tokens: Tensor, allowed: range | Tensor | None = None) -> Tensor:
+        """See `decode.ExtendingDecoder`."""
+        if self._inputs.shape[1]:
+            self.read()
+        count = tokens.shape[1]
+        self.mask = torch.cat([self.mask, self.mask.new_ones((len(tokens), count))], dim=1)
+        place = self.place[:, None] + torch.arange(count, device=self.place.device)
+        self.place = self.place + count
+        place = place.expand(*self._places.shape[:-2], -1, count)
+        hidden = self._step(self._model.get_input_embeddings()(tokens), place)
         logits: Tensor = self._head(hidden[:, -1])
-        return logits if allowed is None else logits[:, allowed.start : allowed.stop]
+        return columns(logits, allowed)
 
     def reorder(self, rows: Tensor, within: bool = False) -> None:
         """See `decode.Decoder`."""

@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from librobot_vlm_ros.core import ErrorCode, ModelError, RequestError
 from librobot_vlm_ros.models.shards import read_json
@@ -75,6 +76,8 @@ class CausalTokenizer:
         )
         self._names = {vocabulary[t]: t for t in self.control_tokens if t in vocabulary}
         self._hidden = hidden
+        #: What grammars have found out about the tokens, by notation.
+        self.notations: dict[Any, Any] = {}
 
     @classmethod
     def from_folder(
@@ -121,6 +124,7 @@ class CausalTokenizer:
     def hide(self, ids: Iterable[int]) -> None:
         """Show answers without these ids, too."""
         self._hidden |= frozenset(ids)
+        self.notations.clear()
 
     def words(self, text: str) -> list[int]:
         """Ids of words. Raises RequestError CONTROL_TOKEN_IN_PROMPT when one is no word."""

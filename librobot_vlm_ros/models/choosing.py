@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from librobot_vlm_ros.core import ErrorCode, InferenceError
-from librobot_vlm_ros.models.decode_rules import DecodeRules, Scale
+from librobot_vlm_ros.models.choices import Choices
+from librobot_vlm_ros.models.decode_rules import DecodeRules, Scale, Some
 
 __all__ = [
     "Chooser",
@@ -24,8 +25,10 @@ __all__ = [
     "token_log_probs",
 ]
 
-#: What each row may choose from: a range, some tokens, or None for all.
-Allowed = Sequence[range | tuple[int, ...] | None]
+#: What each row may choose from.
+Allowed = Sequence[Some]
+#: The tokens that logits are of: a range, or their ids int64 [n].
+Only = range | Tensor
 
 
 class Sent:
@@ -84,6 +87,7 @@ class Chooser:
         if rules.temperature > 0:
             self._generators = _generators(seeds or [None] * rows, history.device)
         self._suppressed = suppressed(rules, history.device)
+        self.choices = Choices(history.device)
         self._before = before
         if rules.no_repeat_ngram:
             self._written = history.new_full((rows, before + rules.max_new_tokens), rules.pad)
@@ -94,17 +98,20 @@ class Chooser:
         self._marks: dict[int, tuple[Tensor, list[int]]] = {}
 
     def pick(
-        self, logits: Tensor, step: int, allowed: Allowed | None = None, only: range | None = None
+        self, logits: Tensor, step: int, allowed: Allowed | None = None, only: Only | None = None
     ) -> Picked:
         """One token a row; may overwrite `logits`.
 
         `allowed`: what each row may choose from. `only`: the logits are those of these tokens.
         """
         rules = self._rules
+        if allowed is not None and only is None:
+            self.choices.bar(logits, allowed)
         raw = token_log_probs(logits, None if only is not None else self._suppressed)
         if allowed is not None and only is None:
-            raw = _restricted(raw, allowed)
+            raw = self.choices.restrict(raw, allowed)
         if rules.scale is not None:
+            assert not isinstance(only, Tensor)  # locations stand in a row
             self._marks[step] = _block(raw, rules.scale, only), self._rows
         forced = rules.forced(step)
         if forced is not None:
@@ -115,7 +122,11 @@ class Chooser:
             scores = apply_rules(raw, self._written[:, : self._before + step], rules, step)
         tokens = _choose(scores, rules, self._generators)
         log_probs = raw.gather(1, tokens[:, None])[:, 0]
-        return Picked(tokens if only is None else tokens + only.start, log_probs)
+        if isinstance(only, Tensor):
+            tokens = only[tokens]
+        elif only is not None:
+            tokens = tokens + only.start
+        return Picked(tokens, log_probs)
 
     def wrote(self, tokens: Tensor, step: int) -> None:
         """Tokens int64 [rows] now stand at place `step` of the answers."""
@@ -221,18 +232,6 @@ def apply_rules(log_probs: Tensor, tokens: Tensor, rules: DecodeRules, step: int
         penalty = torch.zeros_like(repeats, dtype=log_probs.dtype).masked_fill_(repeats, -math.inf)
         return log_probs.scatter_add(1, seen[:, :, -1], penalty)
     return log_probs
-
-
-def _restricted(raw: Tensor, allowed: Allowed) -> Tensor:
-    """Log-probabilities among what each row may choose from; other tokens at -inf."""
-    if all(some is None for some in allowed):
-        return raw
-    barred = torch.zeros(raw.shape, dtype=torch.bool)
-    for row, some in enumerate(allowed):
-        if some is not None:
-            barred[row] = True
-            barred[row, some if isinstance(some, tuple) else slice(some.start, some.stop)] = False
-    return torch.log_softmax(raw.masked_fill(barred.to(raw.device), -math.inf), dim=-1)
 
 
 def _choose(scores: Tensor, rules: DecodeRules, generators: list[torch.Generator] | None) -> Tensor:

@@ -3,7 +3,8 @@
 A family gives a `Decoder` (a prompt already taken in, with its KV cache) and `DecodeRules`; what
 comes back is one `Generated` or one error per row. Each row can be stopped on its own before any
 token. Answers equal those of transformers' `generate` with the same settings (tested), and hold
-besides the probability that the model itself gave each token, before any rule touched it.
+besides the probability that the model itself gave each token, before any rule touched it. Where a
+row has no choice (a forced token, a grammar that leaves one), the model is not asked.
 
 On CUDA the host runs one step ahead: the next step is asked for before the token is read that it
 starts from, so that the device never waits for the host. The price is one step for nothing at the
@@ -12,6 +13,7 @@ end of an answer.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -21,10 +23,26 @@ from torch import Tensor
 
 from librobot_vlm_ros.core import VlmError
 from librobot_vlm_ros.models.choosing import Chooser, not_finite
-from librobot_vlm_ros.models.decode_rules import DecodeRules, Generated, Grammar, Scale
+from librobot_vlm_ros.models.decode_rules import (
+    DecodeRules,
+    Except,
+    Generated,
+    Grammar,
+    Scale,
+    Some,
+)
 from librobot_vlm_ros.models.threads import threads_for
 
-__all__ = ["DecodeRules", "Decoder", "Generated", "Grammar", "Scale", "decode"]
+__all__ = [
+    "DecodeRules",
+    "Decoder",
+    "ExtendingDecoder",
+    "Generated",
+    "Grammar",
+    "Scale",
+    "decode",
+    "take_in",
+]
 
 #: Asked before each token: why row r must stop, or None.
 StopRow = Callable[[int], VlmError | None]
@@ -35,16 +53,18 @@ TellIds = Callable[[int, list[int]], None]
 class Decoder(Protocol):
     """A batch of prompts inside a model. Rows are numbered from 0; logits are [rows, V].
 
-    Logits are the caller's to overwrite, until it asks for the next ones.
+    Logits are the caller's to overwrite, until it asks for the next ones. Where tokens are known
+    before they are chosen, an `ExtendingDecoder` takes them in together.
     """
 
     def first(self) -> Tensor:
         """Logits of the first token, one row a prompt."""
 
-    def next(self, tokens: Tensor, allowed: range | None = None) -> Tensor:
+    def next(self, tokens: Tensor, allowed: range | Tensor | None = None) -> Tensor:
         """Take one token a row (int64 [rows]) and give the logits of the one after it.
 
-        `allowed`: only the logits of these tokens, [rows, len(allowed)].
+        `allowed`: only the logits of these tokens, [rows, len(allowed)]; int64 [n] where they do
+        not stand in a row.
         """
 
     def reorder(self, rows: Tensor, within: bool = False) -> None:
@@ -53,6 +73,39 @@ class Decoder(Protocol):
         `within`: as many as before, and each goes on from one of its own prompt. Then the device
         need not be asked about it.
         """
+
+
+class ExtendingDecoder(Decoder, Protocol):
+    """One that takes in several tokens at less cost than one by one."""
+
+    def extend(self, tokens: Tensor, allowed: range | Tensor | None = None) -> Tensor:
+        """Take int64 [rows, n] and give the logits behind the last. It may be the first call of
+        all: then the tokens stand behind the prompts.
+        """
+
+
+def take_in(
+    decoder: Decoder,
+    tokens: Sequence[Tensor],
+    allowed: range | Tensor | None = None,
+    *,
+    begun: bool,
+) -> Tensor:
+    """Logits behind tokens int64 [rows] each; behind the prompts where there are none.
+
+    `begun`: whether the decoder has taken in the prompts.
+    """
+    if not tokens:
+        return decoder.first()
+    extend = getattr(decoder, "extend", None)
+    if extend is not None and (len(tokens) > 1 or not begun):
+        logits: Tensor = extend(torch.stack(list(tokens), dim=1), allowed)
+        return logits
+    if not begun:
+        decoder.first()
+    for known in tokens[:-1]:
+        decoder.next(known)
+    return decoder.next(tokens[-1]) if allowed is None else decoder.next(tokens[-1], allowed)
 
 
 def decode(
@@ -64,17 +117,24 @@ def decode(
     tell: TellIds | None = None,
     seeds: Sequence[int | None] | None = None,
     grammars: Sequence[Grammar | None] = (),
+    again: Callable[[Sequence[int]], tuple[Decoder, Tensor]] | None = None,
 ) -> list[Generated | VlmError]:
     """Generate until every row has ended.
 
     `history`: int64 [rows, H], tokens before the first new one that the n-gram rule sees.
-    `seeds`: one a row, for sampling; None draws one. `grammars`: one a row, for greedy answers;
-    beams and samples are free.
+    `seeds`: one a row, for sampling; None draws one. `grammars`: one a row; samples are free.
+    `again`: takes in the prompts of some rows anew, which beams need to keep to grammars; without
+    it they are free, too.
     Raises InferenceError NAN_LOGITS when the model gives no usable numbers.
     """
     if rules.num_beams > 1:
         from librobot_vlm_ros.models.beam import beam_search
+        from librobot_vlm_ros.models.beam_grammar import search_in_notation
 
+        if again is not None and any(grammars):
+            return search_in_notation(
+                decoder, rules, history, grammars, again, stop=stop, tell=tell
+            )
         return beam_search(decoder, rules, history, stop=stop, tell=tell)
     return _Loop(decoder, rules, history, seeds, grammars).run(stop, tell)
 
@@ -103,20 +163,27 @@ class _Loop:
         self._eos = torch.tensor(rules.eos, device=history.device)
         #: Rows that have ended, as the device knows them.
         self._ended = torch.zeros(rows, dtype=torch.bool, device=history.device)
+        #: Tokens that the decoder has not taken in yet, and whether it has taken in the prompts.
+        self._unread: list[Tensor] = []
+        self._begun = False
+        #: As soon as it is known.
+        self._vocabulary = 0
+        #: What is undone at the end.
+        self._at_end = contextlib.ExitStack()
         free = rules.temperature > 0 or not any(grammars)
         self._grammars = () if free else tuple(grammars)
 
     def run(self, stop: StopRow, tell: TellIds | None) -> list[Generated | VlmError]:
         """See `decode`."""
-        logits = self._decoder.first()
-        with threads_for(self._decoder):
-            return self._run(logits, stop, tell)
+        with self._at_end:
+            return self._run(stop, tell)
 
-    def _run(
-        self, logits: Tensor, stop: StopRow, tell: TellIds | None
-    ) -> list[Generated | VlmError]:
+    def _run(self, stop: StopRow, tell: TellIds | None) -> list[Generated | VlmError]:
         errors: dict[int, VlmError] = {}
         rules, only = self._rules, None
+        known = self._known(0)
+        if known is None:
+            logits = self._ask()
         for step in range(rules.max_new_tokens):
             for row in list(self._open):
                 error = stop(row)
@@ -127,46 +194,66 @@ class _Loop:
             if not self._open:
                 break
             last = step == rules.max_new_tokens - 1
-            allowed = self._allowed() if only is None else None
-            picked = self._chooser.pick(logits, step, allowed, only)
-            if self._ahead and not last:
-                logits = self._feed(picked.tokens, step)
-            self._take(*picked.read(), step, forced=rules.forced(step) is not None, tell=tell)
+            forced, early = rules.forced(step) is not None, False
+            if known is not None:
+                self._note(torch.tensor(known, device=self._device), step)
+                self._take(known, [0.0] * len(known), step, forced=forced, tell=tell)
+            else:
+                allowed = self._allowed() if only is None else None
+                picked = self._chooser.pick(logits, step, allowed, only)
+                self._note(picked.tokens, step)
+                early = self._ahead and not last and rules.forced(step + 1) is None
+                if early:
+                    logits = self._ask()
+                self._take(*picked.read(), step, forced=forced, tell=tell)
             if not self._open or last:
                 break
-            if not self._ahead:
-                tokens = self._shrunk(picked.tokens)
-                only = self._common(step + 1)
-                logits = self._feed(tokens, step, only)
+            if not early:
+                self._shrink()
+                known = self._known(step + 1)
+                if known is None:
+                    only = self._common(step + 1)
+                    logits = self._ask(only)
         self._chooser.credit(self._ids, self._log_probs)
         return [
             errors[row] if row in errors else Generated(tuple(ids), tuple(log_probs))
             for row, (ids, log_probs) in enumerate(zip(self._ids, self._log_probs, strict=True))
         ]
 
-    def _shrunk(self, tokens: Tensor) -> Tensor:
-        """The tokens of the rows that go on, alone in the decoder from here on.
+    def _shrink(self) -> None:
+        """From here on the rows that go on are alone in the decoder.
 
         A CPU takes longer for more rows. (On CUDA a graph stands ready for as many as there are.)
         """
-        if len(self._open) == len(self._written_by):
-            return tokens
+        if self._ahead or not self._begun or len(self._open) == len(self._written_by):
+            return
         still = set(self._open)
         kept = [at for at, row in enumerate(self._written_by) if row in still]
         rows = torch.tensor(kept, device=self._device)
         self._written_by = [self._written_by[at] for at in kept]
         self._ended = self._ended[rows]
+        self._unread = [tokens[rows] for tokens in self._unread]
         self._decoder.reorder(rows)
         self._chooser.keep(rows)
-        return tokens[rows]
 
-    def _feed(self, tokens: Tensor, step: int, only: range | None = None) -> Tensor:
-        """The next logits; rows that have ended are fed the pad token."""
+    def _note(self, tokens: Tensor, step: int) -> None:
+        """Tokens to be taken in; for rows that have ended it is the pad token."""
         if len(self._written_by) > 1:
             tokens = torch.where(self._ended, self._rules.pad, tokens)
             self._ended |= torch.isin(tokens, self._eos)
         self._chooser.wrote(tokens, step)
-        return self._decoder.next(tokens) if only is None else self._decoder.next(tokens, only)
+        self._unread.append(tokens)
+
+    def _ask(self, only: range | Tensor | None = None) -> Tensor:
+        """The logits behind what is noted."""
+        unread, self._unread = self._unread, []
+        logits = take_in(self._decoder, unread, only, begun=self._begun)
+        if only is None:
+            self._vocabulary = logits.shape[-1]
+        if not self._begun:
+            self._begun = True
+            self._at_end.enter_context(threads_for(self._decoder))
+        return logits
 
     def _take(
         self,
@@ -195,23 +282,47 @@ class _Loop:
         if not marks:
             self._chooser.forget(step)
 
-    def _allowed(self) -> list[range | tuple[int, ...] | None] | None:
+    def _allowed(self) -> list[Some] | None:
         """What the grammars let each row choose from now; None where there are none."""
         if not self._grammars:
             return None
         still = set(self._open)
-        found: list[range | tuple[int, ...] | None] = []
+        found: list[Some] = []
         for row in self._written_by:
             grammar = self._grammars[row] if row in still else None
             found.append(None if grammar is None else grammar.allowed(self._ids[row]))
         return found
 
-    def _common(self, step: int) -> range | None:
-        """The range that every row must choose from at that step; None where there is none."""
-        allowed = self._allowed()
+    def _known(self, step: int) -> list[int] | None:
+        """The tokens of all rows at that step where none has a choice: the model isn't asked."""
+        forced, rows = self._rules.forced(step), self._written_by
+        if forced is not None:
+            return [forced] * len(rows)
+        # A host that runs ahead has asked already; the n-gram rule may forbid the only token.
+        allowed = None if self._ahead or self._rules.no_repeat_ngram else self._allowed()
+        if not allowed:
+            return None
+        tokens, still = [self._rules.pad] * len(rows), set(self._open)
+        for at, (row, some) in enumerate(zip(rows, allowed, strict=True)):
+            if row not in still:
+                continue
+            if some is None or isinstance(some, Except) or len(some) > 1:
+                return None
+            tokens[at] = some[0]
+        return tokens
+
+    def _common(self, step: int) -> range | Tensor | None:
+        """Few tokens that every row must choose from at that step; None where there are none."""
+        allowed = None if self._ahead else self._allowed()
         # The n-gram rule is about the whole vocabulary, and so is a forced token.
         whole = self._rules.no_repeat_ngram or self._rules.forced(step) is not None
         if not allowed or whole or len(self._open) < len(allowed):
             return None
         first = allowed[0]
-        return first if isinstance(first, range) and set(allowed) == {first} else None
+        if first is None or isinstance(first, Except) or set(allowed) != {first}:
+            return None
+        # Gathering the weights of many tokens is no cheaper than the whole layer.
+        scattered = not isinstance(first, range)
+        if scattered and (self._rules.scale is not None or len(first) * 4 > self._vocabulary):
+            return None
+        return self._chooser.choices.reach(first)

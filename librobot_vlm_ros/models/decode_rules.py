@@ -6,7 +6,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["DecodeRules", "Generated", "Grammar", "Scale"]
+__all__ = ["DecodeRules", "Except", "Generated", "Grammar", "Scale", "Some", "permits"]
+
+
+@dataclass(frozen=True)
+class Except:
+    """All tokens but these."""
+
+    tokens: tuple[int, ...]
+
+
+#: Tokens that may stand at a place: a range, these, all but these, or (None) all.
+Some = range | tuple[int, ...] | Except | None
+
+
+def permits(some: Some, token: int) -> bool:
+    """Whether the token may stand there."""
+    if some is None:
+        return True
+    return token not in some.tokens if isinstance(some, Except) else token in some
 
 
 class Grammar(Protocol):
@@ -15,8 +33,11 @@ class Grammar(Protocol):
     It must allow whatever a well-formed answer has, so that it never changes one.
     """
 
-    def allowed(self, ids: Sequence[int]) -> range | tuple[int, ...] | None:
-        """Tokens that may follow `ids`; None where all may. A range is computed at less cost."""
+    def allowed(self, ids: Sequence[int]) -> Some:
+        """Tokens that may follow `ids`, one at least.
+
+        The fewer they are the less is computed, a range for less than as many others.
+        """
 
 
 @dataclass(frozen=True)
@@ -66,8 +87,10 @@ class DecodeRules:
 class Generated:
     """What a row gave, with each token's log-probability; marks on a scale as `near` counts them.
 
-    A forced token has NaN: the model did not choose it. Where a grammar allowed some tokens only,
-    the probability is that among those.
+    A token that the rules force has NaN: the model did not choose it, and no mean counts it. Where
+    a grammar allowed some tokens only, the probability is that among those: 0.0 of the only one,
+    which a mean counts as certain. In a well-formed answer it is: what the notation decides has a
+    probability near 1 without a grammar, too.
     """
 
     ids: tuple[int, ...]

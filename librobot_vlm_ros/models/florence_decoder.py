@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from librobot_vlm_ros.models.choices import columns
+
 __all__ = ["FlorenceDecoder", "encode_prompts"]
 
 
@@ -47,25 +49,33 @@ class FlorenceDecoder:
         self._hidden = hidden
         self._mask = mask
         self._start = start_token
+        self._begun = False
         self._cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         #: Which prompt each row belongs to.
         self._prompt = torch.arange(hidden.shape[0], device=hidden.device)
 
     def first(self) -> Tensor:
         """See `decode.Decoder`."""
-        return self.next(torch.full_like(self._prompt, self._start))
+        return self.extend(self._prompt.new_empty((len(self._prompt), 0)))
 
-    def next(self, tokens: Tensor, allowed: range | None = None) -> Tensor:
+    def next(self, tokens: Tensor, allowed: range | Tensor | None = None) -> Tensor:
         """See `decode.Decoder`."""
+        return self.extend(tokens[:, None], allowed)
+
+    def extend(self, tokens: Tensor, allowed: range | Tensor | None = None) -> Tensor:
+        """See `decode.ExtendingDecoder`."""
+        if not self._begun:
+            start = torch.full_like(self._prompt, self._start)
+            tokens, self._begun = torch.cat([start[:, None], tokens], dim=1), True
         output = self._decoder(
-            input_ids=tokens[:, None],
+            input_ids=tokens,
             encoder_hidden_states=self._hidden,
             encoder_attention_mask=self._mask,
             past_key_values=self._cache,
             use_cache=True,
         )
         logits: Tensor = self._head(output.last_hidden_state[:, -1])
-        return logits if allowed is None else logits[:, allowed.start : allowed.stop]
+        return columns(logits, allowed)
 
     def reorder(self, rows: Tensor, within: bool = False) -> None:
         """See `decode.Decoder`."""

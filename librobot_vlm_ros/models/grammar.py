@@ -4,8 +4,8 @@ A location is one token, and the tokens of all locations stand in a row. Once a 
 locations can follow until it is whole, and its far corner does not lie before its near one: so
 much less of the output layer has to be computed, and no box comes out that cannot be read. Only an
 answer that is cut off by its length can still end inside a box. Answers that are well formed are
-not changed. It holds for greedy answers: a search over beams that is kept from some of them may end
-at another one.
+not changed; what that takes of beams is in `beam_grammar`. Boxes that are written as text have
+their grammars in `notation_grammar`.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ from librobot_vlm_ros.models.internvl_tiles import (
     internvl_images,
     tiles,
 )
+from librobot_vlm_ros.models.notation import ListBoxes
 from librobot_vlm_ros.models.preprocess import normalise
 from librobot_vlm_ros.models.registry import register_vlm
 from librobot_vlm_ros.models.shards import read_config, read_json
@@ -56,6 +57,7 @@ class InternVLVLM(CausalVLM):
     config_class = InternVLConfig
     default_name = "internvl2-2b"
     one_size = False
+    notation = ListBoxes()
     _plan = staticmethod(plan_for)
 
     def __init__(

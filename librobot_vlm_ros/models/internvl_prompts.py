@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 
 from librobot_vlm_ros.core import ErrorCode, Region, RequestError
 from librobot_vlm_ros.models import questions
-from librobot_vlm_ros.models.boxes import SCALE, Score, region_of
+from librobot_vlm_ros.models.boxes import MOST_BLANKS, SCALE, Score, region_of
 
 __all__ = ["INTERNVL_TASKS", "NOTATION", "SYSTEM", "parse_boxes", "question"]
 
@@ -49,17 +49,20 @@ INTERNVL_TASKS: Mapping[str, str] = {
     ),
 }
 
-_NUMBER = r"\s*(\d{1,5}(?:\.\d{1,6})?)\s*"
+_BLANKS = rf"\s{{0,{MOST_BLANKS}}}"
+_NUMBER = rf"{_BLANKS}(\d{{1,5}}(?:\.\d{{1,6}})?){_BLANKS}"
 _FOUR = rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]"
+#: Text up to the next mark of the notation.
+_UNMARKED = r"(?:(?!</?(?:box|ref)>).)*"
 _PIECE = re.compile(
-    r"<ref>(?P<label>.*?)</ref>"
-    r"|<box>(?P<box>(?:(?!</?(?:box|ref)>).)*)(?:</box>)?"
+    rf"<ref>(?P<label>{_UNMARKED})</ref>"
+    rf"|<box>(?P<box>{_UNMARKED})(?:</box>)?"
     rf"|(?P<bare>{_FOUR})",
-    re.S,
+    re.S | re.A,
 )
 #: A list that holds no list, whole or cut off.
-_LIST = re.compile(r"\[(?!\s*\[)[^\[\]]*(?:\]|$|(?=\[))")
-_BOX = re.compile(_FOUR)
+_LIST = re.compile(rf"\[(?!{_BLANKS}\[)[^\[\]]*(?:\]|$|(?=\[))", re.A)
+_BOX = re.compile(_FOUR, re.A)
 
 
 def question(task: str, text: str, region: Sequence[float] | None, width: int, height: int) -> str:

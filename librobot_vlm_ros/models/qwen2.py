@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from librobot_vlm_ros.models.llava import CLIP_MEAN, CLIP_STD
+from librobot_vlm_ros.models.notation import TokenBoxes
 from librobot_vlm_ros.models.qwen_images import QwenImages
 from librobot_vlm_ros.models.qwen_prompts import QWEN2_TASKS, parse_token_boxes
 from librobot_vlm_ros.models.qwen_vl import QwenVLM
@@ -22,6 +23,7 @@ class Qwen2VLM(QwenVLM):
     model_type = "qwen2_vl"
     system = "You are a helpful assistant."
     questions = QWEN2_TASKS
+    notation = TokenBoxes()
     parse = staticmethod(parse_token_boxes)
 
     @staticmethod

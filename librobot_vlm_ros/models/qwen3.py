@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from librobot_vlm_ros.models.notation_json import JsonBoxes
 from librobot_vlm_ros.models.qwen_images import QwenImages
 from librobot_vlm_ros.models.qwen_prompts import QWEN3_TASKS, parse_json_boxes
 from librobot_vlm_ros.models.qwen_vl import QwenVLM
@@ -26,6 +27,7 @@ class Qwen3VLM(QwenVLM):
     model_type = "qwen3_vl"
     system = ""
     questions = QWEN3_TASKS
+    notation = JsonBoxes()
     parse = staticmethod(parse_json_boxes)
 
     @staticmethod

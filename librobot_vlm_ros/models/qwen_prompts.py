@@ -14,7 +14,8 @@ import re
 from collections.abc import Mapping
 
 from librobot_vlm_ros.core import Region
-from librobot_vlm_ros.models.boxes import Score, region_of
+from librobot_vlm_ros.models.boxes import MOST_BLANKS, Score, region_of
+from librobot_vlm_ros.models.notation_json import JSON_PLACES
 
 __all__ = ["QWEN2_TASKS", "QWEN3_TASKS", "parse_json_boxes", "parse_token_boxes"]
 
@@ -41,15 +42,20 @@ QWEN3_TASKS: Mapping[str, str] = {
     ),
 }
 
-_NUMBER = r"\s*(\d{1,5}(?:\.\d{1,6})?)\s*"
-_PAIRS = rf"\({_NUMBER},{_NUMBER}\)\s*,\s*\({_NUMBER},{_NUMBER}\)"
+_BLANKS = rf"\s{{0,{MOST_BLANKS}}}"
+_NUMBER = rf"{_BLANKS}(\d{{1,5}}(?:\.\d{{1,6}})?){_BLANKS}"
+_PAIRS = rf"\({_NUMBER},{_NUMBER}\){_BLANKS},{_BLANKS}\({_NUMBER},{_NUMBER}\)"
+#: Text up to the next mark of the notation.
+_UNMARKED = r"(?:(?!<\|(?:box|object_ref)_).)*"
 _PIECE = re.compile(
-    r"<\|object_ref_start\|>(?P<label>.*?)<\|object_ref_end\|>"
-    r"|<\|box_start\|>(?P<box>(?:(?!<\|(?:box|object_ref)_).)*)(?:<\|box_end\|>)?"
+    rf"<\|object_ref_start\|>(?P<label>{_UNMARKED})<\|object_ref_end\|>"
+    rf"|<\|box_start\|>(?P<box>{_UNMARKED})(?:<\|box_end\|>)?"
     rf"|(?P<bare>{_PAIRS})",
-    re.S,
+    re.S | re.A,
 )
-_BOX = re.compile(rf"\s*{_PAIRS}\s*")
+_BOX = re.compile(rf"{_BLANKS}{_PAIRS}{_BLANKS}", re.A)
+_GAP = re.compile(rf"[ \t\n\r]{{{MOST_BLANKS + 1}}}")
+_DECIMAL = re.compile(rf"[0-9]{{1,4}}(?:\.[0-9]{{1,{JSON_PLACES}}})?")
 
 
 def parse_token_boxes(
@@ -89,12 +95,13 @@ def parse_json_boxes(
     """Regions in pixels of a width x height image, and how many objects are no box.
 
     Qwen3-VL's notation, also of a list that was cut off, stands inside an object or gives an object
-    several boxes. `label` names boxes that come without one.
+    several boxes. Numbers are decimals, and an object holds at most `MOST_BLANKS` blanks in a row.
+    `label` names boxes that come without one.
     An empty list is a good answer; one without any object counts as one that is none.
     """
     regions: list[Region] = []
     pieces, place = 0, 0
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(parse_int=_decimal, parse_float=_decimal)
     while (begin := text.find("{", place)) >= 0:
         pieces += 1
         try:
@@ -106,6 +113,8 @@ def parse_json_boxes(
             pieces, place = pieces - 1, begin + 1  # an object around the objects
             continue
         numbers, name = found.get("bbox_2d"), found.get("label")
+        if _GAP.search(text, begin, place):
+            numbers = None
         label_here = name.strip() if isinstance(name, str) and name.strip() else label
         several = isinstance(numbers, list) and all(isinstance(box, list) for box in numbers)
         boxes = numbers if several and numbers else [numbers]
@@ -117,3 +126,8 @@ def parse_json_boxes(
                 regions.append(region)
     empty = re.fullmatch(r"\s*(?:```(?:json)?)?\s*\[\s*\]\s*(?:```)?\s*", text)
     return tuple(regions), (0 if empty else max(1, pieces)) - len(regions)
+
+
+def _decimal(text: str) -> float | None:
+    """A number of a box; None for what is none, such as one with an exponent."""
+    return float(text) if _DECIMAL.fullmatch(text) else None

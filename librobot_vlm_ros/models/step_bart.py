@@ -160,7 +160,7 @@ class BartStep:
         """Where its weights lie and what they are; equal while a captured graph is valid."""
         return addresses(*self._modules)
 
-    def __call__(self, buffers: BartBuffers, allowed: range | None = None) -> Tensor:
+    def __call__(self, buffers: BartBuffers, allowed: range | Tensor | None = None) -> Tensor:
         """Take `buffers.tokens` in, one a row; gives the logits [rows, V] of what follows.
 
         `allowed`: only those columns.

@@ -31,13 +31,26 @@ class _StepDecoder:
         """See `threads.threads_for`."""
         return self._pool.light
 
-    def next(self, tokens: Tensor, allowed: range | None = None) -> Tensor:
+    def next(self, tokens: Tensor, allowed: range | Tensor | None = None) -> Tensor:
         """See `decode.Decoder`."""
         buffers = self._ready()
         buffers.tokens[: self._rows].copy_(tokens)
         logits = self._pool.run(buffers, allowed)
         self._length += 1
         return logits[: self._rows]
+
+    def extend(self, tokens: Tensor, allowed: range | Tensor | None = None) -> Tensor:
+        """See `decode.ExtendingDecoder`. The steps are of one token; the output layer is left out
+        for all but the last.
+        """
+        self._begin()
+        for known in tokens[:, :-1].unbind(dim=1):
+            self.next(known, range(0))
+        return self.next(tokens[:, -1], allowed)
+
+    def _begin(self) -> None:
+        """Take in the prompts, unless that has been done."""
+        raise NotImplementedError
 
     def _ready(self) -> Any:
         """Buffers with room for one token more."""
@@ -59,14 +72,24 @@ class CausalStepDecoder(_StepDecoder):
     def __init__(self, pool: StepPool, prompts: CausalDecoder) -> None:
         self._pool = pool
         self._prompts = prompts
+        self._length = 0
 
     def first(self) -> Tensor:
         """See `decode.Decoder`."""
         logits = self._prompts.first()
-        self._rows = logits.shape[0]
-        self._length = self._common = int(self._prompts.mask.shape[1])
-        self._prompt = torch.arange(self._rows, device=logits.device)
+        self._take_over()
         return logits
+
+    def _begin(self) -> None:
+        if self._length == 0:
+            self._prompts.read()
+            self._take_over()
+
+    def _take_over(self) -> None:
+        mask = self._prompts.mask
+        self._rows, self._length = mask.shape
+        self._common = self._length
+        self._prompt = torch.arange(self._rows, device=mask.device)
 
     def reorder(self, rows: Tensor, within: bool = False) -> None:
         """See `decode.Decoder`."""
@@ -136,6 +159,10 @@ class BartStepDecoder(_StepDecoder):
     def first(self) -> Tensor:
         """See `decode.Decoder`."""
         return self.next(torch.full_like(self._prompt, self._start))
+
+    def _begin(self) -> None:
+        if self._length == 0:
+            self.next(torch.full_like(self._prompt, self._start), range(0))
 
     def reorder(self, rows: Tensor, within: bool = False) -> None:
         """See `decode.Decoder`."""

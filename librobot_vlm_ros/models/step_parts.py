@@ -110,9 +110,15 @@ def activation(config: Any, field: str) -> Activation:
     return known[name]
 
 
-def project(hidden: Tensor, head: Tensor, bias: Tensor | None, allowed: range | None) -> Tensor:
+def project(
+    hidden: Tensor, head: Tensor, bias: Tensor | None, allowed: range | Tensor | None
+) -> Tensor:
     """Logits [rows, V] of `hidden` [rows, D], or of the tokens `allowed` alone."""
-    if allowed is not None:
+    if isinstance(allowed, Tensor):
+        # The head is a view: the weights of a token lie side by side.
+        head = head.t().index_select(0, allowed).t()
+        bias = None if bias is None else bias.index_select(0, allowed)
+    elif allowed is not None:
         head = head[:, allowed.start : allowed.stop]
         bias = None if bias is None else bias[allowed.start : allowed.stop]
     return torch.mm(hidden, head) if bias is None else torch.addmm(bias, hidden, head)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from librobot_vlm_ros.models.choices import columns
 from librobot_vlm_ros.models.threads import is_light
 
 __all__ = ["StepPool", "bucket"]
@@ -73,14 +74,13 @@ class StepPool:
         buffers.clear()
         return buffers
 
-    def run(self, buffers: Any, allowed: range | None = None) -> Tensor:
+    def run(self, buffers: Any, allowed: range | Tensor | None = None) -> Tensor:
         """Logits [rows, V] after `buffers.tokens`, or of the tokens `allowed` alone."""
         if buffers.graph is None:
             logits: Tensor = self.step(buffers, allowed)
             return logits
         buffers.graph.replay()
-        whole: Tensor = buffers.logits
-        return whole if allowed is None else whole[:, allowed.start : allowed.stop]
+        return columns(buffers.logits, allowed)
 
     def _capture(self, buffers: Any) -> None:
         """A graph of one step; what it writes meanwhile is cleared after."""

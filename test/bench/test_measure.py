@@ -11,6 +11,7 @@ from librobot_vlm_ros.bench import report
 from librobot_vlm_ros.bench.__main__ import main
 from librobot_vlm_ros.bench.measure import Bench, Measurement
 from librobot_vlm_ros.bench.memory import growth, loading
+from librobot_vlm_ros.bench.structured import structured
 
 
 def quiet(pairs: int = 3) -> Bench:
@@ -91,3 +92,12 @@ def test_memory_does_not_grow_with_the_number_of_inferences() -> None:
     growth(bench, 80)
     (row,) = bench.rows
     assert row.ratio <= 1.03, row
+
+
+def test_a_structured_answer_is_the_same_for_less() -> None:
+    bench = quiet(1)
+    structured(bench)
+    (row,) = bench.rows
+    assert row.name == "structured answer"
+    assert row.identical_tokens is True
+    assert "54 % less of the output layer" in row.note

@@ -31,7 +31,7 @@ def seen_while_answering(vlm: Any, beams: int, stop: Any = lambda row: None) -> 
 
     with vlm._answering():
         decoder, history = vlm._start(None, [[5, 6, 7]])
-        rules = vlm.rules(GenerationParams(max_new_tokens=4, num_beams=beams))
+        rules = vlm.rules(GenerationParams(max_new_tokens=6, num_beams=beams))
         decode(decoder, rules, history, stop=note)
     return seen
 
@@ -40,7 +40,8 @@ def seen_while_answering(vlm: Any, beams: int, stop: Any = lambda row: None) -> 
 def test_a_small_decoder_takes_one_and_gives_them_back(
     vlm: Any, two_threads: None, beams: int
 ) -> None:
-    assert set(seen_while_answering(vlm, beams)) == {1}
+    # Before the first token the prompts may not have been taken in, which is work for all of them.
+    assert set(seen_while_answering(vlm, beams)[1:]) == {1}
     assert torch.get_num_threads() == 2
 
 
