@@ -8,6 +8,7 @@ prompt.
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -63,7 +64,7 @@ def clean_prompt(
     cleaned = _without_control_characters(unicodedata.normalize("NFC", text))
     cleaned = unicodedata.normalize("NFC", cleaned)
     _check_length(cleaned, limits)
-    cleaned = _neutralised(_collapsed(cleaned), [str(token) for token in control_tokens])
+    cleaned = _neutralised(_collapsed(cleaned), _odd(tuple(map(str, control_tokens))))
     if required and not cleaned:
         raise RequestError(
             ErrorCode.EMPTY_PROMPT,
@@ -119,9 +120,14 @@ def _words(token: str) -> str:
     return f" {''.join(kept)} "
 
 
-def _neutralised(text: str, control_tokens: list[str]) -> str:
+@functools.lru_cache(maxsize=8)
+def _odd(control_tokens: tuple[str, ...]) -> list[str]:
+    """Those that don't look like control tokens, sorted; a model's are the same every time."""
     odd = {token for token in control_tokens if token.strip() and not _TOKEN_LIKE.fullmatch(token)}
-    tokens = sorted(odd)
+    return sorted(odd)
+
+
+def _neutralised(text: str, tokens: list[str]) -> str:
     for _ in range(_MAX_ROUNDS):
         changed = _replaced(text, _TOKEN_LIKE)
         folded = changed.translate(_TO_ASCII)

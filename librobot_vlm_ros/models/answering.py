@@ -93,8 +93,14 @@ class Answering(nn.Module, ABC):
     module: Any
     #: Buffers of decode steps that are kept from answer to answer (`step_pool.StepPool`).
     _pool: Any = None
-    #: `states` of the weights that the features in `frames` were made with.
+    #: A vision tower as arithmetic (`davit_pass.DavitPass`), and for which `_weights` it was made.
+    _tower: Any = None
+    _tower_of: Any = None
+    #: `states` of the weights that the features in `frames` were made with; the same object for as
+    #: long as they are the same.
     _weights: Any = None
+    #: Whether it answers now: without gradients, and with those weights.
+    _answers_now = False
 
     # What a family fills in.
 
@@ -219,7 +225,7 @@ class Answering(nn.Module, ABC):
         the memory that torch holds for the next request. Answers stay the same.
         """
         self.frames.clear()
-        self._pool = None
+        self._pool = self._tower = self._tower_of = None
         if self.module is not None and self.device.startswith("cuda"):
             torch.cuda.empty_cache()
 
@@ -230,7 +236,7 @@ class Answering(nn.Module, ABC):
     def close(self) -> None:
         """Free the weights; requests get MODEL_NOT_LOADED from here on."""
         on_gpu = self.module is not None and self.device.startswith("cuda")
-        self.module = self._pool = None
+        self.module = self._pool = self._tower = self._tower_of = None
         self.frames.clear()
         if on_gpu:
             torch.cuda.empty_cache()
@@ -275,10 +281,12 @@ class Answering(nn.Module, ABC):
             if self._weights is not None:
                 self.frames.clear()
             self._weights = weights
+        before, self._answers_now = self._answers_now, True
         try:
             with torch.inference_mode() if whole else torch.no_grad():
                 yield
         finally:
+            self._answers_now = before
             if training:
                 self.train()
 

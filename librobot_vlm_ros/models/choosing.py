@@ -32,7 +32,7 @@ Only = range | Tensor
 
 
 class Sent:
-    """Numbers on their way to the host, float64 [n, m] (which holds every token id).
+    """Numbers on their way to the host, some tensors [m].
 
     The device is waited for up to where they were sent from only, not for what was asked of it
     since.
@@ -40,11 +40,12 @@ class Sent:
 
     def __init__(self, *rows: Tensor) -> None:
         self._event: torch.cuda.Event | None = None
-        self._values = torch.stack([row.double() for row in rows])
-        if self._values.is_cuda:
-            host = torch.empty(self._values.shape, dtype=torch.float64, pin_memory=True)
-            host.copy_(self._values, non_blocking=True)
-            self._values = host
+        self._rows: Sequence[Tensor] = rows
+        if rows[0].is_cuda:
+            values = torch.stack([row.double() for row in rows])  # which holds every token id
+            host = torch.empty(values.shape, dtype=torch.float64, pin_memory=True)
+            host.copy_(values, non_blocking=True)
+            self._rows = host.unbind(0)
             self._event = torch.cuda.Event()
             self._event.record()
 
@@ -52,8 +53,7 @@ class Sent:
         """A list for each of the rows."""
         if self._event is not None:
             self._event.synchronize()
-        found: list[list[float]] = self._values.tolist()
-        return found
+        return [row.tolist() for row in self._rows]
 
 
 @dataclass

@@ -20,6 +20,7 @@ from librobot_vlm_ros.core import (
 )
 from librobot_vlm_ros.models.abstract import AbstractVLM
 from librobot_vlm_ros.models.answering import again_in_safer_dtype
+from librobot_vlm_ros.models.davit_pass import DavitPass, make_pass
 from librobot_vlm_ros.models.decode import Decoder, Generated, decode
 from librobot_vlm_ros.models.florence_config import image_tokens
 from librobot_vlm_ros.models.florence_decoder import FlorenceDecoder, encode_prompts
@@ -41,6 +42,7 @@ class FlorenceTensors(AbstractVLM):
 
     def _take(self, parts: FlorenceParts) -> None:
         self.module, self._pool = parts.module, None
+        self._tower = self._tower_of = None
         # Its blocks go over to channels last and back: convolutions that have them so save 7 %.
         self.module.model.vision_tower.to(memory_format=torch.channels_last)
         self.images = parts.images
@@ -171,8 +173,21 @@ class FlorenceTensors(AbstractVLM):
 
     def _see(self, pixels: Tensor) -> Tensor:
         """[B, 3, H, W] to projected features [B, N, D]."""
-        features: Tensor = self._loaded().model.get_image_features(pixels).pooler_output
+        model = self._loaded().model
+        if self._answers_now and (tower := self._pass()) is not None:
+            found: Tensor = model.multi_modal_projector(tower(pixels))
+            return found
+        features: Tensor = model.get_image_features(pixels).pooler_output
         return features
+
+    def _pass(self) -> DavitPass | None:
+        """The tower as arithmetic, over the weights as they are now; None where it cannot be."""
+        if self.decoder == "module" or self.torch_device.type != "cpu":
+            return None
+        if self._tower_of is not self._weights:
+            self._tower, self._tower_of = make_pass(self.vision_encoder), self._weights
+        found: DavitPass | None = self._tower
+        return found
 
     def _start(
         self, features: Sequence[Tensor] | None, rows: Sequence[Sequence[int]]
