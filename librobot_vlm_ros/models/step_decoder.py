@@ -174,7 +174,7 @@ class BartStepDecoder(_StepDecoder):
         each = each.repeat_interleave(len(rows) // self._prompts)
         if len(each) != len(rows) or not torch.equal(each, prompt):
             seen, prompt = prompt, torch.arange(len(rows), device=prompt.device)
-        self._move(len(rows), rows, self._buffers.capacity, seen)
+        self._move(len(rows), rows, self._length + 1, seen)
         self._prompt = prompt
 
     def _ready(self) -> Any:
