@@ -31,6 +31,7 @@ from librobot_vlm_ros.runtime import CameraEvent, Engine, LoadReport
 
 from .annotate import Annotator
 from .camera import Camera
+from .caught_up import CaughtUp
 from .decoder import Decoder
 from .diagnostics import camera_status, diagnostics, engine_status, model_status
 from .generate import GenerateAction
@@ -66,6 +67,7 @@ class VlmNode(GuardedLifecycleNode):
         self._instruction_topic: MatchedSubscription | None = None
         self._annotator: Annotator | None = None
         self._decoder = Decoder()
+        self._caught_up = CaughtUp(self, self._decoder)
         self._complaints = Throttled(self.get_logger())
         self._namesakes = Namesakes(self)
         self._load_error: VlmError | None = None
@@ -112,6 +114,10 @@ class VlmNode(GuardedLifecycleNode):
         """Whether a request would be refused as BUSY; raises `EngineError` NOT_ACTIVE."""
         engine = self._engine
         return engine.full if engine is not None else self.served().engine.full
+
+    def catch_up(self, timeout_s: float) -> bool:
+        """Wait for the images that have arrived; False where that takes longer."""
+        return self._caught_up.wait(timeout_s)
 
     def active_model(self) -> str:
         """Name of the loaded model, "" when none is."""

@@ -27,6 +27,11 @@ from .weights_here import weights_present
 __all__ = ["Host", "Services"]
 
 
+#: How long a query waits for images that arrived before it. Only an executor that is held up takes
+#: so long; then the newest image that is there has to do.
+_CATCH_UP_S = 0.2
+
+
 class Host(Protocol):
     """What the services need of the node."""
 
@@ -39,6 +44,9 @@ class Host(Protocol):
 
     def engine_full(self) -> bool:
         """Whether a request would be refused as BUSY; raises `VlmError` NOT_ACTIVE."""
+
+    def catch_up(self, timeout_s: float) -> bool:
+        """Wait for the images that have arrived; False where that takes longer."""
 
     def active_model(self) -> str:
         """Name of the loaded model, "" when none is."""
@@ -144,6 +152,8 @@ class Services:
         settings = self._host.settings
         try:
             served = self._host.served()
+            if served.state == "active" and not request.use_image:
+                self._host.catch_up(_CATCH_UP_S)
             future = served.engine.submit(make_request(request, served))
         except Exception as error:
             self._refuse_query(reply, as_vlm_error(error))

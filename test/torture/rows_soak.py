@@ -15,12 +15,13 @@ _SLOPE_MIB_PER_H = 1.0
 
 @row
 def soak(found: Findings) -> None:
-    """Resident memory and threads stay level. A short soak's slope is what the noise allows: the
-    limit counts from half an hour on.
+    """Resident memory and threads stay level: memory that the process has taken, for pages of files
+    (libraries) come and go. A short soak's slope is what the noise allows: the limit counts from
+    half an hour on.
     """
     from librobot_vlm_ros.msg import Caption
 
-    seconds, points, threads = found.seconds, [], []
+    seconds, points, whole, threads = found.seconds, [], [], []
     with robot_and_node(
         {"latency_s": 0.02},
         image_topic="/torture/image",
@@ -41,7 +42,8 @@ def soak(found: Findings) -> None:
             load.step(found, number)
             seen, _ = seen + len(heard), heard.clear()
             if number % 20 == 0:
-                points.append((now / 3600.0, held.resident_mib()))
+                points.append((now / 3600.0, held.own_mib()))
+                whole.append(held.resident_mib())
                 threads.append(held.threads())
             time.sleep(0.03)
         found.cases = number
@@ -53,6 +55,9 @@ def soak(found: Findings) -> None:
     found.note(minutes=seconds / 60.0, results=seen, threads=[min(settled), max(settled)])
     found.check(max(settled) - min(settled) <= 2, f"threads {min(settled)} to {max(settled)}")
     found.note(growth_after_warm_up_mib=level[-1][1] - level[0][1])
+    found.note(growth_with_files_mib=whole[-1] - whole[len(points) - len(level)])
+    quarters = [level[len(level) * n // 4][1] for n in range(4)] + [level[-1][1]]
+    found.note(mib_by_quarter=[round(mib, 2) for mib in quarters])
     if seconds >= 1800:
         found.within("slope_mib_per_h", slope(level), _SLOPE_MIB_PER_H, time=False)
     else:  # a few pages more or less would be many MiB an hour

@@ -126,6 +126,14 @@ class Watched:
         pages = int((self._folder / "statm").read_text().split()[1])
         return pages * resource.getpagesize() / 2**20
 
+    def own_mib(self) -> float:
+        """Resident memory of its own, shared segments among it. Pages of files, which libraries
+        are, come and go with what else the machine does.
+        """
+        lines = (self._folder / "status").read_text().splitlines()
+        held = dict(line.split(":", 1) for line in lines)
+        return sum(int(held[name].split()[0]) for name in ("RssAnon", "RssShmem")) / 1024
+
     def threads(self) -> int:
         return len(list((self._folder / "task").iterdir()))
 
