@@ -110,9 +110,26 @@ def build(name: str, device: str, dtype: str = "float32", **config: Any) -> Any:
         vlm._suppressed = lambda device: torch.tensor(
             sorted({*usual(device).tolist(), *never}), device=device
         )
+        _mind_what_is_written(vlm)
     else:
         vlm._suppressed = lambda: sorted({*usual(), *never})
     return vlm
+
+
+def _mind_what_is_written(vlm: Any) -> None:
+    """Let the last token count for more than the image does.
+
+    What a fresh model writes next hardly depends on what it has written. Under the rule against
+    repeats many orders of the same tokens are then equally likely, and which of them a search over
+    beams ends at is up to rounding.
+    """
+    decoder = vlm.language_model.decoder
+    with torch.no_grad():
+        decoder.embed_tokens.weight.mul_(3.0)
+        for layer in decoder.layers:
+            layer.encoder_attn.out_proj.weight.mul_(0.1)
+            layer.fc2.weight.mul_(0.3)
+            layer.self_attn.q_proj.weight.mul_(0.3)
 
 
 class Pair:
