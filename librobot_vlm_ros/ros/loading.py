@@ -10,7 +10,7 @@ from typing import Any
 
 from librobot_vlm_ros.core import ErrorCode, ModelError, as_vlm_error
 from librobot_vlm_ros.models import create_vlm, model_info
-from librobot_vlm_ros.runtime import Engine, LoadReport
+from librobot_vlm_ros.runtime import Engine, LoadReport, settle
 
 from .live_parameters import LiveParameters
 from .settings import Settings
@@ -93,6 +93,7 @@ def switch_model(
             return
         parameters.force(values)
         logger.info(loaded_text(finished.result()))
+        settle()
         answer.set_result(finished.result())
 
     timer = threading.Timer(timeout_s, engine.cancel_load)

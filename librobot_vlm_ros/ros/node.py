@@ -27,7 +27,7 @@ from librobot_vlm_ros.core import (
     Result,
     VlmError,
 )
-from librobot_vlm_ros.runtime import CameraEvent, Engine, LoadReport
+from librobot_vlm_ros.runtime import CameraEvent, Engine, LoadReport, settle
 
 from .annotate import Annotator
 from .camera import Camera
@@ -172,6 +172,7 @@ class VlmNode(GuardedLifecycleNode):
         if settings.annotated:
             self._annotator = Annotator(self)
             self._results.set_annotator(self._annotator)
+        settle()
 
     def cancel_configure(self) -> None:
         """End a load that is under way."""

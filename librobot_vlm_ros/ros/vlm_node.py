@@ -6,7 +6,6 @@ SIGINT and SIGTERM end it with exit code 0 within 5 seconds, also while the mode
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import signal
@@ -35,6 +34,8 @@ def main(args: Sequence[str] | None = None, values: Mapping[str, Any] | None = N
     from .libraries import let_libraries_warn
 
     let_libraries_warn()
+    from librobot_vlm_ros.runtime import collect
+
     from .shared_memory import clear_dead_segments
     from .transport import keep_freed_memory, use_image_profile
 
@@ -87,7 +88,7 @@ def main(args: Sequence[str] | None = None, values: Mapping[str, Any] | None = N
     rclpy.try_shutdown()
     # The participant goes with the last of what holds it, and takes its shared memory with it.
     del node, spinning
-    gc.collect()
+    collect()
     rclpy.get_default_context().destroy()
     sys.stdout.flush()
     sys.stderr.flush()

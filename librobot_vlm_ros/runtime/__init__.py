@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from .config import CameraConfig, DropReason, EngineConfig, EngineState
 from .engine import Engine
+from .garbage import collect, settle
 from .loader import BackendFactory, LoadReport, available_memory_bytes
 from .results import frame_age_s, with_age
 from .standing import StandingTask
@@ -27,6 +28,8 @@ __all__ = [
     "LoadReport",
     "StandingTask",
     "available_memory_bytes",
+    "collect",
     "frame_age_s",
+    "settle",
     "with_age",
 ]

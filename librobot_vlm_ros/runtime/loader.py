@@ -7,7 +7,6 @@ the engine's lock guards.
 from __future__ import annotations
 
 import dataclasses
-import gc
 import logging
 import time
 import traceback
@@ -23,6 +22,7 @@ from librobot_vlm_ros.core import (
 )
 from librobot_vlm_ros.models.base import VlmBackend
 
+from .garbage import collect
 from .runner import forget_frames
 
 logger = logging.getLogger("librobot_vlm_ros.runtime")
@@ -188,7 +188,7 @@ class Loader:
                 _close(backend)
             error = forget_frames(as_vlm_error(exc))
         backend = None
-        gc.collect()  # a half-built model sits in reference cycles
+        collect()  # a half-built model sits in reference cycles
         raise error
 
     def _restore(self, job: LoadJob, reason: VlmError) -> None:
@@ -213,7 +213,7 @@ class Loader:
             _close(self.backend)
             self.backend = None
             self.report = None
-            gc.collect()
+            collect()
 
 
 def load_cancelled(name: str) -> ModelError:

@@ -5,7 +5,6 @@ coded error.
 from __future__ import annotations
 
 import dataclasses
-import gc
 import logging
 import time
 import traceback
@@ -20,6 +19,7 @@ from librobot_vlm_ros.core import (
 )
 from librobot_vlm_ros.models.base import VlmBackend
 
+from .garbage import collect
 from .requests import Ticket, is_model_failure
 
 logger = logging.getLogger("librobot_vlm_ros.runtime")
@@ -107,7 +107,7 @@ def free_memory(backend: object) -> None:
             backend.free_caches()
         except Exception as error:
             logger.error("freeing the model's caches failed: %s", as_vlm_error(error))
-    gc.collect()
+    collect()
 
 
 def _is_out_of_memory(outcome: Outcome) -> bool:
