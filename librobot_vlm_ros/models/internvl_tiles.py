@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from librobot_vlm_ros.core import ErrorCode, ImageError, ModelError
-from librobot_vlm_ros.models.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from librobot_vlm_ros.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, channels
 from librobot_vlm_ros.models.resize import EXACT, Resizing, resize
 
 __all__ = ["InternVLImages", "float_tiles", "grid", "internvl_images", "tiles"]
@@ -100,8 +100,8 @@ def internvl_images(
             thumbnail=bool(
                 config.get("use_thumbnail", stated.get("use_thumbnail", default.thumbnail))
             ),
-            mean=_three(stated.get("image_mean", default.mean)),
-            std=_three(stated.get("image_std", default.std)),
+            mean=channels(stated.get("image_mean", default.mean)),
+            std=channels(stated.get("image_std", default.std)),
             resample=Image.Resampling(int(stated.get("resample", default.resample))),
         )
         if min(found.std) <= 0:
@@ -120,11 +120,6 @@ def internvl_images(
             "use the files that came with the weights",
         )
     return found
-
-
-def _three(values: Any) -> tuple[float, float, float]:
-    red, green, blue = (float(value) for value in values)
-    return red, green, blue
 
 
 @functools.lru_cache(maxsize=8)

@@ -19,7 +19,15 @@ from torch import Tensor
 from librobot_vlm_ros.core import ErrorCode, Frame, ImageError, ModelError
 from librobot_vlm_ros.models.resize import EXACT, Resizing, resize, writable
 
-__all__ = ["ImageSettings", "as_pixels", "image_settings", "normalise", "squash", "to_views"]
+__all__ = [
+    "ImageSettings",
+    "as_pixels",
+    "channels",
+    "image_settings",
+    "normalise",
+    "squash",
+    "to_views",
+]
 
 #: Mean and standard deviation of ImageNet, in the order red, green, blue.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -68,6 +76,12 @@ def image_settings(config: dict[str, Any]) -> ImageSettings:
             "it needs size {height, width}, image_mean and image_std of three numbers each",
         ) from error
     return ImageSettings(height, width, tuple(mean), tuple(std), resample)  # type: ignore[arg-type]
+
+
+def channels(values: Any) -> tuple[float, float, float]:
+    """A number for each of red, green and blue. Raises TypeError or ValueError otherwise."""
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue
 
 
 def squash(pixels: npt.NDArray[np.uint8], settings: ImageSettings, how: Resizing = EXACT) -> Any:

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from librobot_vlm_ros.core import ErrorCode, ImageError, ModelError
-from librobot_vlm_ros.models.preprocess import normalise
+from librobot_vlm_ros.models.preprocess import channels, normalise
 from librobot_vlm_ros.models.resize import EXACT, Resizing, resize
 
 __all__ = ["QwenImages", "is_float", "patches", "qwen_images", "resized", "smart_size"]
@@ -88,8 +88,8 @@ def qwen_images(config: dict[str, Any], default: QwenImages) -> QwenImages:
             max_pixels=int(
                 config.get("max_pixels") or size.get("longest_edge") or default.max_pixels
             ),
-            mean=_three(config.get("image_mean", default.mean)),
-            std=_three(config.get("image_std", default.std)),
+            mean=channels(config.get("image_mean", default.mean)),
+            std=channels(config.get("image_std", default.std)),
             resample=Image.Resampling(int(config.get("resample", default.resample))),
         )
         if min(found.std) <= 0:
@@ -108,11 +108,6 @@ def qwen_images(config: dict[str, Any], default: QwenImages) -> QwenImages:
             "use the files that came with the weights",
         )
     return found
-
-
-def _three(values: Any) -> tuple[float, float, float]:
-    red, green, blue = (float(value) for value in values)
-    return red, green, blue
 
 
 def smart_size(height: int, width: int, images: QwenImages) -> tuple[int, int]:
