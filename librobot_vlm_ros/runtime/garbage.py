@@ -9,13 +9,8 @@ short and come often. What was left out must be taken in again to free a model.
 from __future__ import annotations
 
 import gc
-import sys
 
 __all__ = ["collect", "settle"]
-
-
-#: Enough to fill the table of interned strings of a process with ROS in it twice.
-_NAMES = 150_000
 
 
 def settle() -> None:
@@ -26,12 +21,6 @@ def settle() -> None:
     gc.unfreeze()
     gc.collect()
     gc.freeze()
-    # Strings that were interned and dropped still fill CPython's table of them (rclpy leaves some
-    # at every message). Full, it is made anew beside the old one: the first time it grows, the
-    # second time it needs as much again, 2 MB each; after that the two places take turns. Now is
-    # better than in half an hour, where it looks like a leak.
-    for number in range(_NAMES):
-        sys.intern(f"librobot_vlm_ros {number}")
 
 
 def collect() -> None:
