@@ -181,7 +181,8 @@ class _Loop:
     def _run(self, stop: StopRow, tell: TellIds | None) -> list[Generated | VlmError]:
         errors: dict[int, VlmError] = {}
         rules, only = self._rules, None
-        known = self._known(0)
+        allowed = self._allowed()
+        known = self._known(0, allowed)
         if known is None:
             logits = self._ask()
         for step in range(rules.max_new_tokens):
@@ -199,7 +200,6 @@ class _Loop:
                 self._note(torch.tensor(known, device=self._device), step)
                 self._take(known, [0.0] * len(known), step, forced=forced, tell=tell)
             else:
-                allowed = self._allowed() if only is None else None
                 picked = self._chooser.pick(logits, step, allowed, only)
                 self._note(picked.tokens, step)
                 early = self._ahead and not last and rules.forced(step + 1) is None
@@ -208,12 +208,14 @@ class _Loop:
                 self._take(*picked.read(), step, forced=forced, tell=tell)
             if not self._open or last:
                 break
-            if not early:
-                self._shrink()
-                known = self._known(step + 1)
-                if known is None:
-                    only = self._common(step + 1)
-                    logits = self._ask(only)
+            self._shrink()
+            allowed = self._allowed()
+            if early:
+                continue
+            known = self._known(step + 1, allowed)
+            if known is None:
+                only = self._common(step + 1, allowed)
+                logits = self._ask(only)
         self._chooser.credit(self._ids, self._log_probs)
         return [
             errors[row] if row in errors else Generated(tuple(ids), tuple(log_probs))
@@ -293,14 +295,13 @@ class _Loop:
             found.append(None if grammar is None else grammar.allowed(self._ids[row]))
         return found
 
-    def _known(self, step: int) -> list[int] | None:
+    def _known(self, step: int, allowed: list[Some] | None) -> list[int] | None:
         """The tokens of all rows at that step where none has a choice: the model isn't asked."""
         forced, rows = self._rules.forced(step), self._written_by
         if forced is not None:
             return [forced] * len(rows)
         # A host that runs ahead has asked already; the n-gram rule may forbid the only token.
-        allowed = None if self._ahead or self._rules.no_repeat_ngram else self._allowed()
-        if not allowed:
+        if not allowed or self._ahead or self._rules.no_repeat_ngram:
             return None
         tokens, still = [self._rules.pad] * len(rows), set(self._open)
         for at, (row, some) in enumerate(zip(rows, allowed, strict=True)):
@@ -311,12 +312,11 @@ class _Loop:
             tokens[at] = some[0]
         return tokens
 
-    def _common(self, step: int) -> range | Tensor | None:
+    def _common(self, step: int, allowed: list[Some] | None) -> range | Tensor | None:
         """Few tokens that every row must choose from at that step; None where there are none."""
-        allowed = None if self._ahead else self._allowed()
         # The n-gram rule is about the whole vocabulary, and so is a forced token.
         whole = self._rules.no_repeat_ngram or self._rules.forced(step) is not None
-        if not allowed or whole or len(self._open) < len(allowed):
+        if not allowed or self._ahead or whole or len(self._open) < len(allowed):
             return None
         first = allowed[0]
         if first is None or isinstance(first, Except) or set(allowed) != {first}:

@@ -170,7 +170,7 @@ def test_florence_takes_the_forced_token_in_with_the_start(
             return decode(made, rules, history)
 
     found = answers()
-    monkeypatch.setattr(_Loop, "_known", lambda self, step: None)
+    monkeypatch.setattr(_Loop, "_known", lambda self, step, allowed: None)
     expected = answers()
     for mine, other in zip(found, expected, strict=True):
         assert isinstance(mine, Generated)
