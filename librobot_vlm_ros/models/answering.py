@@ -93,9 +93,9 @@ class Answering(nn.Module, ABC):
     module: Any
     #: Buffers of decode steps that are kept from answer to answer (`step_pool.StepPool`).
     _pool: Any = None
-    #: A vision tower as arithmetic (`davit_pass.DavitPass`), and for which `_weights` it was made.
-    _tower: Any = None
-    _tower_of: Any = None
+    #: For which `_weights` a vision tower was made arithmetic of, and that (`davit_pass.DavitPass`)
+    #: or None where it could not be.
+    _tower: tuple[Any, Any] | None = None
     #: `states` of the weights that the features in `frames` were made with; the same object for as
     #: long as they are the same.
     _weights: Any = None
@@ -225,7 +225,7 @@ class Answering(nn.Module, ABC):
         the memory that torch holds for the next request. Answers stay the same.
         """
         self.frames.clear()
-        self._pool = self._tower = self._tower_of = None
+        self._pool = self._tower = None
         if self.module is not None and self.device.startswith("cuda"):
             torch.cuda.empty_cache()
 
@@ -236,7 +236,7 @@ class Answering(nn.Module, ABC):
     def close(self) -> None:
         """Free the weights; requests get MODEL_NOT_LOADED from here on."""
         on_gpu = self.module is not None and self.device.startswith("cuda")
-        self.module = self._pool = self._tower = self._tower_of = None
+        self.module = self._pool = self._tower = None
         self.frames.clear()
         if on_gpu:
             torch.cuda.empty_cache()

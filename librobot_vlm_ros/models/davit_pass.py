@@ -97,9 +97,9 @@ class DavitPass:
             raise UnsupportedError("it is in training mode")
         if config._attn_implementation != "sdpa" or config.activation_function != "gelu":
             raise UnsupportedError(f"{config._attn_implementation}, {config.activation_function}")
-        for module in tower.modules():
-            if module._forward_hooks or module._forward_pre_hooks:
-                raise UnsupportedError(f"a {type(module).__name__} has hooks")
+        self._modules = tuple(tower.modules())
+        if self.hooked:
+            raise UnsupportedError("a module of it has hooks")
         matrices = sum(w.nbytes for w in weights if w.dim() == 2)
         packed = matrices <= _PACKED and _can_pack()
         self._window = int(config.window_size)
@@ -118,6 +118,11 @@ class DavitPass:
             )
             for embed, blocks in zip(tower.convs, tower.blocks, strict=True)
         ]
+
+    @property
+    def hooked(self) -> bool:
+        """Whether somebody waits for what a module of the tower does, which it does not do here."""
+        return any(m._forward_hooks or m._forward_pre_hooks for m in self._modules)
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """See the class."""

@@ -41,8 +41,8 @@ class FlorenceTensors(AbstractVLM):
     family = "florence-2"
 
     def _take(self, parts: FlorenceParts) -> None:
-        self.module, self._pool = parts.module, None
-        self._tower = self._tower_of = None
+        self.module = parts.module
+        self._pool = self._tower = None
         # Its blocks go over to channels last and back: convolutions that have them so save 7 %.
         self.module.model.vision_tower.to(memory_format=torch.channels_last)
         self.images = parts.images
@@ -184,10 +184,10 @@ class FlorenceTensors(AbstractVLM):
         """The tower as arithmetic, over the weights as they are now; None where it cannot be."""
         if self.decoder == "module" or self.torch_device.type != "cpu":
             return None
-        if self._tower_of is not self._weights:
-            self._tower, self._tower_of = make_pass(self.vision_encoder), self._weights
-        found: DavitPass | None = self._tower
-        return found
+        if self._tower is None or self._tower[0] is not self._weights:
+            self._tower = self._weights, make_pass(self.vision_encoder)
+        found: DavitPass | None = self._tower[1]
+        return None if found is None or found.hooked else found
 
     def _start(
         self, features: Sequence[Tensor] | None, rows: Sequence[Sequence[int]]

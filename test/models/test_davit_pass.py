@@ -13,17 +13,9 @@ from torch import nn
 from librobot_vlm_ros.models import create_vlm, davit_pass
 from librobot_vlm_ros.models.davit_pass import DavitPass, make_pass
 from librobot_vlm_ros.models.step_parts import UnsupportedError
+from librobot_vlm_ros.models.tiny import TINY_VISION
 
-VISION: dict[str, Any] = {
-    "depths": [1, 1, 2, 1],
-    "embed_dim": [8, 16, 24, 32],
-    "num_heads": [1, 2, 3, 4],
-    "num_groups": [1, 2, 3, 4],
-    "patch_stride": [4, 2, 2, 1],
-    "window_size": 4,
-    "drop_path_rate": 0.3,
-    "max_position_embeddings": 16,
-}
+VISION = {**TINY_VISION, "drop_path_rate": 0.3}
 
 
 def tower(**vision: Any) -> Any:
@@ -136,11 +128,25 @@ def test_weights_that_change_are_the_ones_it_sees_with(vlm: Any, frame: Any, ask
     assert (torch.from_numpy(answer.embedding.array) - expected).abs().max() < 1e-4
 
 
+def test_a_hook_is_called_whenever_it_was_registered(vlm: Any, ask: Any) -> None:
+    vlm.run([ask("embed")])
+    seen: list[torch.Size] = []
+    first = vlm.vision_encoder.convs[0]
+    hook = first.register_forward_hook(lambda _module, _given, found: seen.append(found.shape))
+    vlm.frames.clear()
+    vlm.run([ask("embed")])
+    assert len(seen) == 1
+    hook.remove()
+    vlm.frames.clear()
+    vlm.run([ask("embed")])
+    assert len(seen) == 1
+
+
 def test_a_closed_model_leaves_nothing_of_it(tiny_folder: Any, ask: Any) -> None:
     vlm = create_vlm("florence-2-base", pretrained=str(tiny_folder), device="cpu")
     vlm.run([ask("embed")])
     weight = weakref.ref(vlm.vision_encoder.convs[0].conv.weight)
-    made = weakref.ref(vlm._tower)
+    made = weakref.ref(vlm._tower[1])
     vlm.close()
     gc.collect()
     assert made() is None
