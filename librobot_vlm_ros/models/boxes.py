@@ -7,7 +7,7 @@ from typing import Any
 
 from librobot_vlm_ros.core import Region
 
-__all__ = ["MOST_BLANKS", "SCALE", "Score", "region_of"]
+__all__ = ["BLANKS", "MOST_BLANKS", "NUMBER", "SCALE", "Score", "region_of"]
 
 #: What stands for the whole width or height.
 SCALE = 1000
@@ -15,6 +15,10 @@ SCALE = 1000
 #: Blanks that may stand in a row within a box: a model that finds no way on must not write them
 #: until its answer is cut off.
 MOST_BLANKS = 64
+
+#: Patterns of the boxes that are written as text: blanks, and a number (a group) between blanks.
+BLANKS = rf"\s{{0,{MOST_BLANKS}}}"
+NUMBER = rf"{BLANKS}(\d{{1,5}}(?:\.\d{{1,6}})?){BLANKS}"
 
 #: Stretches (begin, end) of an answer's text to their score.
 Score = Callable[[Sequence[tuple[int, int]]], float]

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 
 from librobot_vlm_ros.core import ErrorCode, Region, RequestError
 from librobot_vlm_ros.models import questions
-from librobot_vlm_ros.models.boxes import MOST_BLANKS, SCALE, Score, region_of
+from librobot_vlm_ros.models.boxes import BLANKS, NUMBER, SCALE, Score, region_of
 
 __all__ = ["INTERNVL_TASKS", "NOTATION", "SYSTEM", "parse_boxes", "question"]
 
@@ -49,9 +49,7 @@ INTERNVL_TASKS: Mapping[str, str] = {
     ),
 }
 
-_BLANKS = rf"\s{{0,{MOST_BLANKS}}}"
-_NUMBER = rf"{_BLANKS}(\d{{1,5}}(?:\.\d{{1,6}})?){_BLANKS}"
-_FOUR = rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]"
+_FOUR = rf"\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]"
 #: Text up to the next mark of the notation.
 _UNMARKED = r"(?:(?!</?(?:box|ref)>).)*"
 _PIECE = re.compile(
@@ -61,7 +59,7 @@ _PIECE = re.compile(
     re.S | re.A,
 )
 #: A list that holds no list, whole or cut off.
-_LIST = re.compile(rf"\[(?!{_BLANKS}\[)[^\[\]]*(?:\]|$|(?=\[))", re.A)
+_LIST = re.compile(rf"\[(?!{BLANKS}\[)[^\[\]]*(?:\]|$|(?=\[))", re.A)
 _BOX = re.compile(_FOUR, re.A)
 
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 
 from librobot_vlm_ros.core import Region
-from librobot_vlm_ros.models.boxes import MOST_BLANKS, Score, region_of
+from librobot_vlm_ros.models.boxes import BLANKS, MOST_BLANKS, NUMBER, Score, region_of
 from librobot_vlm_ros.models.notation_json import JSON_PLACES
 
 __all__ = ["QWEN2_TASKS", "QWEN3_TASKS", "parse_json_boxes", "parse_token_boxes"]
@@ -42,9 +42,7 @@ QWEN3_TASKS: Mapping[str, str] = {
     ),
 }
 
-_BLANKS = rf"\s{{0,{MOST_BLANKS}}}"
-_NUMBER = rf"{_BLANKS}(\d{{1,5}}(?:\.\d{{1,6}})?){_BLANKS}"
-_PAIRS = rf"\({_NUMBER},{_NUMBER}\){_BLANKS},{_BLANKS}\({_NUMBER},{_NUMBER}\)"
+_PAIRS = rf"\({NUMBER},{NUMBER}\){BLANKS},{BLANKS}\({NUMBER},{NUMBER}\)"
 #: Text up to the next mark of the notation.
 _UNMARKED = r"(?:(?!<\|(?:box|object_ref)_).)*"
 _PIECE = re.compile(
@@ -53,7 +51,7 @@ _PIECE = re.compile(
     rf"|(?P<bare>{_PAIRS})",
     re.S | re.A,
 )
-_BOX = re.compile(rf"{_BLANKS}{_PAIRS}{_BLANKS}", re.A)
+_BOX = re.compile(rf"{BLANKS}{_PAIRS}{BLANKS}", re.A)
 _GAP = re.compile(rf"[ \t\n\r]{{{MOST_BLANKS + 1}}}")
 _DECIMAL = re.compile(rf"[0-9]{{1,4}}(?:\.[0-9]{{1,{JSON_PLACES}}})?")
 
