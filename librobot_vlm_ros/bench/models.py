@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from librobot_vlm_ros.models import create_vlm
 
-__all__ = ["Pair", "TINY", "build", "chatty_qwen", "pair_of"]
+__all__ = ["Pair", "TINY", "build", "chatty_qwen", "pair_of", "qwen_words"]
 
 _VISION = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
 _VISION |= {"num_attention_heads": 2, "image_size": 56, "patch_size": 14}
@@ -231,25 +231,27 @@ def pair_of(name: str, device: str, new_tokens: int, **config: Any) -> Pair:
     return Pair(vlm, new_tokens, sides.get(name, 112))
 
 
-def chatty_qwen(device: str, layers: int = 12) -> Any:
-    """A Qwen2-VL of random weights with a tokenizer, for whole requests."""
-    from librobot_vlm_ros.models.conformance_qwen_folder import (
-        IDS,
-        SECOND,
-        VOCABULARY,
-        write_official,
-    )
+def qwen_words(name: str, generation: Any) -> tuple[Any, dict[str, int]]:
+    """A tokenizer of letters, and what a Qwen-VL config must know of its tokens."""
+    from librobot_vlm_ros.models.conformance_qwen_folder import IDS, write_official
 
     with tempfile.TemporaryDirectory(prefix="librobot-vlm-bench-") as scratch:
         folder = Path(scratch) / "tiny"
-        write_official(folder, SECOND)
-        tokenizer = create_vlm("qwen2-vl-2b", pretrained=str(folder), device="cpu").tokenizer
-    marks = {
+        write_official(folder, generation)
+        tokenizer = create_vlm(name, pretrained=str(folder), device="cpu").tokenizer
+    return tokenizer, {
         "image_token_id": IDS["<|image_pad|>"],
         "video_token_id": IDS["<|video_pad|>"],
         "vision_start_token_id": IDS["<|vision_start|>"],
         "vision_end_token_id": IDS["<|vision_end|>"],
     }
+
+
+def chatty_qwen(device: str, layers: int = 12) -> Any:
+    """A Qwen2-VL of random weights with a tokenizer, for whole requests."""
+    from librobot_vlm_ros.models.conformance_qwen_folder import IDS, SECOND, VOCABULARY
+
+    tokenizer, marks = qwen_words("qwen2-vl-2b", SECOND)
     rope = {"type": "mrope", "mrope_section": [8, 4, 4]}
     text = _text(layers, vocab_size=VOCABULARY, rope_scaling=rope, eos_token_id=IDS["<|im_end|>"])
     vision = {"depth": 4, "embed_dim": 64, "num_heads": 4}

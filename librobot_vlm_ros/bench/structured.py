@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from librobot_vlm_ros.bench.frames import noise
 from librobot_vlm_ros.bench.measure import Bench
-from librobot_vlm_ros.bench.models import TINY
+from librobot_vlm_ros.bench.models import TINY, qwen_words
 from librobot_vlm_ros.bench.scripted import Scripted
 from librobot_vlm_ros.bench.tabletop import ask
 from librobot_vlm_ros.models import create_vlm
@@ -32,18 +30,9 @@ _TEXT = {
 
 def _model(device: str) -> Any:
     """A Qwen3-VL of random weights with a tokenizer of letters."""
-    from librobot_vlm_ros.models.conformance_qwen_folder import IDS, THIRD, write_official
+    from librobot_vlm_ros.models.conformance_qwen_folder import IDS, THIRD
 
-    with tempfile.TemporaryDirectory(prefix="librobot-vlm-bench-") as scratch:
-        folder = Path(scratch) / "tiny"
-        write_official(folder, THIRD)
-        tokenizer = create_vlm("qwen3-vl-4b", pretrained=str(folder), device="cpu").tokenizer
-    marks = {
-        "image_token_id": IDS["<|image_pad|>"],
-        "video_token_id": IDS["<|video_pad|>"],
-        "vision_start_token_id": IDS["<|vision_start|>"],
-        "vision_end_token_id": IDS["<|vision_end|>"],
-    }
+    tokenizer, marks = qwen_words("qwen3-vl-4b", THIRD)
     ends = {"eos_token_id": IDS["<|im_end|>"], "bos_token_id": IDS["<|endoftext|>"]}
     vision = TINY["qwen3-vl-4b"]["vision_config"]
     config = {"text_config": {**_TEXT, **ends}, "vision_config": vision, **marks}
