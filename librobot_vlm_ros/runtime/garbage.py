@@ -1,9 +1,8 @@
 """Python's garbage collector in a process that lives for weeks.
 
 A full collection looks at every object there is: with torch and a model a tenth of a second and
-more, in which nothing else runs. So it comes seldom, and what sits in reference cycles piles up for
-half an hour. Once everything is loaded, what there is can be left out of it: then collections are
-short and come often. What was left out must be taken in again to free a model.
+more, in which nothing else runs. Once everything is loaded, what there is can be left out of it:
+then collections are short. What was left out must be taken in again to free a model.
 """
 
 from __future__ import annotations
