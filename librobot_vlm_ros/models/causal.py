@@ -6,10 +6,9 @@ answers; the rest is here and in `causal_tensors.py`.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,102 +20,28 @@ from librobot_vlm_ros.core import (
     GenerationParams,
     InferenceRequest,
     ModelAnswer,
-    ModelError,
     Region,
     RequestError,
 )
-from librobot_vlm_ros.models.adapting import quantization_for
 from librobot_vlm_ros.models.answering import Job
 from librobot_vlm_ros.models.causal_images import Seen
 from librobot_vlm_ros.models.causal_tensors import CausalParts, CausalTensors
 from librobot_vlm_ros.models.checkpoint import LoadPlan, build_random
-from librobot_vlm_ros.models.checksum import check_sha256
 from librobot_vlm_ros.models.decode import Decoder, DecodeRules, Generated, Grammar
 from librobot_vlm_ros.models.detokenize import TokenSpans, geometric_mean
 from librobot_vlm_ros.models.frame_cache import FrameEntry
 from librobot_vlm_ros.models.notation import Notation
 from librobot_vlm_ros.models.notation_grammar import notation_grammar
-from librobot_vlm_ros.models.placement import place
-from librobot_vlm_ros.models.registry import model_info
-from librobot_vlm_ros.models.weights import find_weights
+from librobot_vlm_ros.models.placement import Placement
 
 __all__ = ["CausalParts", "CausalVLM"]
 
 
 class CausalVLM(CausalTensors):
-    """Such a model of any family. `Family(config)` has random weights; see `create_vlm`."""
+    """Such a model of any family."""
 
-    #: The family's own `ModelConfig`: variant, vision_config, text_config and `to_transformers()`.
-    config_class: ClassVar[type[Any]]
-    #: The registered name of a model that is built by its class.
-    default_name: ClassVar[str]
     #: How the family writes boxes as text; None where it has tokens for them, or writes none.
     notation: ClassVar[Notation | None] = None
-
-    def __init__(
-        self,
-        config: Any = None,
-        *,
-        name: str = "",
-        parts: CausalParts | None = None,
-        device: str = "auto",
-        dtype: str = "auto",
-        attention: str = "auto",
-        quantization: str = "none",
-        freeze_vision: bool = False,
-        freeze_language: bool = False,
-        adapter: str | Path | None = None,
-        **options: Any,
-    ) -> None:
-        name = name or self.default_name
-        config = self._checked_config(config, name)
-        if parts is None:
-            quantization_for(config, quantization)  # refused before the work, not after it
-            where = place(device, dtype, attention)
-            module = build_random(self._plan(config.to_transformers()), where)
-            parts = CausalParts(module, self._default_images(module.config))
-        super().__init__(parts.module, name=name, **options)
-        self._take(parts)
-        self._finish(
-            config,
-            quantization=quantization,
-            freeze_vision=freeze_vision,
-            freeze_language=freeze_language,
-            adapter=adapter,
-        )
-
-    @classmethod
-    def create(
-        cls,
-        name: str,
-        *,
-        config: Any = None,
-        pretrained: str | None = None,
-        device: str = "auto",
-        dtype: str = "auto",
-        attention: str = "auto",
-        quantization: str = "none",
-        should_cancel: Callable[[], bool] | None = None,
-        revision: str | None = None,
-        weights_sha256: Sequence[str] = (),
-        **options: Any,
-    ) -> CausalVLM:
-        """See `registry.create_vlm`. `revision`: hub commit or branch."""
-        checked = cls._checked_config(config, name)
-        quantization_for(checked, quantization)
-        options |= {"name": name, "quantization": quantization}
-        if config is not None and pretrained is None:
-            return cls(checked, device=device, dtype=dtype, attention=attention, **options)
-        if checked.vision_config or checked.text_config:
-            raise ModelError(
-                ErrorCode.BAD_CONFIG,
-                "config changes the architecture, but the weights decide it",
-                "leave out vision_config and text_config, or leave out pretrained",
-            )
-        weights = find_weights(model_info(name), pretrained, revision)
-        check_sha256(weights.folder, weights_sha256, should_cancel)
-        parts = cls._read_folder(weights.folder, device, dtype, attention, should_cancel)
-        return cls(checked, parts=parts, revision=weights.revision, **options)
 
     # What a family fills in.
 
@@ -130,24 +55,18 @@ class CausalVLM(CausalTensors):
     def _default_images(config: Any) -> Any:
         """Image settings where a folder states none."""
 
-    @staticmethod
-    @abstractmethod
-    def _read_folder(
-        folder: Path,
-        device: str,
-        dtype: str,
-        attention: str,
-        should_cancel: Callable[[], bool] | None,
-    ) -> CausalParts:
-        """Load a checkpoint folder with its tokenizer."""
-
     @abstractmethod
     def _regions(
         self, request: InferenceRequest, spans: TokenSpans
     ) -> tuple[tuple[Region, ...], int]:
         """The answer's regions in source pixels, and how many could not be read."""
 
-    # Making, loading and saving.
+    # Making and saving.
+
+    @classmethod
+    def _random_parts(cls, config: Any, name: str, where: Placement) -> CausalParts:
+        module = build_random(cls._plan(config.to_transformers()), where)
+        return CausalParts(module, cls._default_images(module.config))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder in transformers' native layout that `create_vlm` loads again."""
@@ -157,24 +76,6 @@ class CausalVLM(CausalTensors):
             self.tokenizer.save(folder)
         text = json.dumps(self._images_json(), indent=2) + "\n"
         (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
-
-    def load_pretrained(self, source: str, **options: Any) -> None:
-        """Replace weights, configuration and tokenizer; device and dtype stay.
-
-        An adapter goes with the weights that it was made for, and the new ones are not quantised.
-        """
-        weights = find_weights(model_info(self.name), source, options.pop("revision", None))
-        parts = self._read_folder(
-            weights.folder,
-            self.device,
-            self.dtype,
-            options.pop("attention", "auto"),
-            options.pop("should_cancel", None),
-        )
-        self.revision = weights.revision
-        self.frames.clear()
-        self._take(parts)
-        self.module.train(self.training)
 
     # Answering.
 
@@ -286,19 +187,3 @@ class CausalVLM(CausalTensors):
     def _native_key(self, key: str) -> str:
         names = [name for name, _ in self._plan(self.config).convert(key, torch.empty(0))]
         return names[0] if len(names) == 1 else key
-
-    @classmethod
-    def _checked_config(cls, config: Any, name: str) -> Any:
-        """The family's config from what was given. Raises ModelError BAD_CONFIG."""
-        if isinstance(config, cls.config_class):
-            return config
-        known = {field.name for field in dataclasses.fields(cls.config_class)}
-        given = dict(config or {})
-        if strange := sorted(set(given) - known):
-            raise ModelError(
-                ErrorCode.BAD_CONFIG,
-                f"a {cls.config_class.__name__} has no {', '.join(map(repr, strange))}",
-                f"fields: {', '.join(sorted(known))}",
-            )
-        given.setdefault("variant", name)
-        return cls.config_class(**given)

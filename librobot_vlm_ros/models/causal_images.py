@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from librobot_vlm_ros.core import ErrorCode, ImageError
-from librobot_vlm_ros.models.abstract import AbstractVLM
+from librobot_vlm_ros.models.making import Making
 from librobot_vlm_ros.models.preprocess import as_pixels, normalise, to_views
 
 __all__ = ["CausalImages", "Seen", "joined", "vectors_of"]
@@ -55,7 +55,7 @@ def vectors_of(rows: Sequence[Seen]) -> Tensor:
     return pad_sequence([row.vectors for row in rows], batch_first=True)
 
 
-class CausalImages(AbstractVLM):
+class CausalImages(Making):
     """The seeing half of `CausalTensors`."""
 
     images: Any

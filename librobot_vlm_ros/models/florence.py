@@ -6,8 +6,7 @@ published base and large models and the tabletop model of this package are all t
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,11 @@ from librobot_vlm_ros.core import (
     GenerationParams,
     InferenceRequest,
     ModelAnswer,
-    ModelError,
     RequestError,
     clean_prompt,
 )
-from librobot_vlm_ros.models.adapting import quantization_for
 from librobot_vlm_ros.models.answering import Job
 from librobot_vlm_ros.models.checkpoint import build_random
-from librobot_vlm_ros.models.checksum import check_sha256
 from librobot_vlm_ros.models.decode import Decoder, DecodeRules, Generated, Grammar, Scale
 from librobot_vlm_ros.models.detokenize import TokenSpans, geometric_mean
 from librobot_vlm_ros.models.florence_config import FlorenceConfig, variants
@@ -43,10 +39,10 @@ from librobot_vlm_ros.models.florence_prompts import BINS, FLORENCE_TASKS, build
 from librobot_vlm_ros.models.florence_tensors import FlorenceTensors
 from librobot_vlm_ros.models.frame_cache import FrameEntry
 from librobot_vlm_ros.models.grammar import BoxGrammar, OutlineGrammar
-from librobot_vlm_ros.models.placement import place
+from librobot_vlm_ros.models.making import Loading
+from librobot_vlm_ros.models.placement import Placement
 from librobot_vlm_ros.models.preprocess import ImageSettings, normalise, squash
 from librobot_vlm_ros.models.registry import model_info, register_vlm
-from librobot_vlm_ros.models.weights import find_weights
 
 __all__ = ["FlorenceConfig", "FlorenceVLM"]
 
@@ -55,101 +51,30 @@ __all__ = ["FlorenceConfig", "FlorenceVLM"]
 class FlorenceVLM(FlorenceTensors):
     """Florence-2 of any size. `FlorenceVLM(config)` has random weights; see `create_vlm`."""
 
-    def __init__(
-        self,
-        config: FlorenceConfig | Mapping[str, Any] | None = None,
-        *,
-        name: str = "florence-2-base",
-        parts: FlorenceParts | None = None,
-        device: str = "auto",
-        dtype: str = "auto",
-        attention: str = "auto",
-        quantization: str = "none",
-        freeze_vision: bool = False,
-        freeze_language: bool = False,
-        adapter: str | Path | None = None,
-        **options: Any,
-    ) -> None:
-        config = _checked_config(config, name)
-        if parts is None:
-            quantization_for(config, quantization)  # refused before the work, not after it
-            where = place(device, dtype, attention)
-            module = build_random(plan_for(config.to_transformers()), where)
-            images = ImageSettings(config.image_size, config.image_size)
-            parts = FlorenceParts(module, images, _settings(name))
-        super().__init__(parts.module, name=name, **options)
-        self._take(parts)
-        self._finish(
-            config,
-            quantization=quantization,
-            freeze_vision=freeze_vision,
-            freeze_language=freeze_language,
-            adapter=adapter,
-        )
+    config_class = FlorenceConfig
+    default_name = "florence-2-base"
 
     @classmethod
-    def create(
-        cls,
-        name: str,
-        *,
-        config: FlorenceConfig | Mapping[str, Any] | None = None,
-        pretrained: str | None = None,
-        device: str = "auto",
-        dtype: str = "auto",
-        attention: str = "auto",
-        quantization: str = "none",
-        should_cancel: Callable[[], bool] | None = None,
-        revision: str | None = None,
-        weights_sha256: Sequence[str] = (),
-        **options: Any,
-    ) -> FlorenceVLM:
-        """See `registry.create_vlm`. `revision`: hub commit or branch."""
-        checked = _checked_config(config, name)
-        quantization_for(checked, quantization)
-        options |= {"name": name, "quantization": quantization}
-        if config is not None and pretrained is None:
-            return cls(checked, device=device, dtype=dtype, attention=attention, **options)
-        if checked.vision_config or checked.text_config:
-            raise ModelError(
-                ErrorCode.BAD_CONFIG,
-                "config changes the architecture, but the weights decide it",
-                "leave out vision_config and text_config, or leave out pretrained",
-            )
-        weights = find_weights(model_info(name), pretrained, revision)
-        check_sha256(weights.folder, weights_sha256, should_cancel)
-        parts = read_folder(
-            weights.folder,
-            _settings(name),
-            device=device,
-            dtype=dtype,
-            attention=attention,
-            should_cancel=should_cancel or (lambda: False),
-        )
-        return cls(checked, parts=parts, revision=weights.revision, **options)
+    def _random_parts(cls, config: FlorenceConfig, name: str, where: Placement) -> FlorenceParts:
+        module = build_random(plan_for(config.to_transformers()), where)
+        images = ImageSettings(config.image_size, config.image_size)
+        return FlorenceParts(module, images, _settings(name))
+
+    @classmethod
+    def _read_folder(cls, folder: Path, name: str, loading: Loading) -> FlorenceParts:
+        return read_folder(folder, _settings(name), loading)
+
+    @classmethod
+    def _checked_config(cls, config: Any, name: str) -> Any:
+        if isinstance(config, FlorenceConfig) or name in variants():
+            return super()._checked_config(config, name)
+        # Registered under a name of one's own: of the size that the class has by default.
+        return super()._checked_config({"variant": cls.default_name, **(config or {})}, name)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder in transformers' native layout that `create_vlm` loads again."""
         parts = FlorenceParts(self._whole_module(), self.images, self.settings, self.tokenizer)
         write_folder(Path(folder), parts)
-
-    def load_pretrained(self, source: str, **options: Any) -> None:
-        """Replace weights, configuration and tokenizer; device and dtype stay.
-
-        An adapter goes with the weights that it was made for, and the new ones are not quantised.
-        """
-        weights = find_weights(model_info(self.name), source, options.pop("revision", None))
-        parts = read_folder(
-            weights.folder,
-            _settings(self.name),
-            device=self.device,
-            dtype=self.dtype,
-            attention=options.pop("attention", "auto"),
-            should_cancel=options.pop("should_cancel", lambda: False),
-        )
-        self.revision = weights.revision
-        self.frames.clear()
-        self._take(parts)
-        self.module.train(self.training)
 
     # For the robot.
 
@@ -284,20 +209,3 @@ class FlorenceVLM(FlorenceTensors):
 def _settings(name: str) -> FlorenceSettings:
     """What holds where a folder states nothing: the published models have published settings."""
     return PUBLISHED if model_info(name).default_pretrained else FlorenceSettings()
-
-
-def _checked_config(config: FlorenceConfig | Mapping[str, Any] | None, name: str) -> FlorenceConfig:
-    """Our config from what was given. Raises ModelError BAD_CONFIG."""
-    if isinstance(config, FlorenceConfig):
-        return config
-    known = {field.name for field in dataclasses.fields(FlorenceConfig)}
-    given = dict(config or {})
-    if strange := sorted(set(given) - known):
-        raise ModelError(
-            ErrorCode.BAD_CONFIG,
-            f"a Florence-2 config has no {', '.join(map(repr, strange))}",
-            f"fields: {', '.join(sorted(known))}",
-        )
-    if name in variants():
-        given.setdefault("variant", name)
-    return FlorenceConfig(**given)

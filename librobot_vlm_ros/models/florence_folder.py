@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from librobot_vlm_ros.core import ErrorCode, ModelError
 from librobot_vlm_ros.models.checkpoint import load_module
 from librobot_vlm_ros.models.florence_config import is_original
 from librobot_vlm_ros.models.florence_tokenizer import FlorenceTokenizer
+from librobot_vlm_ros.models.making import Loading
 from librobot_vlm_ros.models.preprocess import ImageSettings, image_settings
 from librobot_vlm_ros.models.shards import read_config, read_json
 
@@ -71,15 +71,7 @@ class FlorenceParts:
     tokenizer: FlorenceTokenizer | None = None
 
 
-def read_folder(
-    folder: Path,
-    base: FlorenceSettings,
-    *,
-    device: str,
-    dtype: str,
-    attention: str,
-    should_cancel: Callable[[], bool],
-) -> FlorenceParts:
+def read_folder(folder: Path, base: FlorenceSettings, loading: Loading) -> FlorenceParts:
     """Load a folder in either layout. `base`: settings where the folder states none.
 
     The cheap files are read first, so that a wrong folder is refused before its weights are.
@@ -91,7 +83,7 @@ def read_folder(
         # There the settings stand in text_config; its max_length is BART's and means nothing.
         base = PUBLISHED.overlaid({**config["text_config"], "max_length": None})
     settings = base.overlaid(read_json(stated) if stated.is_file() else {})
-    module = load_module(folder, dtype, device, attention=attention, should_cancel=should_cancel)
+    module = load_module(folder, **vars(loading))
     tokenizer = FlorenceTokenizer.from_folder(folder, module.config)
     return FlorenceParts(module, images, settings, tokenizer)
 

@@ -18,7 +18,6 @@ from librobot_vlm_ros.core import (
     clean_prompt,
     get_task,
 )
-from librobot_vlm_ros.models.abstract import AbstractVLM
 from librobot_vlm_ros.models.answering import again_in_safer_dtype
 from librobot_vlm_ros.models.davit_pass import DavitPass, make_pass
 from librobot_vlm_ros.models.decode import Decoder, Generated, decode
@@ -27,6 +26,7 @@ from librobot_vlm_ros.models.florence_decoder import FlorenceDecoder, encode_pro
 from librobot_vlm_ros.models.florence_folder import FlorenceParts
 from librobot_vlm_ros.models.florence_prompts import FLORENCE_TASKS, build_prompt
 from librobot_vlm_ros.models.florence_tokenizer import FlorenceTokenizer
+from librobot_vlm_ros.models.making import Making
 from librobot_vlm_ros.models.preprocess import to_views
 from librobot_vlm_ros.models.step_bart import BartStep
 from librobot_vlm_ros.models.step_decoder import BartStepDecoder
@@ -35,7 +35,7 @@ from librobot_vlm_ros.models.token_rows import IGNORED, token_rows
 __all__ = ["FlorenceTensors"]
 
 
-class FlorenceTensors(AbstractVLM):
+class FlorenceTensors(Making):
     """The learner's side of Florence-2; `FlorenceVLM` adds the robot's."""
 
     family = "florence-2"

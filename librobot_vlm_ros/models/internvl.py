@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from librobot_vlm_ros.models.internvl_tiles import (
     internvl_images,
     tiles,
 )
+from librobot_vlm_ros.models.making import Loading
 from librobot_vlm_ros.models.notation import ListBoxes
 from librobot_vlm_ros.models.preprocess import normalise
 from librobot_vlm_ros.models.registry import register_vlm
@@ -143,14 +144,8 @@ class InternVLVLM(CausalVLM):
 
     # Inside: loading.
 
-    @staticmethod
-    def _read_folder(
-        folder: Path,
-        device: str,
-        dtype: str,
-        attention: str,
-        should_cancel: Callable[[], bool] | None,
-    ) -> CausalParts:
+    @classmethod
+    def _read_folder(cls, folder: Path, name: str, loading: Loading) -> CausalParts:
         stated = read_config(folder)
         template = stated.get("template", _TEMPLATES[0])
         if template not in _TEMPLATES:
@@ -160,8 +155,7 @@ class InternVLVLM(CausalVLM):
                 f"{_TEMPLATES[0]!r}",
                 "InternVL2-2B and InternVL2-8B can be loaded",
             )
-        stop = should_cancel or (lambda: False)
-        module = load_module(folder, dtype, device, attention=attention, should_cancel=stop)
+        module = load_module(folder, **vars(loading))
         if module.config.model_type != "internvl":
             raise ModelError(
                 ErrorCode.BAD_CONFIG,

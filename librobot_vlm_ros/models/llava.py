@@ -7,7 +7,6 @@ from 0 to 1 of the padded square (`llava_prompts`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from librobot_vlm_ros.models.llava_prompts import (
     parse_boxes,
     question,
 )
+from librobot_vlm_ros.models.making import Loading
 from librobot_vlm_ros.models.preprocess import ImageSettings, squash
 from librobot_vlm_ros.models.registry import register_vlm
 
@@ -108,21 +108,9 @@ class LlavaVLM(CausalVLM):
         before, behind = tokenizer.words(BEFORE_IMAGE), tokenizer.words(behind_image(words))
         return [text.bos_token_id, *before, self.config.image_token_id, *behind]
 
-    @staticmethod
-    def _read_folder(
-        folder: Path,
-        device: str,
-        dtype: str,
-        attention: str,
-        should_cancel: Callable[[], bool] | None,
-    ) -> CausalParts:
-        module = load_module(
-            folder,
-            dtype,
-            device,
-            attention=attention,
-            should_cancel=should_cancel or (lambda: False),
-        )
+    @classmethod
+    def _read_folder(cls, folder: Path, name: str, loading: Loading) -> CausalParts:
+        module = load_module(folder, **vars(loading))
         text = module.config.text_config
         hidden = [text.bos_token_id, text.eos_token_id]
         if text.pad_token_id is not None and text.pad_token_id < module.config.image_token_id:

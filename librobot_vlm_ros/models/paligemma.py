@@ -7,7 +7,7 @@ that is not part of the checkpoint (`paligemma_masks`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from librobot_vlm_ros.models.decode import Grammar
 from librobot_vlm_ros.models.detokenize import TokenSpans
 from librobot_vlm_ros.models.frame_cache import FrameEntry
 from librobot_vlm_ros.models.grammar import BoxGrammar
+from librobot_vlm_ros.models.making import Loading
 from librobot_vlm_ros.models.paligemma_config import PaliGemmaConfig, plan_for
 from librobot_vlm_ros.models.paligemma_masks import (
     MaskDecoder,
@@ -154,21 +155,9 @@ class PaliGemmaVLM(CausalVLM):
         ids = self._words().words(words + "\n")
         return [self.config.image_token_id, self.config.text_config.bos_token_id, *ids]
 
-    @staticmethod
-    def _read_folder(
-        folder: Path,
-        device: str,
-        dtype: str,
-        attention: str,
-        should_cancel: Callable[[], bool] | None,
-    ) -> CausalParts:
-        module = load_module(
-            folder,
-            dtype,
-            device,
-            attention=attention,
-            should_cancel=should_cancel or (lambda: False),
-        )
+    @classmethod
+    def _read_folder(cls, folder: Path, name: str, loading: Loading) -> CausalParts:
+        module = load_module(folder, **vars(loading))
         config, text = module.config, module.config.text_config
         hidden = [text.bos_token_id, text.eos_token_id, text.pad_token_id]
         tokenizer = CausalTokenizer.from_folder(

@@ -22,6 +22,7 @@ from librobot_vlm_ros.models.causal_images import Seen
 from librobot_vlm_ros.models.causal_tokenizer import CausalTokenizer
 from librobot_vlm_ros.models.checkpoint import load_module
 from librobot_vlm_ros.models.detokenize import TokenSpans
+from librobot_vlm_ros.models.making import Loading
 from librobot_vlm_ros.models.questions import question
 from librobot_vlm_ros.models.qwen_config import QwenVLConfig, plan_for
 from librobot_vlm_ros.models.qwen_images import (
@@ -211,16 +212,8 @@ class QwenVLM(CausalVLM):
         return checked
 
     @classmethod
-    def _read_folder(  # type: ignore[override]
-        cls,
-        folder: Path,
-        device: str,
-        dtype: str,
-        attention: str,
-        should_cancel: Callable[[], bool] | None,
-    ) -> CausalParts:
-        stop = should_cancel or (lambda: False)
-        module = load_module(folder, dtype, device, attention=attention, should_cancel=stop)
+    def _read_folder(cls, folder: Path, name: str, loading: Loading) -> CausalParts:
+        module = load_module(folder, **vars(loading))
         config = module.config
         if config.model_type != cls.model_type:
             raise ModelError(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from librobot_vlm_ros.core import Frame, ModelAnswer
-from librobot_vlm_ros.models import answering
+from librobot_vlm_ros.models import holding
 from librobot_vlm_ros.models.frame_cache import FrameCache
 
 
@@ -102,11 +102,11 @@ def test_frames_are_told_apart_though_their_numbers_are_equal():
 
 def test_frames_are_prepared_ahead_where_a_core_is_left_for_it(vlm, monkeypatch):
     threads = torch.get_num_threads()
-    monkeypatch.setattr(answering, "usable_cores", lambda: threads)
+    monkeypatch.setattr(holding, "usable_cores", lambda: threads)
     assert not vlm.prepares_ahead
-    monkeypatch.setattr(answering, "usable_cores", lambda: threads + 1)
+    monkeypatch.setattr(holding, "usable_cores", lambda: threads + 1)
     assert vlm.prepares_ahead
-    monkeypatch.setattr(answering, "usable_cores", lambda: threads)
+    monkeypatch.setattr(holding, "usable_cores", lambda: threads)
     monkeypatch.setattr(type(vlm), "torch_device", torch.device("cuda", 0))
     assert vlm.prepares_ahead
 
