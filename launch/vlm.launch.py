@@ -13,6 +13,7 @@ from launch_ros.actions import LifecycleNode
 from launch_ros.utilities import prefix_namespace
 
 from librobot_vlm_ros.ros.arguments import (
+    ENCLAVE_VARIABLE,
     LAUNCH_PARAMETERS,
     arguments,
     existing_file,
@@ -53,6 +54,9 @@ def start_node(context: LaunchContext) -> list[LaunchDescriptionEntity]:
         if name not in known and near_arguments(name, known):
             get_logger("vlm.launch.py").warning(f"ignored: {unknown_argument(name, known)}")
     outer = context.launch_configurations.get("ros_namespace")  # of PushRosNamespace
+    enclave = texts["enclave"]
+    # ros2 launch has a node of its own, and its enclave in that variable: it would win.
+    security = {ENCLAVE_VARIABLE: enclave} if enclave else {}
     logger = logger_name(prefix_namespace(outer, texts["namespace"]) or "")
     return [
         LifecycleNode(
@@ -66,9 +70,10 @@ def start_node(context: LaunchContext) -> list[LaunchDescriptionEntity]:
                 "autostart:=true",
                 "--log-level",
                 f"{logger}:={texts['log_level']}",
+                *(["--enclave", enclave] if enclave else []),
             ],
             parameters=[*files, {name: as_parameter(value) for name, value in values.items()}],
-            additional_env={TRANSPORT_VARIABLE: texts["transport"]},
+            additional_env={TRANSPORT_VARIABLE: texts["transport"], **security},
             output="screen",
             emulate_tty=True,
         ),

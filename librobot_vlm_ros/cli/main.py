@@ -122,8 +122,9 @@ def _parser(
 def _report(command: str, error: Exception, flags: Collection[str]) -> int:
     """Print a coded error; with its traceback when it is a defect of ours."""
     from librobot_vlm_ros.core import ErrorCode, as_vlm_error
+    from librobot_vlm_ros.ros.refusals import known_refusal
 
-    coded = as_vlm_error(error)
+    coded = known_refusal(error) or as_vlm_error(error)
     if coded.code == ErrorCode.INTERNAL:
         traceback.print_exception(type(error), error, error.__traceback__)
     if coded.code == ErrorCode.MISSING_DEPENDENCY and _is_of_ros(error):

@@ -33,6 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Runs the node until a signal comes."""
     from librobot_vlm_ros.ros.arguments import (
+        ENCLAVE_VARIABLE,
         arguments,
         parse_values,
         ros_arguments,
@@ -51,6 +52,8 @@ def main(args: argparse.Namespace) -> int:
 
     if "transport" in texts:
         os.environ[TRANSPORT_VARIABLE] = texts["transport"]
+    if texts.get("enclave"):
+        os.environ[ENCLAVE_VARIABLE] = texts["enclave"]
 
     return run_node(["vlm_node", *words], values)
 

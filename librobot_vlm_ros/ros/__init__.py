@@ -10,4 +10,5 @@ Nothing is imported here, so that parameters and arguments can be read without r
     services, generate, on_demand  questions
     intake, deferred               requests taken beside the executor, answered later
     diagnostics, reporting         what goes wrong, said once
+    refusals                       what rcl refuses, coded                            (no rclpy)
 """

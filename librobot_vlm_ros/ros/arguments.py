@@ -18,6 +18,7 @@ from .parameter import Parameter, Value, When
 from .settings import PARAMETERS, Settings
 
 __all__ = [
+    "ENCLAVE_VARIABLE",
     "EXTRA_ARGUMENTS",
     "LAUNCH_PARAMETERS",
     "Argument",
@@ -54,6 +55,10 @@ _SIM_TIME = Parameter("use_sim_time", False, "Take the time from /clock.", When.
 _LOG_LEVELS = ("debug", "info", "warn", "error", "fatal")
 
 
+ENCLAVE_VARIABLE = "ROS_SECURITY_ENCLAVE_OVERRIDE"
+"""Where it is set, rcl goes by it and not by `--enclave`."""
+
+
 @dataclass(frozen=True)
 class Argument:
     """One argument of the launch file and of `librobot-vlm run`."""
@@ -79,6 +84,11 @@ EXTRA_ARGUMENTS = (
         "images: shared memory large enough for images and an allocator that keeps it; "
         "default: leave both as they are.",
         ("images", "default"),
+    ),
+    Argument(
+        "enclave",
+        "",
+        f"SROS2 enclave of the node, such as /vlm; left out, what {ENCLAVE_VARIABLE} says.",
     ),
     Argument("use_sim_time", "false", _SIM_TIME.description, ("true", "false")),
     Argument("log_level", "info", "What the node logs.", _LOG_LEVELS),
@@ -200,6 +210,8 @@ def ros_arguments(texts: Mapping[str, str]) -> list[str]:
                 f"{item.name} is '{escape_for_log(text)}', expected one of "
                 f"{', '.join(item.choices)}",
             )
+    if texts.get("enclave"):
+        words += ["--enclave", texts["enclave"]]
     if "log_level" in texts:
         words += ["--log-level", f"{logger_name(namespace)}:={texts['log_level']}"]
     return words

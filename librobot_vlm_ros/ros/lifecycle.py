@@ -27,6 +27,7 @@ from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackRet
 from librobot_vlm_ros.core import ErrorCode, VlmError, as_vlm_error
 
 from .deferred import Reply, defer
+from .refusals import known_refusal
 
 __all__ = ["GuardedLifecycleNode"]
 
@@ -252,12 +253,13 @@ class GuardedLifecycleNode(LifecycleNode):
         try:
             hook()
             result = managed(state)
-        except VlmError as error:
-            self.get_logger().error(f"{name} failed: {error}")
-            if name in ("configure", "activate"):
-                return TransitionCallbackReturn.FAILURE
-            return TransitionCallbackReturn.ERROR
         except Exception as error:
+            known = error if isinstance(error, VlmError) else known_refusal(error)
+            if known is not None:
+                self.get_logger().error(f"{name} failed: {known}")
+                if name in ("configure", "activate"):
+                    return TransitionCallbackReturn.FAILURE
+                return TransitionCallbackReturn.ERROR
             self.get_logger().error(
                 f"{name} failed: {as_vlm_error(error)}\n{traceback.format_exc()}"
             )

@@ -22,6 +22,8 @@ from rclpy.qos import (
     ReliabilityPolicy,
 )
 
+from .refusals import known_refusal
+
 __all__ = ["Link", "MatchedSubscription", "matching_profile"]
 
 _UNKNOWN_NODE = "_NODE_NAME_UNKNOWN_"  # what the middleware calls a node it has not heard of
@@ -161,15 +163,21 @@ class MatchedSubscription:
     def _subscribe(self, profile: QoSProfile) -> None:
         self._unsubscribe()
         self._profile = profile
-        self._subscription = self._node.create_subscription(
-            self._message_type,
-            self._name,
-            self._callback,
-            profile,
-            raw=self._raw,
-            # `check` says it with the fix; rclpy's default says only that there is a mismatch.
-            event_callbacks=SubscriptionEventCallbacks(use_default_callbacks=False),
-        )
+        try:
+            self._subscription = self._node.create_subscription(
+                self._message_type,
+                self._name,
+                self._callback,
+                profile,
+                raw=self._raw,
+                # `check` says it with the fix; rclpy's default says only that there is a mismatch.
+                event_callbacks=SubscriptionEventCallbacks(use_default_callbacks=False),
+            )
+        except Exception as error:
+            known = known_refusal(error, self._name)
+            if known is None:
+                raise
+            raise known from error
 
     def _describe(self, found: Sequence[Any], right: Sequence[Any]) -> Link:
         assert self._profile is not None

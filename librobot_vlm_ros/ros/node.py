@@ -43,6 +43,7 @@ from .matching import MatchedSubscription
 from .namesakes import Namesakes
 from .on_demand import Served, timeout_of
 from .publishing import ResultPublisher
+from .refusals import known_refusal
 from .reporting import Throttled, guarded, result_text
 from .services import Services
 from .settings import Settings
@@ -161,17 +162,17 @@ class VlmNode(GuardedLifecycleNode):
             self._set_standing_tasks(settings)
             self.get_logger().info(f"loading model '{settings.model}'")
             report = load_model(engine, settings)
-        except VlmError as error:
-            self._load_error = error
+            self.get_logger().info(loaded_text(report))
+            self._instruction_topic = MatchedSubscription(
+                self, String, "~/instruction", self._on_instruction, depth=10, when_alone="reliable"
+            )
+            if settings.annotated:
+                self._annotator = Annotator(self)
+                self._results.set_annotator(self._annotator)
+        except Exception as error:
+            self._load_error = error if isinstance(error, VlmError) else known_refusal(error)
             self._free()
             raise
-        self.get_logger().info(loaded_text(report))
-        self._instruction_topic = MatchedSubscription(
-            self, String, "~/instruction", self._on_instruction, depth=10, when_alone="reliable"
-        )
-        if settings.annotated:
-            self._annotator = Annotator(self)
-            self._results.set_annotator(self._annotator)
         settle()
 
     def cancel_configure(self) -> None:
@@ -185,20 +186,26 @@ class VlmNode(GuardedLifecycleNode):
         engine, settings = self._engine, self.settings
         assert engine is not None
         engine.start()
-        self._cameras = {
-            setting.name: Camera(
-                self,
-                setting,
-                engine,
-                self._decoder,
-                lock_step=settings.lock_step,
-                reliability=settings.qos_reliability,
-                allow_depth=lambda: self.settings.allow_depth,
-                jpeg_margin=self._jpeg_margin_now,
-                complaints=self._complaints,
-            )
-            for setting in settings.camera_list()
-        }
+        cameras: dict[str, Camera] = {}
+        try:
+            for setting in settings.camera_list():
+                cameras[setting.name] = Camera(
+                    self,
+                    setting,
+                    engine,
+                    self._decoder,
+                    lock_step=settings.lock_step,
+                    reliability=settings.qos_reliability,
+                    allow_depth=lambda: self.settings.allow_depth,
+                    jpeg_margin=self._jpeg_margin_now,
+                    complaints=self._complaints,
+                )
+        except Exception:  # the node stays inactive: nothing of this may go on
+            for camera in cameras.values():
+                camera.close()
+            engine.pause(_PAUSE_S)
+            raise
+        self._cameras = cameras
         topics = ", ".join(camera.link.topic for camera in self._cameras.values())
         for name, why in engine.stats().idle_tasks:
             if name not in waiting_tasks(settings, self._instruction):

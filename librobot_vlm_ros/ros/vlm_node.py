@@ -36,6 +36,7 @@ def main(args: Sequence[str] | None = None, values: Mapping[str, Any] | None = N
     let_libraries_warn()
     from librobot_vlm_ros.runtime import collect
 
+    from .refusals import known_refusal
     from .shared_memory import clear_dead_segments
     from .transport import keep_freed_memory, use_image_profile
 
@@ -52,7 +53,7 @@ def main(args: Sequence[str] | None = None, values: Mapping[str, Any] | None = N
         # rclpy's own handlers take the context away, and with it the last words of the node.
         rclpy.init(args=argv, signal_handler_options=SignalHandlerOptions.NO)
     except Exception as error:  # arguments and parameter files are read here
-        known = _known_trouble(error)
+        known = known_refusal(error)
         if known is not None:
             print(f"vlm_node: {known}", file=sys.stderr)
             return 1
@@ -66,7 +67,7 @@ def main(args: Sequence[str] | None = None, values: Mapping[str, Any] | None = N
     try:
         node = _make_node(values or {})
     except Exception as error:
-        print(f"vlm_node: {_known_trouble(error) or as_vlm_error(error)}", file=sys.stderr)
+        print(f"vlm_node: {known_refusal(error) or as_vlm_error(error)}", file=sys.stderr)
         return 1
     _forward_logging(node.get_logger())
     if freed:
@@ -95,32 +96,6 @@ def main(args: Sequence[str] | None = None, values: Mapping[str, Any] | None = N
     # Taking the interpreter down takes seconds with torch in it, and is no option while a thread is
     # deep in the model. Everything that must end in order has.
     os._exit(0)
-
-
-def _known_trouble(error: Exception) -> Exception | None:
-    """What ROS refuses a node for, coded; None for anything else."""
-    from librobot_vlm_ros.core import BagError, ErrorCode, ModelError
-
-    text = str(error)
-    if "log directory" in text:
-        return BagError(
-            ErrorCode.PERMISSION_DENIED,
-            f"ROS cannot write its log: {text}",
-            "Set ROS_LOG_DIR (or ROS_HOME, or HOME) to a folder that this user may write.",
-        )
-    if "SECURITY ERROR" in text:
-        return BagError(
-            ErrorCode.FILE_NOT_FOUND,
-            f"ROS_SECURITY_ENABLE is set, and the enclave's files are not there: {text}",
-            "Check ROS_SECURITY_KEYSTORE and --enclave, or make the keys: config/sros2/README.md.",
-        )
-    if "security libraries" in text:
-        return ModelError(
-            ErrorCode.MISSING_DEPENDENCY,
-            f"ROS_SECURITY_ENABLE is set, and this middleware was built without security: {text}",
-            "Take one that was built with it, as those of the ROS distributions are.",
-        )
-    return None
 
 
 def _make_node(values: Mapping[str, Any]) -> Any:

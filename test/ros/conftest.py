@@ -252,19 +252,18 @@ def start_vlm(
     robot: Robot, start_module_process: Callable[..., Any], wait_until: Callable[..., Any]
 ) -> Iterator[Callable[..., Vlm]]:
     """`start_vlm(fake={...}, **parameters)`: the node with the fake model, in a namespace of its
-    own.
+    own. `code`: Python that runs the node's `main`, where something is to be in its way.
     """
     started: list[Vlm] = []
 
-    def start(fake: dict[str, Any] | None = None, **parameters: Any) -> Vlm:
+    def start(fake: dict[str, Any] | None = None, code: str = "", **parameters: Any) -> Vlm:
         namespace = f"/n{next(_namespaces)}"
         parameters = {"model": "fake", **parameters}
         if fake:
             parameters["model_config"] = json.dumps(fake)
         words = [
             "python",
-            "-m",
-            "librobot_vlm_ros.ros.vlm_node",
+            *(["-c", code] if code else ["-m", "librobot_vlm_ros.ros.vlm_node"]),
             "--ros-args",
             "-r",
             f"__ns:={namespace}",

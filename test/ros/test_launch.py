@@ -57,7 +57,7 @@ def test_the_launch_file_has_the_arguments_that_the_documentation_promises() -> 
     promised = {
         "model", "weights", "image_topic", "cameras", "image_transport", "tasks", "instruction",
         "device", "dtype", "quantization", "namespace", "params_file", "autostart", "use_sim_time",
-        "log_level", "annotated",
+        "log_level", "annotated", "enclave",
     }  # fmt: skip
     assert promised <= {*LAUNCH_PARAMETERS, *(item.name for item in EXTRA_ARGUMENTS)}
     assert set(LAUNCH_PARAMETERS) <= set(PARAMETERS)

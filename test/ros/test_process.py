@@ -70,9 +70,23 @@ def test_a_signal_ends_the_node_while_the_model_answers(
     assert end(process, signal.SIGINT) < 5.0
 
 
+def test_the_enclave_that_was_asked_for_is_the_nodes(
+    run: Callable[..., Any], robot: Any, wait_until: Callable[..., Any]
+) -> None:
+    process = run("model:=fake", "autostart:=false", "enclave:=/perception/eyes")
+
+    def found() -> bool:
+        nodes = robot.node.get_node_names_and_namespaces_with_enclaves()
+        return ("vlm", "/", "/perception/eyes") in nodes
+
+    wait_until(found, 20.0, "the node with its enclave")
+    end(process, signal.SIGINT)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["enclave:=no slash"], "Enclave name"),
         (["modle:=fake"], "Did you mean model"),
         (["model"], "is not of the form name:=value"),
         (["model:=fake", "tasks:=capton"], "UNKNOWN_TASK(202)"),

@@ -73,6 +73,14 @@ def test_the_clients_enclave_is_the_other_side_of_the_nodes() -> None:
     assert client["topics", "publish"] == {"/vlm/instruction"} | everybodys
 
 
+def test_launch_may_what_its_own_node_needs_and_change_this_nodes_state() -> None:
+    launch, client = allowed("/vlm_launch"), allowed("/vlm_client")
+    assert launch["services", "reply"] == client["services", "reply"]
+    assert launch["services", "request"] == {"/vlm/change_state", "/vlm/get_state"}
+    assert launch["topics", "subscribe"] == {"/clock", "/vlm/transition_event"}
+    assert launch["topics", "publish"] == {"/parameter_events", "/rosout"}
+
+
 def names_of(node: Any, name: str) -> dict[tuple[str, str], set[str]]:
     """(tag, right) -> names that the node of that name has in the graph, as `allowed` gives them.
 
@@ -150,6 +158,12 @@ def test_security_that_cannot_be_had_ends_the_node_with_what_to_do(
     assert process.wait(30.0) == 1
     assert "FILE_NOT_FOUND(604): ROS_SECURITY_ENABLE is set" in process.output()
     assert "--enclave" in process.output()
+    # An enclave of the command line wins over that of the surroundings.
+    run = ["python", "-m", "librobot_vlm_ros.cli", "run", "model:=fake", "enclave:=/eyes"]
+    around = {**secure, "ROS_SECURITY_ENCLAVE_OVERRIDE": "/vlm_launch"}
+    process = start_process(run, "of_its_own", env=around)
+    assert process.wait(30.0) == 1
+    assert "enclaves/eyes' does not exist" in process.output()
     enclave = tmp_path / "enclaves" / "vlm"
     enclave.mkdir(parents=True)
     for name in ("identity_ca.cert.pem", "cert.pem", "key.pem", "permissions_ca.cert.pem",
