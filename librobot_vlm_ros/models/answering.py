@@ -74,7 +74,7 @@ def again_in_safer_dtype(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Answering(Holding):
-    """The `VlmBackend` side of `AbstractVLM`, on seven methods that a family fills in."""
+    """The `VlmBackend` side of `AbstractVLM`, on the methods that a family fills in."""
 
     #: Rows that are decoded together at most.
     max_batch = 16

@@ -30,7 +30,7 @@ class Loading:
 
 
 class Making(AbstractVLM):
-    """The part of `AbstractVLM` that makes a model, on four methods that a family fills in.
+    """The part of `AbstractVLM` that makes a model, on the methods that a family fills in.
 
     Such a class called by itself, `Family(config)`, has random weights; see `create_vlm`.
     """
