@@ -15,16 +15,19 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from librobot_vlm_ros.core import (
     DEFAULT_LIMITS,
     ErrorCode,
+    GenerationParams,
     Limits,
     ModelError,
     RequestError,
 )
 from librobot_vlm_ros.models.adapters import adapter_parameters
 from librobot_vlm_ros.models.adapting import Adapting
+from librobot_vlm_ros.models.decode import Decoder, DecodeRules, Generated, decode
 from librobot_vlm_ros.models.frame_cache import FrameCache
 from librobot_vlm_ros.models.registry import model_info
 from librobot_vlm_ros.models.resize import Resizing, resizing
@@ -45,6 +48,8 @@ class AbstractVLM(Adapting):
     family: ClassVar[str] = ""
     #: How images become tensors, with `resample`, `mean` and `std`.
     images: Any
+    #: The transformers model's configuration.
+    config: Any
 
     def __init__(
         self,
@@ -144,6 +149,35 @@ class AbstractVLM(Adapting):
         """The part that reads and writes."""
 
     # Inside.
+
+    def _asked(self, params: GenerationParams, *, beams: int, tokens: int) -> tuple[int, int]:
+        """Beams and most tokens of an answer: what `params` asks for, else these as far as there is
+        room. Raises RequestError BAD_PARAMETER; sampling means one beam.
+        """
+        beams = params.num_beams or beams
+        if params.temperature > 0 and beams > 1:
+            raise RequestError(
+                ErrorCode.BAD_PARAMETER,
+                f"temperature {params.temperature} and num_beams {beams} exclude each other",
+                "sample with num_beams 1, or search with temperature 0",
+            )
+        room = min(self.config.text_config.max_position_embeddings, self.limits.max_new_tokens)
+        wanted = params.max_new_tokens or min(tokens, room)
+        if wanted > room:
+            raise RequestError(
+                ErrorCode.BAD_PARAMETER,
+                f"max_new_tokens is {wanted}, {self.name} has room for {room}",
+            )
+        return beams, wanted
+
+    def _written(
+        self, decoder: Decoder, history: Tensor, rules: DecodeRules, seed: int | None
+    ) -> Tensor:
+        """Token ids [B, L] of the answers; each row samples from a seed of its own."""
+        seeds = [None if seed is None else seed + row for row in range(len(history))]
+        generated = decode(decoder, rules, history, seeds=seeds)
+        ids = [torch.tensor(row.ids) for row in generated if isinstance(row, Generated)]
+        return pad_sequence(ids, batch_first=True, padding_value=rules.pad).to(self.torch_device)
 
     def _step_pool(
         self, kind: type[Any], text_model: Any, head: Any, length: int = 0

@@ -127,20 +127,7 @@ class CausalVLM(CausalTensors):
     def rules(self, params: GenerationParams) -> DecodeRules:
         """Greedy, or what `params` asks for; sampling means one beam."""
         text = self.config.text_config
-        beams = params.num_beams or 1
-        if params.temperature > 0 and beams > 1:
-            raise RequestError(
-                ErrorCode.BAD_PARAMETER,
-                f"temperature {params.temperature} and num_beams {beams} exclude each other",
-                "sample with num_beams 1, or search with temperature 0",
-            )
-        room = min(text.max_position_embeddings, self.limits.max_new_tokens)
-        wanted = params.max_new_tokens or min(self.default_new_tokens, room)
-        if wanted > room:
-            raise RequestError(
-                ErrorCode.BAD_PARAMETER,
-                f"max_new_tokens is {wanted}, {self.name} has room for {room}",
-            )
+        beams, wanted = self._asked(params, beams=1, tokens=self.default_new_tokens)
         ends = self._ends()
         return DecodeRules(
             eos=ends,

@@ -31,7 +31,7 @@ from librobot_vlm_ros.models.causal_decoder import (
 from librobot_vlm_ros.models.causal_images import Seen
 from librobot_vlm_ros.models.causal_tokenizer import CausalTokenizer
 from librobot_vlm_ros.models.causal_words import CausalWords
-from librobot_vlm_ros.models.decode import Decoder, Generated, decode
+from librobot_vlm_ros.models.decode import Decoder
 from librobot_vlm_ros.models.frame_cache import FrameEntry
 from librobot_vlm_ros.models.prefix_cache import PrefixCache
 from librobot_vlm_ros.models.prefix_reading import Asked, read_behind
@@ -169,11 +169,7 @@ class CausalTensors(CausalWords):
             else:
                 rows = self._ids(words, attention_mask, _views(seen))
             decoder, history = self._start(seen, rows, new_tokens=rules.max_new_tokens)
-            seeds = [None if seed is None else seed + row for row in range(len(rows))]
-            generated = decode(decoder, rules, history, seeds=seeds)
-        ids = [torch.tensor(g.ids) for g in generated if isinstance(g, Generated)]
-        padded = pad_sequence(ids, batch_first=True, padding_value=rules.pad)
-        return padded.to(self.torch_device)
+            return self._written(decoder, history, rules, seed)
 
     def get_embedding_dim(self) -> int:
         """D of image features and text features alike."""

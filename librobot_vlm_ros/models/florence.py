@@ -14,11 +14,9 @@ import torch
 from torch import Tensor
 
 from librobot_vlm_ros.core import (
-    ErrorCode,
     GenerationParams,
     InferenceRequest,
     ModelAnswer,
-    RequestError,
     clean_prompt,
 )
 from librobot_vlm_ros.models.answering import Job
@@ -123,21 +121,11 @@ class FlorenceVLM(FlorenceTensors):
     def rules(self, params: GenerationParams) -> DecodeRules:
         """Published settings, and what `params` asks for; sampling means one beam."""
         settings, text = self.settings, self.config.text_config
-        sampling = params.temperature > 0
-        beams = params.num_beams or (1 if sampling else settings.num_beams)
-        if sampling and beams > 1:
-            raise RequestError(
-                ErrorCode.BAD_PARAMETER,
-                f"temperature {params.temperature} and num_beams {beams} exclude each other",
-                "sample with num_beams 1, or search with temperature 0",
-            )
-        room = min(text.max_position_embeddings, self.limits.max_new_tokens)
-        wanted = params.max_new_tokens or min(settings.max_new_tokens, room)
-        if wanted > room:
-            raise RequestError(
-                ErrorCode.BAD_PARAMETER,
-                f"max_new_tokens is {wanted}, {self.name} has room for {room}",
-            )
+        beams, wanted = self._asked(
+            params,
+            beams=1 if params.temperature > 0 else settings.num_beams,
+            tokens=settings.max_new_tokens,
+        )
         return DecodeRules(
             eos=(text.eos_token_id,),
             pad=text.pad_token_id,

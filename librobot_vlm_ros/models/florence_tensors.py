@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils.rnn import pad_sequence
 
 from librobot_vlm_ros.core import (
     ErrorCode,
@@ -20,7 +19,7 @@ from librobot_vlm_ros.core import (
 )
 from librobot_vlm_ros.models.answering import again_in_safer_dtype
 from librobot_vlm_ros.models.davit_pass import DavitPass, make_pass
-from librobot_vlm_ros.models.decode import Decoder, Generated, decode
+from librobot_vlm_ros.models.decode import Decoder
 from librobot_vlm_ros.models.florence_config import image_tokens
 from librobot_vlm_ros.models.florence_decoder import FlorenceDecoder, encode_prompts
 from librobot_vlm_ros.models.florence_folder import FlorenceParts
@@ -137,12 +136,7 @@ class FlorenceTensors(Making):
                 count = len(features) if features is not None else len(words)
                 rows = self._task_ids(task, words, attention_mask, count)
             decoder, history = self._start(features, rows)
-            seeds = [None if seed is None else seed + row for row in range(len(rows))]
-            generated = decode(decoder, rules, history, seeds=seeds)
-        ids = [torch.tensor(g.ids) for g in generated if isinstance(g, Generated)]
-        pad = self.config.text_config.pad_token_id
-        padded = pad_sequence(ids, batch_first=True, padding_value=pad)
-        return padded.to(self.torch_device)
+            return self._written(decoder, history, rules, seed)
 
     def get_embedding_dim(self) -> int:
         """D of image features and text features alike."""
