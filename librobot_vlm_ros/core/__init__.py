@@ -36,7 +36,7 @@ from .images import (
     read_compressed_header,
 )
 from .limits import DEFAULT_LIMITS, Limits
-from .logtext import escape_for_log
+from .logtext import escape_for_log, shortened
 from .metrics import (
     DetectionScores,
     Match,
@@ -103,5 +103,6 @@ __all__ = [
     "polygon_box",
     "read_compressed_header",
     "scale_box",
+    "shortened",
     "task_names",
 ]

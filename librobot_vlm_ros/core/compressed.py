@@ -20,7 +20,7 @@ from .depth import depth_to_rgb8
 from .encodings import ENCODINGS, is_known_encoding
 from .errors import ErrorCode, ImageError, ModelError, as_vlm_error
 from .limits import DEFAULT_LIMITS, Limits
-from .logtext import escape_for_log
+from .logtext import shortened
 
 __all__ = ["CompressedHeader", "decode_compressed", "read_compressed_header"]
 
@@ -93,7 +93,7 @@ def _named_format(text: object) -> tuple[str | None, str]:
     if not kinds and not source and text.strip("\0 "):
         raise ImageError(
             ErrorCode.UNKNOWN_ENCODING,
-            f"unknown format '{escape_for_log(text, _MAX_FORMAT_CHARS)}'",
+            f"unknown format '{shortened(text, _MAX_FORMAT_CHARS)}'",
             "Expected 'jpeg', 'png', a format of image_transport such as "
             "'rgb8; jpeg compressed bgr8', or ''.",
         )
@@ -101,8 +101,7 @@ def _named_format(text: object) -> tuple[str | None, str]:
         if kind not in _READ:
             raise ImageError(
                 ErrorCode.UNSUPPORTED_ENCODING,
-                f"format '{escape_for_log(text, _MAX_FORMAT_CHARS)}' is {kind}, "
-                "expected JPEG or PNG",
+                f"format '{shortened(text, _MAX_FORMAT_CHARS)}' is {kind}, expected JPEG or PNG",
             )
     return (kinds[0] if kinds else None), source
 
@@ -201,7 +200,7 @@ def decode_compressed(
     if is_depth and not allow_depth:
         raise ImageError(
             ErrorCode.UNSUPPORTED_ENCODING,
-            f"format '{escape_for_log(format)}' is a depth image, expected colour or gray",
+            f"format '{shortened(format)}' is a depth image, expected colour or gray",
             "Connect the camera's colour topic, or set allow_depth to take depth as grey.",
         )
     view = flat.data

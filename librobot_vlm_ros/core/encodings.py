@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from .errors import ErrorCode, ImageError
-from .logtext import escape_for_log
+from .logtext import shortened
 
 __all__ = ["ENCODINGS", "Encoding", "get_encoding", "is_known_encoding"]
 
@@ -94,7 +94,7 @@ def get_encoding(name: object) -> Encoding:
     found = ENCODINGS.get(name) if len(name) <= _MAX_NAME_CHARS else None
     if found is not None:
         return found
-    shown = escape_for_log(name, _MAX_NAME_CHARS)
+    shown = shortened(name, _MAX_NAME_CHARS)
     if is_known_encoding(name):
         raise ImageError(
             ErrorCode.UNSUPPORTED_ENCODING,

@@ -7,7 +7,7 @@ fill the disk.
 
 from __future__ import annotations
 
-__all__ = ["escape_for_log"]
+__all__ = ["escape_for_log", "shortened"]
 
 
 def _escape_character(character: str) -> str:
@@ -27,9 +27,22 @@ def escape_for_log(text: object, limit: int = 200) -> str:
     source characters is replaced by its count. Only the kept part is looked at, so the cost does
     not depend on the length of `text`.
     """
-    string = text if isinstance(text, str) else repr(text)
-    head = string[: max(limit, 0)]
+    string, limit = _string(text), max(limit, 0)
+    head = string[:limit]
     if not (head.isprintable() and "\\" not in head):
         head = "".join(map(_escape_character, head))
-    left_out = len(string) - max(limit, 0)
-    return f"{head}...(+{left_out} characters)" if left_out > 0 else head
+    return head + _left_out(string, limit)
+
+
+def shortened(text: object, limit: int = 200) -> str:
+    """`text` cut as `escape_for_log` cuts it: for messages of a `VlmError`, which escapes them."""
+    string, limit = _string(text), max(limit, 0)
+    return string[:limit] + _left_out(string, limit)
+
+
+def _string(text: object) -> str:
+    return text if isinstance(text, str) else repr(text)
+
+
+def _left_out(string: str, limit: int) -> str:
+    return f"...(+{len(string) - limit} characters)" if len(string) > limit else ""

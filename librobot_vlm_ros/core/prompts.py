@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 from .errors import ErrorCode, RequestError
 from .limits import DEFAULT_LIMITS, Limits
-from .logtext import escape_for_log
+from .logtext import shortened
 
 __all__ = ["clean_prompt"]
 
@@ -143,7 +143,7 @@ def _neutralised(text: str, tokens: list[str]) -> str:
         if token in folded:
             raise RequestError(
                 ErrorCode.CONTROL_TOKEN_IN_PROMPT,
-                f"prompt holds '{escape_for_log(token)}', which is a control token of the model",
+                f"prompt holds '{shortened(token)}', which is a control token of the model",
                 "Use another word.",
             )
     return text

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from .errors import ErrorCode, RequestError
-from .logtext import escape_for_log
+from .logtext import shortened
 
 __all__ = ["TASKS", "TaskOutput", "TaskSpec", "get_task", "task_names"]
 
@@ -169,6 +169,6 @@ def get_task(name: str) -> TaskSpec:
     meant = f"Did you mean {' or '.join(near)}? " if near else ""
     raise RequestError(
         ErrorCode.UNKNOWN_TASK,
-        f"unknown task '{escape_for_log(name, _MAX_NAME_CHARS)}'",
+        f"unknown task '{shortened(name, _MAX_NAME_CHARS)}'",
         f"{meant}Tasks are: {known}.",
     )

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from librobot_vlm_ros.core import BagError, ErrorCode, RequestError, escape_for_log
+from librobot_vlm_ros.core import BagError, ErrorCode, RequestError, shortened
 
 from .parameter import Parameter, Value, When
 from .settings import PARAMETERS, Settings
@@ -52,6 +52,7 @@ LAUNCH_PARAMETERS = (
 """Parameters that `vlm.launch.py` takes as arguments; all others come in a `params_file`."""
 
 _SIM_TIME = Parameter("use_sim_time", False, "Take the time from /clock.", When.START)
+_LONGEST_NEAR = 64
 _LOG_LEVELS = ("debug", "info", "warn", "error", "fatal")
 
 
@@ -137,7 +138,7 @@ def split_arguments(words: Iterable[str], names: Iterable[str]) -> dict[str, str
         if not separator:
             raise RequestError(
                 ErrorCode.BAD_PARAMETER,
-                f"argument '{escape_for_log(word)}' is not of the form name:=value",
+                f"argument '{shortened(word)}' is not of the form name:=value",
                 "Example: model:=florence-2-base image_topic:=/camera/image_raw",
             )
         if name not in known:
@@ -148,17 +149,17 @@ def split_arguments(words: Iterable[str], names: Iterable[str]) -> dict[str, str
 
 def near_arguments(name: str, known: Iterable[str]) -> list[str]:
     """Those of `known` that `name` may be a misspelling of."""
+    if len(name) > _LONGEST_NEAR:  # comparing takes long, and nobody misspells so
+        return []
     return difflib.get_close_matches(name, tuple(known), n=3)
 
 
-def unknown_argument(name: str, known: Iterable[str]) -> RequestError:
-    """The error for an argument that does not exist, with those that come near."""
+def unknown_argument(name: str, known: Iterable[str], what: str = "argument") -> RequestError:
+    """The error for an argument (or `what`) that does not exist, with those that come near."""
     names = tuple(known)
     near = near_arguments(name, names)
     hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(names)}."
-    return RequestError(
-        ErrorCode.BAD_PARAMETER, f"there is no argument '{escape_for_log(name)}'", hint
-    )
+    return RequestError(ErrorCode.BAD_PARAMETER, f"there is no {what} '{shortened(name)}'", hint)
 
 
 def parse_values(texts: Mapping[str, str]) -> dict[str, Value]:
@@ -170,7 +171,7 @@ def parse_values(texts: Mapping[str, str]) -> dict[str, Value]:
         if not _is_unicode(text):
             raise RequestError(
                 ErrorCode.BAD_PARAMETER,
-                f"argument {name} cannot be read as text in this locale: '{escape_for_log(text)}'",
+                f"argument {name} cannot be read as text in this locale: '{shortened(text)}'",
                 "Use a UTF-8 locale: LC_ALL=C.UTF-8.",
             )
     values = {
@@ -207,8 +208,7 @@ def ros_arguments(texts: Mapping[str, str]) -> list[str]:
         if item.choices and text not in item.choices:
             raise RequestError(
                 ErrorCode.BAD_PARAMETER,
-                f"{item.name} is '{escape_for_log(text)}', expected one of "
-                f"{', '.join(item.choices)}",
+                f"{item.name} is '{shortened(text)}', expected one of {', '.join(item.choices)}",
             )
     if texts.get("enclave"):
         words += ["--enclave", texts["enclave"]]
@@ -243,7 +243,7 @@ def existing_file(name: str) -> Path:
     if not path.is_file():
         raise BagError(
             ErrorCode.FILE_NOT_FOUND,
-            f"params_file '{escape_for_log(name)}' is no file",
+            f"params_file '{shortened(name)}' is no file",
             "Give the path of a YAML parameter file.",
         )
     return path

@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from librobot_vlm_ros.core import ErrorCode, RequestError, clean_prompt, escape_for_log, get_task
+from librobot_vlm_ros.core import ErrorCode, RequestError, clean_prompt, get_task, shortened
 
 __all__ = ["CameraSetting", "TaskSetting", "parse_cameras", "parse_tasks"]
 
@@ -100,7 +100,7 @@ def _parse_task(entry: str, cameras: Sequence[str]) -> TaskSetting:
     if camera and camera not in cameras:
         raise RequestError(
             ErrorCode.UNKNOWN_CAMERA,
-            f"tasks entry '{escape_for_log(entry)}' names the camera '{camera}'",
+            f"tasks entry '{shortened(entry)}' names the camera '{camera}'",
             f"Cameras are: {', '.join(cameras)}.",
         )
     if spec.needs_region:
@@ -163,6 +163,4 @@ def _check_count(name: str, entries: Sequence[str]) -> None:
 
 
 def _bad(name: str, entry: str, why: str, hint: str) -> RequestError:
-    return RequestError(
-        ErrorCode.BAD_PARAMETER, f"{name} entry '{escape_for_log(entry)}': {why}", hint
-    )
+    return RequestError(ErrorCode.BAD_PARAMETER, f"{name} entry '{shortened(entry)}': {why}", hint)

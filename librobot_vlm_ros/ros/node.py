@@ -42,6 +42,7 @@ from .loading import create_backend, load_model, loaded_text, switch_model
 from .matching import MatchedSubscription
 from .namesakes import Namesakes
 from .on_demand import Served, timeout_of
+from .parameter_requests import guard_parameter_services
 from .publishing import ResultPublisher
 from .refusals import known_refusal
 from .reporting import Throttled, guarded, result_text
@@ -79,6 +80,7 @@ class VlmNode(GuardedLifecycleNode):
             is_unconfigured=lambda: self.state_label == "unconfigured",
             on_change=self._on_parameters,
         )
+        guard_parameter_services(self)
         self._instruction = Instruction(self.settings.instruction)
         self._results = ResultPublisher(self, lambda: self.settings.min_score)
         self._served_services = Services(self, self)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from librobot_vlm_ros.core import ErrorCode, RequestError, escape_for_log
+from librobot_vlm_ros.core import ErrorCode, RequestError, shortened
 
 __all__ = ["Parameter", "Value", "When", "declared", "parameter", "parameter_table"]
 
@@ -127,9 +127,10 @@ class Parameter:
             raise self._error(value, f"expected {self.expected}{why}")
 
     def _error(self, value: object, expected: str) -> RequestError:
+        shown = f"'{shortened(value)}'" if isinstance(value, str) else shortened(value)
         return RequestError(
             ErrorCode.BAD_PARAMETER,
-            f"parameter {self.name} is {escape_for_log(repr(value))}, {expected}",
+            f"parameter {self.name} is {shown}, {expected}",
             f"Example: {self.name}:={self.example}",
         )
 

@@ -17,7 +17,7 @@ from librobot_vlm_ros.core import (
     GenerationParams,
     RequestError,
     clean_prompt,
-    escape_for_log,
+    shortened,
 )
 from librobot_vlm_ros.models import sha256_list
 
@@ -264,7 +264,7 @@ class Settings:
     def _config_error(self, why: str) -> RequestError:
         return RequestError(
             ErrorCode.BAD_PARAMETER,
-            f"parameter model_config is {escape_for_log(self.model_config)}: {why}",
+            f"parameter model_config is {shortened(self.model_config)}: {why}",
             'Write a JSON object, such as {"latency_s": 0.05}.',
         )
 

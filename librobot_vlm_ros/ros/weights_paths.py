@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from librobot_vlm_ros.core import BagError, ErrorCode, RequestError, escape_for_log
+from librobot_vlm_ros.core import BagError, ErrorCode, RequestError, shortened
 from librobot_vlm_ros.models.weights_names import is_hub_id
 
 from .weights_here import hub_cache, shipped_folder
@@ -29,7 +29,7 @@ def allowed_folders(named: Sequence[str]) -> tuple[Path, ...]:
         if path is None or not text.startswith(("/", "~")):
             raise RequestError(
                 ErrorCode.BAD_PARAMETER,
-                f"weights_folders holds '{escape_for_log(text)}', expected an absolute folder",
+                f"weights_folders holds '{shortened(text)}', expected an absolute folder",
                 "Example: weights_folders:=[/opt/models]",
             )
         folders.append(path)
@@ -64,7 +64,7 @@ def confined(weights: str, folders: Sequence[Path]) -> str:
     shown = ", ".join(map(str, folders)) or "none"
     raise BagError(
         ErrorCode.PATH_NOT_ALLOWED,
-        f"weights '{escape_for_log(weights)}' is no hub id and lies in no folder that is open to "
+        f"weights '{shortened(weights)}' is no hub id and lies in no folder that is open to "
         f"them: {shown}",
         "Start the node with weights_folders:=[/folder/of/models] to allow others.",
     )

@@ -18,6 +18,7 @@ from librobot_vlm_ros.core import (
     RequestError,
     clean_prompt,
     escape_for_log,
+    shortened,
 )
 
 FAMILY_TOKENS = {
@@ -227,6 +228,12 @@ def test_long_log_text_is_cut_and_says_so():
     assert escape_for_log("x" * 1_000_000, 5) == "xxxxx...(+999995 characters)"
     assert escape_for_log("123456", 5) == "12345...(+1 characters)"
     assert escape_for_log("12345", 5) == "12345"
+
+
+def test_an_error_escapes_what_it_quotes_once():
+    quoted = shortened("a\\b" + "\n" * 9, 4)
+    error = RequestError(ErrorCode.BAD_PARAMETER, f"it is '{quoted}'")
+    assert error.message == r"it is 'a\\b\n...(+8 characters)'"
 
 
 @given(st.text(max_size=300), st.integers(0, 50))
