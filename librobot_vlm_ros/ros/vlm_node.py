@@ -1,7 +1,7 @@
 """The process of the node: signals, executor, orderly end. Starts with `vlm_node` or `librobot-vlm
 run`.
 
-SIGINT and SIGTERM end it with exit code 0 within 5 seconds, also while the model loads or answers.
+SIGINT, SIGTERM and SIGHUP end it with exit code 0 within 5 seconds, also while the model loads or answers.
 """
 
 from __future__ import annotations
@@ -111,11 +111,17 @@ def _make_node(values: Mapping[str, Any]) -> Any:
 
 
 def _catch_signals() -> Any:
-    """Install handlers for SIGINT and SIGTERM; gives a function that blocks until one has come."""
+    """Install handlers for the signals that end; gives a function that blocks until one has come.
+
+    SIGHUP is a terminal that was closed, unless `nohup` has it ignored.
+    """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    ending = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        ending.append(signal.SIGHUP)
+    for number in ending:
         signal.signal(number, lambda _number, _frame: None)
     return lambda: os.read(reader, 1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +37,18 @@ def end_without_words(process: Any) -> int:
     return int(process.wait(10.0))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_under_nohup_a_closed_terminal_ends_nothing(
+    start_process: Callable[..., Any], ros_env: dict[str, str]
+) -> None:
+    process = start_process(["nohup", sys.executable, *RUN[1:], "model:=fake"], "run", env=ros_env)
+    process.wait_for_output("activate done", 40.0)
+    process.send(signal.SIGHUP)
+    time.sleep(0.5)
+    assert process.alive
+    end(process, signal.SIGTERM)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_idle_node(run: Callable[..., Any], number: int) -> None:
     process = run("model:=fake", "image_topic:=/nobody/here", "log_level:=info")
     process.wait_for_output("activate done", 40.0)
