@@ -23,6 +23,7 @@ from librobot_vlm_ros.core import ErrorCode, ModelError
 from librobot_vlm_ros.models.catalog import CATALOG
 from librobot_vlm_ros.models.placement import Placement, dtype_name, move, place
 from librobot_vlm_ros.models.progress import LoggedProgress
+from librobot_vlm_ros.models.proportions import refuse_oversized
 from librobot_vlm_ros.models.shards import iterate_tensors, read_config, weight_files
 
 __all__ = [
@@ -150,6 +151,9 @@ def _construct(plan: LoadPlan, where: Placement) -> Any:
     plan.config._attn_implementation = plan.attention(where.attention)
     plan.config.dtype = where.dtype
     try:
+        with torch.device("meta"):
+            shape = plan.model_class(plan.config)
+        refuse_oversized(shape, where)
         return plan.model_class(plan.config)
     except (
         ArithmeticError,

@@ -13,6 +13,7 @@ from librobot_vlm_ros.models.abstract import AbstractVLM
 from librobot_vlm_ros.models.adapting import quantization_for
 from librobot_vlm_ros.models.checksum import check_sha256
 from librobot_vlm_ros.models.placement import Placement, place
+from librobot_vlm_ros.models.proportions import refuse_endless
 from librobot_vlm_ros.models.registry import model_info
 from librobot_vlm_ros.models.weights import find_weights
 
@@ -59,6 +60,8 @@ class Making(AbstractVLM):
         config = self._checked_config(config, name)
         if parts is None:
             quantization_for(config, quantization)  # refused before the work, not after it
+            asked = {"vision": config.vision_config or {}, "text": config.text_config or {}}
+            refuse_endless(asked, f"the config of {name}")
             parts = self._random_parts(config, name, place(device, dtype, attention))
         super().__init__(parts.module, name=name, **options)
         self._take(parts)

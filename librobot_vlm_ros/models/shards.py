@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
+from librobot_vlm_ros.models.proportions import refuse_endless
 
 __all__ = [
     "iterate_tensors",
@@ -53,7 +54,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a checkpoint folder.
 
-    Raises ModelError WEIGHTS_NOT_FOUND when folder or file is missing, BAD_CONFIG when unreadable.
+    Raises ModelError WEIGHTS_NOT_FOUND when folder or file is missing, BAD_CONFIG when unreadable
+    or asking for more than any model has (see `proportions.refuse_endless`).
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -62,7 +64,9 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder} holds no config.json" if folder.is_dir() else f"there is no folder {folder}",
             "a checkpoint folder holds config.json and *.safetensors",
         )
-    return read_json(path)
+    config = read_json(path)
+    refuse_endless(config)
+    return config
 
 
 def weight_files(folder: Path) -> list[Path]:

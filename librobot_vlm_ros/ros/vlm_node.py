@@ -1,7 +1,8 @@
 """The process of the node: signals, executor, orderly end. Starts with `vlm_node` or `librobot-vlm
 run`.
 
-SIGINT, SIGTERM and SIGHUP end it with exit code 0 within 5 seconds, also while the model loads or answers.
+SIGINT, SIGTERM and SIGHUP end it with exit code 0 within 5 seconds, also while the model loads or
+answers.
 """
 
 from __future__ import annotations
