@@ -7,27 +7,34 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
+from librobot_vlm_ros.models.llava_config import is_original
+from librobot_vlm_ros.models.llava_convert import tower_folder
+from librobot_vlm_ros.models.paligemma_masks import find_mask_decoder
 from librobot_vlm_ros.models.progress import LoggedProgress
-from librobot_vlm_ros.models.shards import weight_files
+from librobot_vlm_ros.models.shards import read_config, weight_files
 
 __all__ = ["check_sha256", "weights_sha256"]
 
 _CHUNK = 8 << 20
-#: A tower that is kept inside the checkpoint folder is loaded with it, see `llava_convert`.
 _TOWER = "vision_tower"
 
 
 def weights_sha256(folder: str | Path, should_cancel: Callable[[], bool] | None = None) -> str:
-    """64 hex digits that stand for every byte of a folder's weights.
+    """64 hex digits that stand for every byte of a folder's weights, and of what is loaded with
+    them: a LLaVA's vision tower, wherever it lies, and a PaliGemma's decoder of masks beside them.
 
     One file (``model.safetensors``): its own sha256, as ``sha256sum`` and the hub's pages give it.
-    Shards: the sha256 of their lines ``name:sha256``, sorted by name, each ended by a newline.
+    Shards: the sha256 of their lines ``name:sha256``, sorted by name, each ended by a newline;
+    files of a tower are named ``vision_tower/name``.
     Raises ModelError WEIGHTS_NOT_FOUND, LOAD_CANCELLED.
     """
     root = Path(folder).expanduser()
     named = {path.name: path for path in weight_files(root)}
-    if (root / _TOWER).is_dir():
-        named |= {f"{_TOWER}/{path.name}": path for path in weight_files(root / _TOWER)}
+    tower, masks = _tower_of(root), find_mask_decoder(root)
+    if tower is not None:
+        named |= {f"{_TOWER}/{path.name}": path for path in weight_files(tower)}
+    if masks is not None:
+        named[masks.name] = masks
     total = sum(path.stat().st_size for path in named.values())
     progress = LoggedProgress(f"sha256 of {root.name}")
     done = 0
@@ -47,6 +54,14 @@ def weights_sha256(folder: str | Path, should_cancel: Callable[[], bool] | None 
         return next(iter(digests.values()))
     lines = "".join(f"{name}:{digest}\n" for name, digest in sorted(digests.items()))
     return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _tower_of(root: Path) -> Path | None:
+    """The folder that a LLaVA's tower is loaded from; None where the shards hold it."""
+    config = read_config(root) if (root / "config.json").is_file() else {}
+    if is_original(config):
+        return tower_folder(config, root)
+    return root / _TOWER if (root / _TOWER).is_dir() else None
 
 
 def check_sha256(

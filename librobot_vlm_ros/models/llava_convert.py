@@ -1,14 +1,15 @@
 """Layouts of LLaVA-1.5 checkpoints: the official one and transformers' own.
 
 The official shards hold the language model and the projector. The CLIP tower, which was not
-trained, comes from the folder or hub id that config.json names as `mm_vision_tower`; a folder
-``vision_tower`` inside the checkpoint folder goes before it.
+trained, comes from the folder that config.json names as `mm_vision_tower`, or is the published one
+from the hub; a folder ``vision_tower`` inside the checkpoint folder goes before both.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
 from librobot_vlm_ros.models.checkpoint import CheckpointLayout, LoadPlan, register_layout
+from librobot_vlm_ros.models.confinement import refuse_foreign
 from librobot_vlm_ros.models.llava_config import CLIP_LARGE_336, is_original, original_to_native
 from librobot_vlm_ros.models.native_keys import DERIVED, native_tensors, renamed
 from librobot_vlm_ros.models.registry import model_info
@@ -24,7 +26,7 @@ from librobot_vlm_ros.models.shards import read_config, tensor_names
 from librobot_vlm_ros.models.weights import find_weights, in_hub_cache
 from librobot_vlm_ros.models.weights_names import is_hub_id
 
-__all__ = ["plan_for"]
+__all__ = ["plan_for", "tower_folder"]
 
 #: The tower of the published models, at the commit that they are known to work with.
 _CLIP_ID = "openai/clip-vit-large-patch14-336"
@@ -68,8 +70,7 @@ def _plan_native(config: dict[str, Any], folder: Path) -> LoadPlan:
 def _plan_original(config: dict[str, Any], folder: Path) -> LoadPlan:
     from transformers import LlavaForConditionalGeneration
 
-    inside = any(key.startswith(_TOWER_KEY) for key in tensor_names(folder))
-    tower = None if inside else _tower_folder(config, folder)
+    tower = tower_folder(config, folder)
     native = original_to_native(config, _tower_config(config, folder, tower))
     words, rows = int(config["vocab_size"]), native.text_config.vocab_size
 
@@ -85,25 +86,45 @@ def _plan_original(config: dict[str, Any], folder: Path) -> LoadPlan:
     return LoadPlan(LlavaForConditionalGeneration, native, convert, folders)
 
 
-def _tower_folder(config: Mapping[str, Any], folder: Path) -> Path:
+def tower_folder(config: Mapping[str, Any], folder: Path) -> Path | None:
+    """Where the weights of an official checkpoint's tower lie; None where the shards hold them.
+
+    Of the hub only the published tower is taken, at its pinned commit: what to download is not for
+    a config.json to say. Raises ModelError WEIGHTS_NOT_FOUND, BagError PATH_NOT_ALLOWED.
+    """
+    if any(key.startswith(_TOWER_KEY) for key in tensor_names(folder)):
+        return None
     named = str(config.get("mm_vision_tower") or _CLIP_ID)
-    inside = (folder / named).resolve()
-    beside = folder.resolve() in inside.parents
-    for place in (folder / "vision_tower", *((inside,) if beside else ())):
-        if place.is_dir():
-            return place
-    info = model_info("llava-v1.5-7b")
+    found = next((place for place in _tower_places(named, folder) if place.is_dir()), None)
+    if found is not None:
+        refuse_foreign([found], folder)
+        return found
     try:
-        if in_hub_cache(folder) and not is_hub_id(named):
-            # What somebody published must not choose which folders of this machine are read.
-            raise ModelError(ErrorCode.WEIGHTS_NOT_FOUND, "a download cannot name a folder here")
-        return find_weights(info, named, _CLIP_REVISION if named == _CLIP_ID else None).folder
+        if named != _CLIP_ID:
+            download = in_hub_cache(folder) and not is_hub_id(named)
+            why = "a download cannot name a folder here" if download else "there is no such folder"
+            raise ModelError(ErrorCode.WEIGHTS_NOT_FOUND, why)
+        return find_weights(model_info("llava-v1.5-7b"), named, _CLIP_REVISION).folder
     except ModelError as error:
         raise ModelError(
             ErrorCode.WEIGHTS_NOT_FOUND,
             f"the vision tower {named!r} of this LLaVA is not there: {error.message}",
-            f"with a network once: hf download {named}; or put it into {folder / 'vision_tower'}",
+            f"put it into {folder / 'vision_tower'}; with a network: hf download "
+            f"{named if is_hub_id(named) else _CLIP_ID} --local-dir {folder / 'vision_tower'}",
         ) from error
+
+
+def _tower_places(named: str, folder: Path) -> list[Path]:
+    """Folders that may be the tower of that name."""
+    places = [folder / "vision_tower"]
+    with suppress(OSError, RuntimeError, ValueError):  # a NUL, an unknown user
+        root, inside = folder.resolve(), (folder / named).resolve()
+        if root in inside.parents:
+            places.append(inside)
+        elif inside != root and not in_hub_cache(folder):
+            # What somebody published must not choose which folders of this machine are read.
+            places += [inside, Path(named).expanduser()]
+    return places
 
 
 def _tower_config(config: Mapping[str, Any], folder: Path, tower: Path | None) -> Mapping[str, Any]:
@@ -135,12 +156,9 @@ def _tower_config(config: Mapping[str, Any], folder: Path, tower: Path | None) -
 
 def _config_of_tower(config: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:
     """config.json of the folder that belongs to a tower in the shards, where there is one."""
-    places = [folder / "vision_tower"]
-    if not in_hub_cache(folder):  # a download must not choose which folders here are read
-        named = str(config.get("mm_vision_tower") or "")
-        places += [folder / named, Path(named).expanduser()] if named else []
-    for place in places:
-        if place != folder and (place / "config.json").is_file():
+    for place in _tower_places(str(config.get("mm_vision_tower") or "vision_tower"), folder):
+        if (place / "config.json").is_file():
+            refuse_foreign([place], folder)
             return read_config(place)
     return None
 

@@ -25,7 +25,7 @@ from librobot_vlm_ros.core import ErrorCode, RequestError, VlmError, as_vlm_erro
 
 from .parameter import Parameter, Value, When
 from .settings import PARAMETERS, Settings
-from .weights_paths import confined, open_to_clients
+from .weights_paths import confined, open_to_clients, paths_in
 
 __all__ = ["LiveParameters"]
 
@@ -170,10 +170,23 @@ class LiveParameters:
         weights = values.get("weights")
         if isinstance(weights, str) and weights != self.settings.weights:
             confined(weights, self.open_folders())
+        config = values.get("model_config")
+        if isinstance(config, str) and config != self.settings.model_config:
+            for path in paths_in(config):
+                confined(path, self.open_folders(), "a path in model_config")
 
     def open_folders(self) -> tuple[Path, ...]:
         """Folders that weights may lie in which a client asks for."""
         return open_to_clients(self.settings.weights_folders, self._weights_at_start)
+
+    def folders_of_checkpoints(self) -> tuple[Path, ...] | None:
+        """Folders that the checkpoint may name other weights in: any (None) for one that the
+        operator has chosen, unless he has named folders.
+        """
+        settings = self.settings
+        if not settings.weights_folders and settings.weights == self._weights_at_start:
+            return None
+        return self.open_folders()
 
     def _apply(self, changes: list[RosParameter]) -> None:
         ours = {item.name: item.value for item in changes if item.name in PARAMETERS}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import concurrent.futures
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 from librobot_vlm_ros.core import ErrorCode, ModelError, as_vlm_error
 from librobot_vlm_ros.models import create_vlm, model_info
+from librobot_vlm_ros.models.confinement import confined_to
 from librobot_vlm_ros.runtime import Engine, LoadReport, settle
 
 from .live_parameters import LiveParameters
@@ -20,14 +22,20 @@ from .weights_paths import confined
 __all__ = ["create_backend", "load_model", "loaded_text", "required_bytes", "switch_model"]
 
 
-def create_backend(name: str, **options: Any) -> Any:
-    """The engine's factory."""
-    return create_vlm(name, **options)
+def create_backend(name: str, *, open_folders: Sequence[Path] | None = None, **options: Any) -> Any:
+    """The engine's factory. `open_folders`: where a checkpoint may name other folders; None:
+    anywhere.
+    """
+    with confined_to(open_folders):
+        return create_vlm(name, **options)
 
 
-def load_model(engine: Engine, settings: Settings) -> LoadReport:
+def load_model(engine: Engine, parameters: LiveParameters) -> LoadReport:
     """Load what the parameters name, waiting at most `load_timeout_s`. Raises `VlmError`."""
-    future = engine.load(settings.model, **load_options(settings))
+    settings = parameters.settings
+    future = engine.load(
+        settings.model, **load_options(settings), open_folders=parameters.folders_of_checkpoints()
+    )
     try:
         return future.result(settings.load_timeout_s)
     except concurrent.futures.TimeoutError:
@@ -81,6 +89,7 @@ def switch_model(
         values["model"],
         required_bytes=required_bytes(wanted, engine.loaded),
         **load_options(wanted),
+        open_folders=parameters.open_folders(),
     )
     answer: Future[LoadReport] = Future()
 

@@ -163,7 +163,7 @@ class VlmNode(GuardedLifecycleNode):
             engine.set_cameras(camera_configs(settings))
             self._set_standing_tasks(settings)
             self.get_logger().info(f"loading model '{settings.model}'")
-            report = load_model(engine, settings)
+            report = load_model(engine, self._live)
             self.get_logger().info(loaded_text(report))
             self._instruction_topic = MatchedSubscription(
                 self, String, "~/instruction", self._on_instruction, depth=10, when_alone="reliable"

@@ -255,7 +255,7 @@ class Settings:
             return None
         try:
             options = json.loads(self.model_config)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self._config_error(str(error)) from error
         if not isinstance(options, dict):
             raise self._config_error("it is no object")

@@ -7,7 +7,9 @@ rclpy.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from librobot_vlm_ros.core import BagError, ErrorCode, RequestError, shortened
@@ -15,7 +17,7 @@ from librobot_vlm_ros.models.weights_names import is_hub_id
 
 from .weights_here import hub_cache, shipped_folder
 
-__all__ = ["allowed_folders", "confined", "open_to_clients"]
+__all__ = ["allowed_folders", "confined", "open_to_clients", "paths_in"]
 
 
 def allowed_folders(named: Sequence[str]) -> tuple[Path, ...]:
@@ -51,7 +53,18 @@ def open_to_clients(named: Sequence[str], weights_at_start: str) -> tuple[Path, 
     return tuple(folders)
 
 
-def confined(weights: str, folders: Sequence[Path]) -> str:
+def paths_in(model_config: str) -> list[str]:
+    """What a `model_config` names of files and folders; [] where it is no JSON, which is refused
+    elsewhere.
+    """
+    with suppress(ValueError, RecursionError):
+        config = json.loads(model_config)
+        if isinstance(config, dict):
+            return [str(config[key]) for key in ("adapter", "mask_decoder") if config.get(key)]
+    return []
+
+
+def confined(weights: str, folders: Sequence[Path], what: str = "weights") -> str:
     """`weights` as it may be given to the model: "" and hub ids as they are, a folder resolved.
 
     Raises `BagError` (PATH_NOT_ALLOWED) for what lies below none of `folders`, be it there or not.
@@ -64,7 +77,7 @@ def confined(weights: str, folders: Sequence[Path]) -> str:
     shown = ", ".join(map(str, folders)) or "none"
     raise BagError(
         ErrorCode.PATH_NOT_ALLOWED,
-        f"weights '{shortened(weights)}' is no hub id and lies in no folder that is open to "
+        f"{what} '{shortened(weights)}' is no hub id and lies in no folder that is open to "
         f"them: {shown}",
         "Start the node with weights_folders:=[/folder/of/models] to allow others.",
     )

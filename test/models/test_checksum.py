@@ -42,6 +42,16 @@ def test_a_tower_in_the_folder_counts_too(tmp_path: Path) -> None:
     assert weights_sha256(tmp_path) != before
 
 
+@pytest.mark.parametrize("name", ["vae-oid.npz", "mask_decoder.safetensors"])
+def test_a_decoder_of_masks_in_the_folder_counts_too(tmp_path: Path, name: str) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"words")
+    alone = weights_sha256(tmp_path)
+    (tmp_path / name).write_bytes(b"masks")
+    before = weights_sha256(tmp_path)
+    (tmp_path / name).write_bytes(b"other masks")
+    assert len({alone, before, weights_sha256(tmp_path)}) == 3
+
+
 def test_weights_of_that_digest_are_loaded(tiny_folder: Path) -> None:
     right = weights_sha256(tiny_folder).upper()
     vlm = create_vlm(

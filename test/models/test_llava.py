@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from librobot_vlm_ros.core import (
+    BagError,
     ErrorCode,
     GenerationParams,
     InferenceRequest,
@@ -21,7 +23,9 @@ from librobot_vlm_ros.core import (
     ModelError,
     VlmError,
 )
-from librobot_vlm_ros.models import create_vlm, load_module
+from librobot_vlm_ros.models import create_vlm, llava_convert, load_module
+from librobot_vlm_ros.models.checksum import weights_sha256
+from librobot_vlm_ros.models.confinement import confined_to
 from librobot_vlm_ros.models.conformance_llava import (
     IDS,
     PATCHES,
@@ -223,6 +227,63 @@ def test_the_tower_may_lie_elsewhere_for_a_folder_of_ones_own_but_not_for_a_down
     with pytest.raises(ModelError, match="cannot name a folder here") as caught:
         load_module(hub, "float32", "cpu")
     assert caught.value.code == ErrorCode.WEIGHTS_NOT_FOUND
+
+
+@pytest.mark.parametrize("named", ["{tower}", "../tower"])
+def test_a_tower_elsewhere_is_confined_to_the_folders_that_are_open(
+    official: Path, tmp_path: Path, named: str
+) -> None:
+    tower, folder = tmp_path / "tower", tmp_path / "mine"
+    shutil.copytree(official, folder)
+    (folder / "vision_tower").rename(tower)
+    config = json.loads((folder / "config.json").read_text())
+    config["mm_vision_tower"] = named.format(tower=tower)
+    (folder / "config.json").write_text(json.dumps(config))
+    for open_folders in (None, [tmp_path], [tower]):
+        with confined_to(open_folders):
+            assert load_module(folder, "float32", "cpu") is not None
+    for open_folders in ([], [folder], [tmp_path / "tow"]):
+        with confined_to(open_folders), pytest.raises(BagError, match="open to it") as caught:
+            load_module(folder, "float32", "cpu")
+        assert caught.value.code == ErrorCode.PATH_NOT_ALLOWED
+    tower.rename(folder / "eyes")
+    (folder / "config.json").write_text(json.dumps(config | {"mm_vision_tower": "eyes"}))
+    with confined_to([]):  # inside of its own folder it is nobody else's
+        assert load_module(folder, "float32", "cpu") is not None
+
+
+@pytest.mark.parametrize("named", ["owner/tower@refs/pr/1", "owner/tower", "no\0path", ".", "~x/y"])
+def test_a_config_cannot_say_what_is_downloaded(
+    official: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(llava_convert, "find_weights", lambda *words: asked.append(words))
+    shutil.copytree(official, tmp_path / "mine")
+    shutil.rmtree(tmp_path / "mine" / "vision_tower")
+    config = json.loads((tmp_path / "mine" / "config.json").read_text())
+    (tmp_path / "mine" / "config.json").write_text(json.dumps({**config, "mm_vision_tower": named}))
+    with pytest.raises(ModelError, match="is not there") as caught:
+        load_module(tmp_path / "mine", "float32", "cpu")
+    assert caught.value.code == ErrorCode.WEIGHTS_NOT_FOUND
+    assert "vision_tower" in caught.value.hint
+    assert asked == []
+
+
+@pytest.mark.parametrize("name", ["vision_tower", "eyes", "{outside}"])
+def test_every_byte_of_the_tower_counts_in_the_sha256(
+    official: Path, tmp_path: Path, name: str
+) -> None:
+    folder, name = tmp_path / "mine", name.format(outside=tmp_path / "outside")
+    shutil.copytree(official, folder)
+    before = weights_sha256(folder)
+    tower = (folder / "vision_tower").rename(folder / name)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"mm_vision_tower": name}))
+    assert weights_sha256(folder) == before
+    data = bytearray((tower / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (tower / "model.safetensors").write_bytes(data)
+    assert weights_sha256(folder) != before
 
 
 def test_the_input_size_is_the_images_part_of_the_square(llava: LlavaVLM) -> None:

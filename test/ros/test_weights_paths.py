@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,12 @@ def test_a_client_cannot_lead_the_node_out_of_the_folders(start_vlm: Any, models
     assert "PATH_NOT_ALLOWED" in reason
     (reason,) = vlm.set_parameters(weights_folders=["/"])
     assert "read-only" in reason
+    for key in ("adapter", "mask_decoder"):
+        (reason,) = vlm.set_parameters(model_config=json.dumps({key: secret}))
+        assert f"PATH_NOT_ALLOWED(605): a path in model_config '{secret}'" in reason
+        allowed = json.dumps({key: str(models / "mine")})
+        assert vlm.set_parameters(model_config=allowed) == []
+    assert vlm.set_parameters(model_config="") == []
     assert vlm.set_parameters(weights_folders=[str(models)]) == []  # as `ros2 param load` does
     assert vlm.set_parameters(weights="owner/name") == []
     assert vlm.change_state("configure")
