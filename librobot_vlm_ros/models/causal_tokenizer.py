@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from librobot_vlm_ros.core import ErrorCode, ModelError, RequestError
+from librobot_vlm_ros.models.fast_tokenizer import read_fast, unbroken
 from librobot_vlm_ros.models.shards import read_json
 
 __all__ = ["CausalTokenizer", "added_tokens"]
@@ -165,20 +166,13 @@ _Read = tuple[Callable[[str], list[int]], Callable[[list[int]], str], dict[str, 
 
 
 def _read_fast(path: Path) -> _Read:
-    from tokenizers import Tokenizer
-
-    try:
-        backend = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises Exception itself
-        raise ModelError(
-            ErrorCode.TOKENIZER_MISMATCH, f"{path.name} cannot be read: {error}"
-        ) from error
+    backend = read_fast(path)
     # Gemma's added tokens hold runs of line ends and of blanks, too: they are words like others.
     added = {t.content for t in backend.get_added_tokens_decoder().values()}
     control = {token for token in added if token.strip("\u2581 \t\r\n")} - {"<unk>"}
     return (
-        lambda text: list(backend.encode(text, add_special_tokens=False).ids),
-        lambda ids: str(backend.decode(ids, skip_special_tokens=False)),
+        lambda text: list(unbroken(backend.encode, text, add_special_tokens=False).ids),
+        lambda ids: str(unbroken(backend.decode, ids, skip_special_tokens=False)),
         dict(backend.get_vocab()),
         control,
     )

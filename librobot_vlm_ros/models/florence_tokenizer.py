@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from librobot_vlm_ros.core import ErrorCode, ModelError, RequestError
+from librobot_vlm_ros.models.fast_tokenizer import read_fast, unbroken
 from librobot_vlm_ros.models.florence_prompts import BINS
 
 __all__ = ["ADDED_TOKENS", "FlorenceTokenizer"]
@@ -56,7 +57,7 @@ class FlorenceTokenizer:
     @classmethod
     def from_folder(cls, folder: Path, config: Any) -> FlorenceTokenizer:
         """Read tokenizer.json, adding the location and task tokens where it has none."""
-        from tokenizers import AddedToken, Tokenizer
+        from tokenizers import AddedToken
         from transformers import PreTrainedTokenizerFast
 
         path = folder / "tokenizer.json"
@@ -66,12 +67,7 @@ class FlorenceTokenizer:
                 f"{folder} holds no tokenizer.json",
                 "copy it from the model's repository into the folder",
             )
-        try:
-            backend = Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises Exception itself
-            raise ModelError(
-                ErrorCode.TOKENIZER_MISMATCH, f"tokenizer.json cannot be read: {error}"
-            ) from error
+        backend = read_fast(path)
         if backend.token_to_id(_LOCATIONS[0]) is None:
             backend.add_special_tokens(
                 [AddedToken(token, special=True, normalized=False) for token in ADDED_TOKENS]
@@ -91,7 +87,7 @@ class FlorenceTokenizer:
 
     def words(self, text: str) -> list[int]:
         """Ids of words. Raises RequestError CONTROL_TOKEN_IN_PROMPT when one is no word."""
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = unbroken(self.tokenizer, text, add_special_tokens=False)["input_ids"]
         strange = [token for token in ids if token in self.control_ids]
         if strange:
             names = ", ".join(self.tokenizer.convert_ids_to_tokens(strange[:3]))
@@ -131,8 +127,11 @@ class FlorenceTokenizer:
     def _decode_words(self, ids: list[int]) -> str:
         if not ids:
             return ""
-        text: str = self.tokenizer.decode(
-            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        text: str = unbroken(
+            self.tokenizer.decode,
+            ids,
+            skip_special_tokens=False,
+            clean_up_tokenization_spaces=False,
         )
         return text
 

@@ -95,7 +95,7 @@ class AheadThread:
             started = time.perf_counter()
             try:
                 backend.prepare_frame(frame)
-            except Exception as error:
+            except BaseException as error:  # the thread must go on
                 logger.debug("preparing %r failed: %s", frame, as_vlm_error(error))
             took_ns = to_ns(time.perf_counter() - started)
             del backend, frame, mailbox  # the model must be free to go, and the frame too

@@ -182,7 +182,7 @@ class Loader:
             if self._warm_up:
                 backend.warm_up()
             return backend, _report(backend, time.perf_counter() - started)
-        except Exception as exc:
+        except BaseException as exc:  # a library's panic is no Exception; nobody else would hear
             logger.debug("loading %s failed:\n%s", name, traceback.format_exc())
             if backend is not None:
                 _close(backend)

@@ -67,7 +67,7 @@ class ModelThread:
                     self._unload(action)
                 elif isinstance(action, Batch):
                     self._run(action)
-            except Exception as exc:  # a defect of ours must not take the node down
+            except BaseException as exc:  # a defect of ours must not take the node down
                 self._survive(as_vlm_error(exc))
             del action  # it holds frames: not while waiting for the next
             with shared.lock:
@@ -183,7 +183,7 @@ class ModelThread:
             report = self._loader.perform(job, commit)
         except VlmError as exc:
             error = exc
-        except Exception as exc:
+        except BaseException as exc:
             error = as_vlm_error(exc)
         fatal: VlmError | None = None
         ended: list[Ended] = []

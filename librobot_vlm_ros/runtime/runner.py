@@ -139,7 +139,7 @@ def _run(backend: VlmBackend, tickets: Sequence[Ticket]) -> list[Outcome]:
                 should_stop=should_stop,
             )
         )
-    except Exception as error:
+    except BaseException as error:  # a library's panic is no Exception, and would end the thread
         # As text: a log record with the exception itself would hold the model's tensors.
         trace = traceback.format_exc()
         logger.error("model %s failed on %d requests:\n%s", backend.name, len(tickets), trace)

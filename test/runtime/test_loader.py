@@ -163,6 +163,18 @@ def test_a_model_that_fails_to_warm_up_is_closed(shelf, script, monkeypatch):
     assert load(Loader(shelf, warm_up=False), "a").model == "a"
 
 
+def test_a_model_that_breaks_off_without_an_exception_has_failed_as_any_other(shelf):
+    class Panic(BaseException):
+        pass
+
+    loader = Loader(shelf)
+    load(loader, "a")
+    shelf.failing["b"] = lambda: Panic("unwrap")
+    with pytest.raises(VlmError, match="unwrap"):
+        load(loader, "b")
+    assert loader.backend is shelf.made[0]
+
+
 def test_a_load_cancelled_at_the_last_moment_leaves_nothing(shelf):
     loader = Loader(shelf)
     with pytest.raises(ModelError, match="LOAD_CANCELLED"):

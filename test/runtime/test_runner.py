@@ -48,6 +48,19 @@ def test_an_exception_becomes_the_error_of_all_requests(backend, tickets):
     assert "ZeroDivisionError" in str(run.failure)
 
 
+def test_what_is_no_exception_becomes_one_too(backend, tickets):
+    class Panic(BaseException):
+        """As the bindings of Rust libraries raise it."""
+
+    def break_off(request):
+        raise Panic("called `Result::unwrap()` on an `Err` value")
+
+    backend.answer = break_off
+    run = run_batch(backend, tickets)
+    assert codes(run) == ["INTERNAL"] * 3
+    assert "unwrap()" in str(run.failure)
+
+
 @pytest.mark.parametrize("answers", [[], [ModelAnswer()] * 4, ["text", "text", "text"], None])
 def test_a_backend_that_breaks_its_word_gives_coded_errors(backend, tickets, answers):
     backend.run = lambda batch, *, on_token=None, should_stop=None: answers
