@@ -78,6 +78,7 @@ def folder_digest(folder: Path) -> str:
         path
         for pattern in ("config.json", "*.safetensors", "*.bin")
         for path in folder.glob(pattern)
+        if path.is_file()  # a pipe would be waited for
     )
     for path in files:
         size = path.stat().st_size

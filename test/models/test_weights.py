@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -198,3 +199,23 @@ def test_the_specifications_example_runs_as_written(cache: Path, tiny_folder: Pa
     )
     assert outputs.shape[0] == 2
     assert outputs.dtype == torch.int64
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "loop"])
+def test_weights_that_are_no_files_are_not_found_and_not_waited_for(
+    tiny_folder: Path, tmp_path: Path, kind: str
+) -> None:
+    folder = tmp_path / "weights"
+    shutil.copytree(tiny_folder, folder)
+    weights = folder / "model.safetensors"
+    weights.unlink()
+    if kind == "pipe":
+        os.mkfifo(weights)
+    elif kind == "folder":
+        weights.mkdir()
+    else:
+        weights.symlink_to(weights)
+    assert len(folder_digest(folder)) == 16
+    with pytest.raises(ModelError) as caught:
+        create_vlm("florence-2-base", pretrained=str(folder), device="cpu")
+    assert caught.value.code == ErrorCode.WEIGHTS_NOT_FOUND
