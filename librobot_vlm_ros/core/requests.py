@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from .errors import ErrorCode, RequestError
 from .frames import Frame
 from .limits import DEFAULT_LIMITS, Limits
+from .logtext import shortened
 from .prompts import clean_prompt
 from .tasks import TaskSpec, get_task
 
@@ -118,14 +121,13 @@ class InferenceRequest:
 
 def checked_region(region: Sequence[float], frame: Frame) -> Box:
     """`region` cut to the image, as a box; `RequestError` (BAD_REGION) when nothing is left."""
-    try:
-        values = [float(value) for value in region]
-    except (TypeError, ValueError, OverflowError):
-        values = []
+    values: list[float] = []
+    with suppress(TypeError, ValueError, OverflowError):  # of a long one nothing is looked at
+        values = [float(value) for value in region] if len(region) == 4 else []
     if len(values) != 4 or not all(map(math.isfinite, values)):
         raise RequestError(
             ErrorCode.BAD_REGION,
-            f"region is {region!r}, expected 4 finite numbers: x_min, y_min, x_max, y_max",
+            f"region is {_shown(region)}, expected 4 finite numbers: x_min, y_min, x_max, y_max",
         )
     x_min, y_min, x_max, y_max = values
     cut = (
@@ -141,6 +143,13 @@ def checked_region(region: Sequence[float], frame: Frame) -> Box:
             "Send x_min < x_max and y_min < y_max, in pixels, inside the image.",
         )
     return cut
+
+
+def _shown(region: Any) -> str:
+    with suppress(TypeError):
+        if len(region) > 8:
+            return f"{len(region)} numbers"
+    return shortened(repr(region))
 
 
 def make_request(

@@ -19,10 +19,13 @@ __all__ = ["CameraSetting", "TaskSetting", "parse_cameras", "parse_tasks"]
 
 MAX_RATE_HZ = 1000.0
 MAX_ENTRIES = 64
+MAX_HEAD_CHARS = 200
+"""Camera, task and rate of an entry together."""
 DEFAULT_CAMERA = "camera"
+MAX_CAMERA_CHARS = 1000
 _TASK = re.compile(
-    r"(?:(?P<camera>[A-Za-z0-9_]+)\s*:\s*)?(?P<task>[<>A-Za-z0-9_ -]+?)\s*"
-    r"(?:@\s*(?P<rate>[^=]*?)\s*)?(?:=\s*(?P<prompt>.*))?",
+    r"(?:(?P<camera>[A-Za-z0-9_]+)\s*:\s*)?(?P<task>[<>A-Za-z0-9_ -]+)"
+    r"(?:@(?P<rate>.*))?",
     re.DOTALL,
 )
 _CAMERA = re.compile(
@@ -81,12 +84,14 @@ def parse_tasks(entries: Sequence[str], cameras: Sequence[str]) -> tuple[TaskSet
 
 
 def _parse_task(entry: str, cameras: Sequence[str]) -> TaskSetting:
-    found = _TASK.fullmatch(entry.strip())
+    # What may be long is cut off first: the pattern sees nothing of a prompt that a client sent.
+    head, equals, prompt = entry.strip().partition("=")
+    found = _TASK.fullmatch(head) if len(head) <= MAX_HEAD_CHARS else None
     if found is None:
         raise _bad(
             "tasks", entry, "it is not of the form [camera:]task[@rate][=prompt]", _TASK_HINT
         )
-    spec = get_task(found["task"])
+    spec = get_task(found["task"].strip())
     rate_text = found["rate"]
     try:
         rate_hz = 0.0 if rate_text is None else float(rate_text)
@@ -110,7 +115,7 @@ def _parse_task(entry: str, cameras: Sequence[str]) -> TaskSetting:
             "that task needs a region",
             "Ask for it with ~/query, giving the region.",
         )
-    prompt = clean_prompt(found["prompt"] or "", required=False)
+    prompt = clean_prompt(prompt.lstrip() if equals else "", required=False)
     return TaskSetting(spec.name, rate_hz, camera, prompt)
 
 
@@ -127,7 +132,7 @@ def parse_cameras(
     _check_count("cameras", entries)
     cameras: list[CameraSetting] = []
     for entry in entries:
-        found = _CAMERA.fullmatch(entry.strip())
+        found = _CAMERA.fullmatch(entry.strip()) if len(entry) <= MAX_CAMERA_CHARS else None
         if found is None:
             raise _bad(
                 "cameras",

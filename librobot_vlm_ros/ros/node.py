@@ -24,8 +24,10 @@ from librobot_vlm_ros.core import (
     ErrorCode,
     Frame,
     ModelError,
+    RequestError,
     Result,
     VlmError,
+    escape_for_log,
 )
 from librobot_vlm_ros.runtime import CameraEvent, Engine, LoadReport, settle
 
@@ -53,6 +55,7 @@ from .transport import give_back_memory
 
 __all__ = ["VlmNode"]
 
+_INSTRUCTIONS_LOGGED = 20  # in 5 s: what comes faster is a flood
 _PAUSE_S = 5.0
 _FREE_S = 15.0
 _CHECK_PERIOD_S = 0.5
@@ -212,7 +215,7 @@ class VlmNode(GuardedLifecycleNode):
         for name, why in engine.stats().idle_tasks:
             if name not in waiting_tasks(settings, self._instruction):
                 self.get_logger().warning(f"standing task '{name}' does not run: {why}")
-        tasks = ", ".join(settings.tasks) or "no standing tasks"
+        tasks = ", ".join(map(escape_for_log, settings.tasks)) or "no standing tasks"
         self.get_logger().info(f"{tasks} on {topics}")
 
     def deactivate(self) -> None:
@@ -305,7 +308,8 @@ class VlmNode(GuardedLifecycleNode):
         engine = self._engine
         if after.instruction != before.instruction:
             number = self._instruction.set(after.instruction)
-            self.get_logger().info(f"instruction {number}: '{self._instruction.shown}'")
+            told = f"instruction {number}: '{self._instruction.shown}'"
+            self._complaints.info("instruction set", told, _INSTRUCTIONS_LOGGED)
         if engine is None:
             return
         engine.reconfigure(max_frame_age_s=after.max_frame_age_s, queue_size=after.queue_size)
@@ -322,8 +326,13 @@ class VlmNode(GuardedLifecycleNode):
     def _check_topics(self) -> None:
         for camera in list(self._cameras.values()):
             camera.check()
-        if self._instruction_topic is not None:
-            self._instruction_topic.check()
+        topic = self._instruction_topic
+        if topic is None:
+            return
+        topic.check()
+        if topic.link.problem and self.count_publishers(topic.topic):  # none at all is no problem
+            wrong = RequestError(ErrorCode.TOPIC_MISSING, topic.link.problem, topic.link.fix)
+            self._complaints.error("instruction topic", f"~/instruction: {wrong}")
 
     def _publish_diagnostics(self) -> None:
         self._namesakes.check()

@@ -70,7 +70,8 @@ def make_request(goal: Any, served: Served, request_id: str = "") -> InferenceRe
         frame=_frame(goal, served),
         task=spec.name,
         prompt=clean_prompt(goal.prompt, required=spec.needs_text),
-        region=tuple(goal.region) or None,  # type: ignore[arg-type]  # checked by InferenceRequest
+        # Checked by InferenceRequest, and not copied before: it may be of any length.
+        region=goal.region if len(goal.region) else None,
         params=_params(goal, served.settings),
         deadline_ns=served.engine.now_ns() + round(timeout_s * 1e9),
     )

@@ -21,6 +21,7 @@ from .arguments import unknown_argument
 
 __all__ = ["guard_parameter_services"]
 
+_MOST_AT_ONCE = 256
 _TYPES = frozenset(kind.value for kind in RosParameter.Type)
 
 
@@ -34,6 +35,9 @@ def guard_parameter_services(node: Any) -> None:
 
 
 def _set_each(node: Any, answer: Callable[..., Any], request: Any, response: Any) -> Any:
+    if too_many := _too_many(request):
+        response.results = [_refused(node, too_many)] * len(request.parameters)
+        return response
     for parameter in request.parameters:
         wrong = _wrong(node, parameter)
         if wrong is None:
@@ -45,12 +49,26 @@ def _set_each(node: Any, answer: Callable[..., Any], request: Any, response: Any
 
 
 def _set_together(node: Any, answer: Callable[..., Any], request: Any, response: Any) -> Any:
+    if too_many := _too_many(request):
+        response.result = _refused(node, too_many)
+        return response
     for parameter in request.parameters:
         wrong = _wrong(node, parameter)
         if wrong is not None:
             response.result = _refused(node, wrong)
             return response
     return answer(request, response)
+
+
+def _too_many(request: Any) -> VlmError | None:
+    """Nothing else is answered meanwhile."""
+    count = len(request.parameters)
+    if count <= _MOST_AT_ONCE:
+        return None
+    return RequestError(
+        ErrorCode.BAD_PARAMETER,
+        f"{count} parameters are to be set at once, expected at most {_MOST_AT_ONCE}",
+    )
 
 
 def _wrong(node: Any, parameter: Any) -> VlmError | None:

@@ -39,7 +39,7 @@ class Throttled:
         self._period_s = period_s
         self._clock = clock
         self._lock = threading.Lock()
-        self._last: dict[str, tuple[float, int]] = {}  # key -> when it was written, left out since
+        self._last: dict[str, tuple[float, int]] = {}  # key -> begin of its period, how many since
 
     def error(self, key: str, text: str) -> None:
         """Log `text` as an error, or count it."""
@@ -53,15 +53,21 @@ class Throttled:
         if line:
             self._logger.warning(line)
 
-    def _line(self, key: str, text: str) -> str:
+    def info(self, key: str, text: str, burst: int = 1) -> None:
+        """Log `text`, or count it; `burst` of a key are written in each period."""
+        line = self._line(key, text, burst)
+        if line:
+            self._logger.info(line)
+
+    def _line(self, key: str, text: str, burst: int = 1) -> str:
         now = self._clock()
         with self._lock:
-            written, left_out = self._last.get(key, (-self._period_s, 0))
-            if now - written < self._period_s:
-                self._last[key] = (written, left_out + 1)
-                return ""
-            self._last[key] = (now, 0)
-        return f"{text} ({left_out} more like this)" if left_out else text
+            begun, seen = self._last.get(key, (-self._period_s, 0))
+            if now - begun < self._period_s:
+                self._last[key] = (begun, seen + 1)
+                return text if seen < burst else ""
+            self._last[key] = (now, 1)
+        return f"{text} ({seen - burst} more like this)" if seen > burst else text
 
 
 def guarded(work: Callable[[], None], complaints: Throttled) -> Callable[[], None]:

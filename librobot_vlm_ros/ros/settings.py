@@ -31,6 +31,9 @@ _TOPIC = r"(~/|/)?[A-Za-z_][A-Za-z0-9_]*(/[A-Za-z_][A-Za-z0-9_]*)*"
 _DEVICE = r"auto|cpu|cuda(:\d+)?"
 
 
+MAX_DIGESTS = 1000
+
+
 @dataclass(frozen=True)
 class Settings:
     """All parameters of the node, checked. Raises `RequestError` (BAD_PARAMETER, UNKNOWN_TASK,
@@ -228,6 +231,12 @@ class Settings:
     def __post_init__(self) -> None:
         for name, item in PARAMETERS.items():
             object.__setattr__(self, name, item.checked(getattr(self, name)))
+        if len(self.weights_sha256) > MAX_DIGESTS:  # each change of a parameter looks at them
+            raise RequestError(
+                ErrorCode.BAD_PARAMETER,
+                f"weights_sha256 has {len(self.weights_sha256)} entries, "
+                f"expected at most {MAX_DIGESTS}",
+            )
         object.__setattr__(self, "weights_sha256", sha256_list(self.weights_sha256))
         if self.weights_folders:
             confined(self.weights, allowed_folders(self.weights_folders))

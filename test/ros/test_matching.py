@@ -125,6 +125,15 @@ def test_a_topic_of_another_type_is_said_with_the_setting_that_helps(
     assert "image_transport:=compressed" in vlm.log()
 
 
+def test_instructions_of_another_type_are_said_and_their_absence_is_not(vlm: Any) -> None:
+    from std_msgs.msg import Int32
+
+    assert "~/instruction" not in vlm.log()
+    publisher = vlm.robot.node.create_publisher(Int32, f"{vlm.name}/instruction", 10)
+    vlm.process.wait_for_output("carries std_msgs/msg/Int32, expected std_msgs/msg/String", 10.0)
+    vlm.robot.node.destroy_publisher(publisher)
+
+
 def test_a_camera_that_sends_the_other_transport_is_said_with_the_setting_that_helps(
     start_vlm: Callable[..., Any], make_camera: Callable[..., Any]
 ) -> None:

@@ -46,6 +46,9 @@ WORDS = {"type": 4, "string_value": "red cube"}
         ("", WORDS, "there is no parameter ''. Known: "),
         ("a\nb", WORDS, "there is no parameter 'a\\nb'. Known: "),
         ("x" * 2**20, WORDS, "there is no parameter 'xxx"),
+        ("model_config", {"type": 4, "string_value": '{"a":' + "[" * 100_000}, "model_config"),
+        ("tasks", {"type": 9, "string_array_value": ["a" + " " * 100_000 + "!"]}, "tasks entry"),
+        ("weights_sha256", {"type": 9, "string_array_value": ["0" * 64] * 2000}, "2000 entries"),
         ("device", {"type": 4, "string_value": "gp\nu"}, "parameter device is 'gp\\nu'"),
     ],
 )
@@ -68,6 +71,12 @@ def test_one_wrong_value_spoils_no_other_but_where_all_go_together(
     each = len(results) == 3
     assert [successful for successful, _ in results] == ([False, True, False] if each else [False])
     assert vlm.get_parameter("instruction") == ("red cube" if each else "")
+
+
+def test_more_at_once_than_anybody_has_are_refused_together(send: Callable[..., Any]) -> None:
+    results = send(*[("instruction", WORDS)] * 300)
+    assert {successful for successful, _ in results} == {False}
+    assert {"300 parameters are to be set at once" in reason for _, reason in results} == {True}
 
 
 def test_right_values_are_set_in_their_order(vlm: Any, send: Callable[..., Any]) -> None:
