@@ -1,4 +1,4 @@
-"""A log that cannot be filled: the same complaint is written now and then, and counted meanwhile."""
+"""A log that cannot be filled: a complaint is written now and then, and counted meanwhile."""
 
 from __future__ import annotations
 
