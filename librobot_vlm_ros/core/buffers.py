@@ -48,7 +48,7 @@ def check_size(width: int, height: int, limits: Limits) -> None:
             ErrorCode.IMAGE_TOO_LARGE,
             f"image is {width}x{height} pixels, allowed are {limits.max_pixels} pixels "
             f"and {limits.max_side} a side",
-            "Publish smaller images, or raise the limit.",
+            "Publish smaller images.",
         )
 
 

@@ -167,6 +167,20 @@ def _read_header(flat: npt.NDArray[np.uint8], text: object, limits: Limits) -> C
     return header
 
 
+def _refuse_bomb(header: CompressedHeader, size: int, limits: Limits) -> None:
+    """A few kilobytes that become gigabytes: what they take is not for their sender to say."""
+    raw = header.width * header.height * max(3, header.channels) * -(-header.bits // 8)
+    most = 3 * limits.max_pixels
+    if raw > limits.free_expansion_bytes:
+        most = min(most, limits.max_expansion * size)
+    if raw > most:
+        raise ImageError(
+            ErrorCode.IMAGE_TOO_LARGE,
+            f"{header.kind} of {size} bytes becomes {raw} when decoded, allowed are {most}",
+            "Publish smaller images, of 8 bits.",
+        )
+
+
 def decode_compressed(
     data: object,
     *,
@@ -207,7 +221,8 @@ def decode_compressed(
     if isinstance(header.structure, jpeg.JpegHeader):
         jpeg.check_jpeg_structure(view, header.structure)
     else:
-        png.check_png_structure(view, header.structure)
+        flat = np.frombuffer(png.checked_picture(view, header.structure), dtype=np.uint8)
+    _refuse_bomb(header, flat.size, limits)
     try:
         pixels = _decode(flat, header, _reduction(header, at_least), depth=is_depth)
     except MemoryError as exc:

@@ -23,6 +23,8 @@ _ARITHMETIC = (0xC9, 0xCA)
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 _MAX_SEGMENTS = 2000
+_MAX_FILL = 4096
+_NOT_FILL = re.compile(rb"[^\xff]")
 _MAX_SCANS = 100  # ordinary progressive files have about 10; each one costs a pass over the picture
 
 # In entropy-coded data 0xFF is followed by 0 (a literal 0xFF), a restart marker, or another 0xFF
@@ -59,10 +61,10 @@ def _segment(data: memoryview, position: int) -> tuple[int, int, int]:
         raise _corrupt("ends in its header")
     if data[position] != 0xFF:
         raise _corrupt("has no marker where one must be")
-    while position < end and data[position] == 0xFF:  # any number of fill bytes
-        position += 1
-    if position >= end:
-        raise _corrupt("ends in a marker")
+    found = _NOT_FILL.search(data, position, position + _MAX_FILL)
+    if found is None:
+        raise _corrupt("ends in a marker" if end - position < _MAX_FILL else "is mostly filling")
+    position = found.start()
     marker = data[position]
     position += 1
     if marker in (_EOI, _TEM) or marker in _RESTARTS:

@@ -22,6 +22,11 @@ class Limits:
     """Width or height of an image, in pixels."""
     max_compressed_bytes: int = 64 * 1024 * 1024
     """Size of a JPEG or PNG before decoding, in bytes."""
+    max_expansion: int = 250
+    """Bytes of a decoded picture for each of its JPEG or PNG, where it is larger than
+    `free_expansion_bytes`. Pictures of cameras have less than 100, of a covered lens 150 to 250."""
+    free_expansion_bytes: int = 96 * 1024 * 1024
+    """Size of a decoded picture that is allowed however small its file is, in bytes."""
     max_prompt_chars: int = 4096
     """Length of a prompt as received, in characters."""
     max_new_tokens: int = 1024

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from .errors import ErrorCode, ImageError
 
-__all__ = ["PngHeader", "check_png_structure", "read_png_header"]
+__all__ = ["PngHeader", "checked_picture", "read_png_header"]
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -18,6 +18,10 @@ _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
 _DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
 _MAX_DEFLATE_RATIO = 1032  # a deflate stream holds at most 258 bytes in 2 bits
 _HEADER_END = len(SIGNATURE) + 25
+#: Chunks that decide which pixels a decoder gives.
+_PICTURE = frozenset(
+    {b"PLTE", b"tRNS", b"gAMA", b"cHRM", b"sRGB", b"sBIT", b"bKGD", b"IDAT", b"IEND"}
+)
 
 
 @dataclass(frozen=True)
@@ -67,12 +71,14 @@ def _check_sum(data: memoryview, start: int, end: int) -> None:
         raise _corrupt("has a chunk with a wrong checksum")
 
 
-def check_png_structure(data: memoryview, header: PngHeader) -> None:
+def checked_picture(data: memoryview, header: PngHeader) -> memoryview | bytes:
     """Follows the chunks to the end chunk, checking every checksum; bytes after that are ignored.
 
-    Raises `ImageError` (CORRUPT_COMPRESSED).
+    Gives the chunks that a picture is made of, which is `data` itself where there are no others.
+    Others are left to nobody: libpng writes the names of colour profiles to the terminal as they
+    are. Raises `ImageError` (CORRUPT_COMPRESSED).
     """
-    position, coded_bytes = _HEADER_END, 0
+    position, coded_bytes, others = _HEADER_END, 0, False
     sums: list[tuple[int, int]] = []  # checked at the end: a file cut off is found without them
     # Real chunks are kilobytes: a file of countless empty ones only wants to keep us busy.
     for _ in range(1000 + len(data) // 1024):
@@ -88,6 +94,7 @@ def check_png_structure(data: memoryview, header: PngHeader) -> None:
             break
         if kind == b"IDAT":
             coded_bytes += length
+        others = others or kind not in _PICTURE
         position = end + 4
     else:
         raise _corrupt("has too many chunks")
@@ -98,3 +105,11 @@ def check_png_structure(data: memoryview, header: PngHeader) -> None:
             f"has {coded_bytes} bytes of picture data, too few for "
             f"{header.width}x{header.height} pixels"
         )
+    if not others:
+        return data
+    kept = [
+        data[start - 4 : end + 4]
+        for start, end in sums
+        if bytes(data[start : start + 4]) in _PICTURE
+    ]
+    return b"".join([data[:_HEADER_END], *kept])
