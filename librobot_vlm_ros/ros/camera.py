@@ -64,6 +64,7 @@ class Camera:
         self._complaints = complaints
         self._read = read_compressed_image if setting.compressed else read_image
         self._sequence = 0
+        self._closed = False
         self._opened_ns = engine.now_ns()
         self._complained_ns: int | None = None
         image, other, transport = (
@@ -93,7 +94,8 @@ class Camera:
         return self._subscription.link
 
     def close(self) -> None:
-        """Stop listening."""
+        """Stop listening; what is being decoded is forgotten."""
+        self._closed = True
         self._subscription.close()
 
     def check(self) -> None:
@@ -142,6 +144,8 @@ class Camera:
             self._engine.count_drop(self.setting.name, DropReason.REPLACED)
 
     def _take(self, message: Any, sequence: int, received_ns: int) -> None:
+        if self._closed:
+            return
         convert, options = frame_from_image, {}
         if self.setting.compressed:
             margin = self._jpeg_margin()
@@ -159,7 +163,8 @@ class Camera:
             self._refuse(as_vlm_error(error))
             return
         self.faults.last_was_bad = False
-        self._engine.offer(frame)
+        if not self._closed:  # the engine may be at work again when this is done, for others
+            self._engine.offer(frame)
 
     def _enough(self, width: int, height: int) -> tuple[int, int] | None:
         """How much of a JPEG the model can make use of; None where it wants all of it."""

@@ -43,7 +43,7 @@ from .live_parameters import LiveParameters
 from .loading import create_backend, load_model, loaded_text, switch_model
 from .matching import MatchedSubscription
 from .namesakes import Namesakes
-from .on_demand import Served, timeout_of
+from .on_demand import Served, not_active, timeout_of
 from .parameter_requests import guard_parameter_services
 from .publishing import ResultPublisher
 from .refusals import known_refusal
@@ -111,9 +111,7 @@ class VlmNode(GuardedLifecycleNode):
         """Engine and cameras; raises `EngineError` NOT_ACTIVE while there are none."""
         engine, state = self._engine, self.state_label
         if engine is None:
-            raise EngineError(
-                ErrorCode.NOT_ACTIVE, f"the node is {state}", "Configure and activate it first."
-            )
+            raise not_active(state)
         return Served(engine, self.settings, dict(self._cameras), state)
 
     def engine_full(self) -> bool:

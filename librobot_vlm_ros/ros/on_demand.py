@@ -35,7 +35,7 @@ from .messages import (
 )
 from .settings import Settings
 
-__all__ = ["Served", "fill_answer", "make_request", "timeout_of"]
+__all__ = ["Served", "fill_answer", "make_request", "not_active", "timeout_of"]
 
 _MAX_TIMEOUT_S = 86400.0
 _numbers = itertools.count(1)
@@ -55,14 +55,7 @@ class Served:
 def make_request(goal: Any, served: Served, request_id: str = "") -> InferenceRequest:
     """The request that a `Query` request or `Generate` goal describes. Raises `VlmError`."""
     if served.state != "active":
-        on_its_way = served.state in ("configuring", "activating")
-        raise EngineError(
-            ErrorCode.NOT_ACTIVE,
-            f"the node is {served.state}",
-            "Ask again once it is active."
-            if on_its_way
-            else "Configure and activate it, as with ros2 lifecycle set.",
-        )
+        raise not_active(served.state)
     spec = get_task(goal.task)
     timeout_s = timeout_of(goal.timeout_s, served.settings.request_timeout_s)
     return InferenceRequest(
@@ -75,6 +68,16 @@ def make_request(goal: Any, served: Served, request_id: str = "") -> InferenceRe
         params=_params(goal, served.settings),
         deadline_ns=served.engine.now_ns() + round(timeout_s * 1e9),
     )
+
+
+def not_active(state: str) -> EngineError:
+    """The error for a node in that state, with what to do about it."""
+    hint = "Configure and activate it, as with ros2 lifecycle set."
+    if state in ("configuring", "activating"):
+        hint = "Ask again once it is active."
+    elif state in ("shuttingdown", "finalized"):
+        hint = "It was shut down for good: start it again."
+    return EngineError(ErrorCode.NOT_ACTIVE, f"the node is {state}", hint)
 
 
 def _params(goal: Any, settings: Settings) -> GenerationParams:

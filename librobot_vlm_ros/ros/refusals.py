@@ -1,4 +1,4 @@
-"""What ROS refuses for reasons that the operator can mend: its log's folder, and SROS2.
+"""What ROS refuses for reasons that the operator can mend: its log's folder, names, SROS2.
 
 rcl says these things as plain texts, some of them without the name of what was refused.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 
-from librobot_vlm_ros.core import BagError, ErrorCode, ModelError, VlmError
+from librobot_vlm_ros.core import BagError, ErrorCode, ModelError, RequestError, VlmError
 
 __all__ = ["known_refusal"]
 
@@ -49,6 +49,12 @@ def known_refusal(error: BaseException, name: str = "") -> VlmError | None:
             f"ROS_SECURITY_ENABLE is set, and the enclave's files are not there: {text}",
             "Name the enclave (--ros-args --enclave /vlm, or ROS_SECURITY_ENCLAVE_OVERRIDE=/vlm; "
             f"/vlm_client for clients), check ROS_SECURITY_KEYSTORE, or make the keys: {_STEPS}.",
+        )
+    if "invalid node name" in text or "Trying to set parameter" in text:
+        return RequestError(
+            ErrorCode.BAD_PARAMETER,
+            f"the node cannot start so: {text}",
+            "Correct the name, the namespace or the parameter.",
         )
     refused = _ENDPOINT.search(text)
     if refused is None or os.environ.get("ROS_SECURITY_ENABLE") != "true":

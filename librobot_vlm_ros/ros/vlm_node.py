@@ -138,7 +138,8 @@ def _autostart(node: Any) -> None:
                 )
                 return
         except Exception as error:
-            node.get_logger().error(f"autostart stopped: {error}")
+            if node.state_label != "finalized":  # told to end meanwhile
+                node.get_logger().error(f"autostart stopped: {error}")
             return
 
 

@@ -113,9 +113,13 @@ def test_a_model_that_breaks_again_and_again_sends_the_node_to_unconfigured_and_
 
 
 def test_shutdown_finalizes_from_every_state(start_vlm: Callable[..., Any]) -> None:
+    from librobot_vlm_ros.srv import Query
+
     vlm = start_vlm(autostart=True)
     vlm.wait_for_state("active")
     assert vlm.change_state("shutdown")
     assert vlm.state == "finalized"
     assert not vlm.change_state("configure")
     assert vlm.process.alive
+    answer = vlm.call(Query, "query", task="caption")
+    assert "the node is finalized. It was shut down for good" in answer.error_msg

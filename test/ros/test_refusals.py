@@ -23,12 +23,16 @@ NO_SECURITY = (
     "error creating node: This Fast DDS version doesn't have the security libraries\n"
     "Please compile Fast DDS using the -DSECURITY=ON CMake option"
 )
+NO_NAMESPACE = "error creating node: invalid node namespace: must not end with a '/', at rmw_node"
+NO_TYPE = "Trying to set parameter 'use_sim_time' to '5' of type 'INTEGER', expecting type 'BOOL'"
 NO_LOG = "Failed to configure logging: Failed to create log directory: /root/.ros/log"
 
 
 @pytest.mark.parametrize(
     ("text", "code", "said"),
     [
+        (NO_NAMESPACE, ErrorCode.BAD_PARAMETER, "invalid node namespace"),
+        (NO_TYPE, ErrorCode.BAD_PARAMETER, "expecting type 'BOOL'"),
         (NO_LOG, ErrorCode.PERMISSION_DENIED, "ROS_LOG_DIR"),
         (NO_FOLDER, ErrorCode.FILE_NOT_FOUND, "ROS_SECURITY_KEYSTORE"),
         (NO_ENCLAVE, ErrorCode.FILE_NOT_FOUND, "ROS_SECURITY_ENCLAVE_OVERRIDE"),
