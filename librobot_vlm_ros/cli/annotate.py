@@ -67,7 +67,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "/instruction, where the bag has one; '' for none)",
     )
     frames.add_argument(
-        "--salvage", action="store_true", help="read what is whole of a bag that is cut off"
+        "--salvage",
+        action="store_true",
+        help="read what is whole of a bag that is cut off or damaged",
     )
     _configure_model(parser.add_argument_group("model"))
     output = parser.add_argument_group("output")

@@ -35,7 +35,7 @@ def annotate(args: argparse.Namespace) -> int:
     with open_bags(args.bags[:-1], salvage=args.salvage) as readers:
         for reader in readers:
             if reader.lost:
-                console.warn(f"{reader.path} is cut off, lost is {reader.lost}")
+                console.warn(f"{reader.path} is not whole, lost is {reader.lost}")
         types = topic_types(readers)
         job, twins = make_job(args, types)
         _announce(console, job, twins)

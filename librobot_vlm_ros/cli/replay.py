@@ -78,7 +78,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--strict", action="store_true", help="refuse the bag if any topic cannot be played"
     )
     topics.add_argument(
-        "--salvage", action="store_true", help="play what is whole of a bag that is cut off"
+        "--salvage",
+        action="store_true",
+        help="play what is whole of a bag that is cut off or damaged",
     )
     waiting = parser.add_argument_group("waiting")
     waiting.add_argument(
@@ -115,7 +117,7 @@ def main(args: argparse.Namespace) -> int:
         Session("librobot_vlm_replay") as session,
     ):
         if reader.lost:
-            console.warn(f"{path} is cut off, lost is {reader.lost}")
+            console.warn(f"{path} is not whole, lost is {reader.lost}")
         link = None
         if args.lock_step:
             link = NodeLink(session, args.node)

@@ -338,7 +338,29 @@ def test_of_a_bag_that_is_cut_off_the_whole_part_is_annotated_on_request(
     shown = capsys.readouterr()
     topics = json.loads(shown.out)["topics"]
     assert 100 <= topics[RAW] == topics["/vlm/caption"] < 200
-    assert "is cut off, lost is" in shown.err
+    assert "is not whole, lost is" in shown.err
+
+
+def test_of_a_bag_that_is_damaged_all_but_a_chunk_is_annotated_on_request(
+    tmp_path: Path, capsys: Captured
+) -> None:
+    write_rectangle_bag(tmp_path / "bag", 200, jpeg_topic=None, compress=False)
+    file = tmp_path / "bag" / "bag.mcap"
+    bad = bytearray(file.read_bytes())
+    bad[len(bad) // 2] ^= 0xFF
+    file.write_bytes(bytes(bad))
+    words = ["annotate", str(tmp_path / "bag"), str(tmp_path / "out"), *TASKS, "--json"]
+    assert main(words) == 1
+    refused = capsys.readouterr().err
+    assert "BAG_UNREADABLE(600)" in refused
+    assert "--salvage" in refused
+    assert main([*words, "--salvage"]) == 0
+    shown = capsys.readouterr()
+    summary = json.loads(shown.out)
+    assert 50 <= summary["topics"][RAW] == summary["topics"]["/vlm/caption"] < 200
+    assert "a damaged chunk at byte" in summary["lost"][str(tmp_path / "bag")]
+    with BagReader(tmp_path / "out") as out, BagReader(tmp_path / "bag", salvage=True) as source:
+        assert [m.data for m in source.messages([RAW])] == [m.data for m in out.messages([RAW])]
 
 
 @pytest.mark.slow
