@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .argument_types import positive, remapping, seconds
+from .argument_types import node_name, positive, remapping, seconds
 
 if TYPE_CHECKING:
     from .bag_publishers import PlayOptions, PlayReport
@@ -90,7 +90,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="longest wait for subscribers before the first message (default 3)",
     )
-    waiting.add_argument("--node", default="/vlm", help="lock-step: the node (default /vlm)")
+    waiting.add_argument(
+        "--node", type=node_name, default="/vlm", help="lock-step: the node (default /vlm)"
+    )
     waiting.add_argument(
         "--timeout",
         type=positive,
