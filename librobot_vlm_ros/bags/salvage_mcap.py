@@ -55,34 +55,26 @@ class SalvageMcap:
         self._known = McapReader(path)  # schemas, channels and connections found so far
         self._file: BinaryIO | None = None
         self._pieces: list[_Piece] = []
+        self._counts: Counter[int] = Counter()  # messages of each channel
+        self._first_ns, self._last_ns = LATEST, 0
 
     def open(self) -> None:
         """Find what is whole. Raises what Python and rosbags raise for a file that is no MCAP."""
         self._file = self.path.open("rb")
         lost: list[str] = []
-        messages: Counter[int] = Counter()
-        first, last = LATEST, 0
         with mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             pieces = _pieces(data, lost)
-        # What stands behind the data repeats the schemas and channels: it is looked at first.
-        for piece in sorted(
-            pieces, key=lambda p: (p.is_chunk, p.start if p.is_chunk else -p.start)
-        ):
-            try:
-                stamps = self._look_at(piece)
-            except Exception as error:  # whatever rosbags and its decompressors stumble over
-                lost.append(_lost_piece(piece, error))
-                continue
-            self._pieces.append(piece)
-            for channel, stamp_ns in stamps:
-                messages[channel] += 1
-                first, last = min(first, stamp_ns), max(last, stamp_ns)
+        # Twice: what stands behind the data repeats the schemas and channels, and may know one that
+        # stood in a damaged chunk. It has no checksum, so that the first one counts.
+        postponed = [piece for piece in pieces if not self._take(piece, None)]
+        for piece in postponed:
+            self._take(piece, lost)
         self._pieces.sort(key=lambda piece: piece.start)
         self.connections = [
-            item._replace(msgcount=messages[item.id], owner=self)
+            item._replace(msgcount=self._counts[item.id], owner=self)
             for item in self._known.connections
         ]
-        self.metadata = counted(sum(messages.values()), first, last)
+        self.metadata = counted(sum(self._counts.values()), self._first_ns, self._last_ns)
         more = [f"{len(lost) - _SHOWN} pieces more"] if len(lost) > _SHOWN else []
         self.lost = ", ".join([*lost[:_SHOWN], *more])
 
@@ -105,16 +97,33 @@ class SalvageMcap:
         reader.connections = list(self._known.connections)
         return reader
 
-    def _look_at(self, piece: _Piece) -> list[tuple[int, int]]:
-        """(channel, time) of its messages; raises where it is damaged."""
-        reader = self._reader(piece)
-        reader.meta_scan()
-        rows = reader.messages_scan(reader.connections)
-        stamps = [(connection.id, stamp_ns) for connection, stamp_ns, _ in rows]
-        if len(stamps) < piece.indexed:
-            raise ReaderError(f"{len(stamps)} of {piece.indexed} messages are in it")
+    def _take(self, piece: _Piece, lost: list[str] | None) -> bool:
+        """Count the messages of a piece that is whole. With `lost`, what is not is told to it, and
+        messages of unknown topics do not hinder.
+        """
+        try:
+            reader = self._reader(piece)
+            reader.meta_scan()
+            there = reader.statistics.message_count
+            if there < piece.indexed:
+                raise ReaderError(f"only {there} messages are in it")
+            rows = reader.messages_scan(reader.connections)
+            stamps = [(connection.id, stamp_ns) for connection, stamp_ns, _ in rows]
+        except Exception as error:  # whatever rosbags and its decompressors stumble over
+            if lost is not None:
+                lost.append(_lost_piece(piece, error))
+            return False
+        if len(stamps) < there:
+            if lost is None:
+                return False
+            lost.append(f"{there - len(stamps)} messages of unknown topics at byte {piece.start}")
         self._known = reader
-        return stamps
+        self._pieces.append(piece)
+        for channel, stamp_ns in stamps:
+            self._counts[channel] += 1
+            self._first_ns = min(self._first_ns, stamp_ns)
+            self._last_ns = max(self._last_ns, stamp_ns)
+        return True
 
     def messages(
         self, connections: Collection[Connection], start: int | None = None, stop: int | None = None
@@ -135,7 +144,8 @@ def counted(count: int, first_ns: int, last_ns: int) -> Any:
 def _lost_piece(piece: _Piece, error: Exception) -> str:
     what = "a damaged chunk" if piece.is_chunk else f"{piece.end - piece.start} bytes"
     how_many = f"{piece.indexed} messages, " if piece.indexed else ""
-    return f"{what} at byte {piece.start} ({how_many}{error})"
+    why = str(error).rstrip(".") or type(error).__name__
+    return f"{what} at byte {piece.start} ({how_many}{why})"
 
 
 def _pieces(data: mmap.mmap, lost: list[str]) -> list[_Piece]:
@@ -152,11 +162,11 @@ def _pieces(data: mmap.mmap, lost: list[str]) -> list[_Piece]:
         if end:
             _append(pieces, data, place, end)
             has_ended |= data[place] == _DATA_END
-            before, place = place, end
+            before, place = end if data[place] == _CHUNK else place, end
             continue
         if has_ended:
             break  # all messages stand before it
-        # The record before may be the damaged one, its length being wrong.
+        # The record before may be the damaged one, its length being wrong; not so a chunk.
         following = _next_chunk(data, before + 1) or size
         begin = min(place, following)
         while pieces and pieces[-1].end > begin:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -197,3 +198,26 @@ def test_a_file_that_was_never_a_bag_is_said_to_be_none(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"\xff\xd8\xff\xe0 a picture" * 20)
         with pytest.raises(BagError, match="not what its name says"):
             rows(tmp_path / name, salvage=True)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_flipped_byte_anywhere_costs_a_piece_and_makes_up_nothing(
+    tmp_path: Path, cut: bool
+) -> None:
+    write_rectangle_bag(tmp_path / "bag", 250, compress=False)
+    file = storage_file(tmp_path / "bag")
+    whole = rows(tmp_path / "bag")
+    good = file.read_bytes()
+    behind = sum(chunks_of(file)[-1])
+    seeded = random.Random(7)
+    places = [seeded.randrange(8, behind) for _ in range(12)]
+    places += [seeded.randrange(behind, len(good)) for _ in range(12)]
+    for place in places:
+        bad = bytearray(good)
+        bad[place] ^= 0xFF
+        file.write_bytes(bytes(bad[:-8] if cut else bad))
+        with BagReader(tmp_path / "bag", salvage=True) as bag:
+            kept = [(m.topic, m.stamp_ns, m.data) for m in bag.messages()]
+            assert set(kept) <= set(whole), place
+            assert len(kept) > len(whole) / 4, place
+            assert bag.lost or len(kept) == len(whole), place
