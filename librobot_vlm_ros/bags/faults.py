@@ -11,8 +11,9 @@ import struct
 from pathlib import Path
 
 from librobot_vlm_ros.core import BagError, ErrorCode, VlmError, as_vlm_error
+from librobot_vlm_ros.core.files import kind_of
 
-__all__ = ["check_path", "explain"]
+__all__ = ["check_kinds", "check_path", "explain"]
 
 _MCAP_MAGIC = b"\x89MCAP0\r\n"
 _SQLITE_MAGIC = b"SQLite format 3\0"
@@ -20,8 +21,26 @@ _STORAGE = (".mcap", ".db3")
 _MEND = (
     "Copy it again if it was being copied; a recording cut off by a crash can be mended with "
     "`mcap recover` (.mcap) or `sqlite3 FILE .recover` (.db3), then `ros2 bag reindex`; "
-    "--salvage reads what is whole."
+    "--salvage (of replay and annotate) reads what is whole."
 )
+
+
+def check_kinds(path: Path) -> None:
+    """Raise the `BagError` for a bag or a file in it that opening would wait for, or that is
+    something else than a file under a file's name; nothing is opened.
+    """
+    try:
+        files = path.iterdir() if path.is_dir() else iter([path])
+        for file in files:
+            kind = kind_of(file)
+            if kind not in ("", "a folder") or (kind and file.suffix in _STORAGE and file != path):
+                raise BagError(
+                    ErrorCode.BAG_UNREADABLE,
+                    f"{file} is {kind}, expected a regular file",
+                    "Give a folder with a metadata.yaml in it, or a .mcap or .db3 file.",
+                )
+    except OSError as error:
+        raise as_vlm_error(error) from error
 
 
 def check_path(path: Path) -> None:
@@ -126,5 +145,6 @@ def explain(path: Path, error: Exception, after: int | None = None) -> VlmError:
     return BagError(
         ErrorCode.BAG_UNREADABLE,
         f"{path} cannot be read{where}: {text}",
-        "Expected a rosbag2 recording of CDR messages, in db3 or MCAP.",
+        "Expected a rosbag2 recording of CDR messages, in db3 or MCAP; of a damaged one --salvage "
+        "(of replay and annotate) reads what is whole.",
     )

@@ -6,6 +6,7 @@ asked for is deserialized, with the definitions that the bag itself carries.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from rosbags.typesys.store import Typestore
 
 from librobot_vlm_ros.core import BagError, ErrorCode, VlmError
 
-from .faults import check_path, explain
+from .faults import check_kinds, check_path, explain
 from .quality import BagQos, from_recorded
 from .salvage import SalvageReader
 from .typestore import extended_typestore
@@ -59,8 +60,9 @@ class BagReader:
 
     Used as a context manager. Raises `BagError` on opening: FILE_NOT_FOUND, PERMISSION_DENIED,
     BAG_UNREADABLE (no bag, or a damaged one), BAG_TRUNCATED (a recording that was cut off).
-    With `salvage` a recording that was cut off is opened all the same: what is whole in it is read,
-    and `lost` says what is not; only one in which nothing is whole is BAG_TRUNCATED.
+    With `salvage` a recording that was cut off or damaged is opened all the same: what is whole in
+    it is read, and `lost` says what is not. To know, it is read through once; only one in which
+    nothing is whole is refused.
     """
 
     def __init__(self, path: Path | str, *, salvage: bool = False) -> None:
@@ -72,28 +74,37 @@ class BagReader:
         self._types: Typestore | None = None
 
     def __enter__(self) -> BagReader:
-        cut_off = self._is_cut_off()
-        reader: Reader | SalvageReader
-        try:
-            reader = SalvageReader(self.path) if cut_off else Reader(self.path)
-            reader.open()
-        except Exception as error:
-            raise explain(self.path, error) from error
-        self._reader = reader
+        reader = self._reader = self._whole_or_salvaged()
         self.topics = tuple(_topics(reader.connections))
         if isinstance(reader, SalvageReader):
             self.lost = "; ".join(reader.lost)
         return self
 
-    def _is_cut_off(self) -> bool:
-        """Whether it is cut off and shall be read all the same."""
+    def _whole_or_salvaged(self) -> Reader | SalvageReader:
+        """The bag, open; as it is unless it has a fault and shall be read all the same."""
+        check_kinds(self.path)
+        reader: Reader | None = None
         try:
             check_path(self.path)
-        except BagError as error:
-            if not self._salvage or error.code != ErrorCode.BAG_TRUNCATED:
-                raise
-            return True
-        return False
+            reader = Reader(self.path)
+            reader.open()
+            if self._salvage:
+                _read_through(reader)
+            return reader
+        except Exception as error:
+            if reader is not None:
+                with contextlib.suppress(Exception):  # it may not have come to be open
+                    reader.close()
+            coded = explain(self.path, error)
+            damaged = coded.code in (ErrorCode.BAG_TRUNCATED, ErrorCode.BAG_UNREADABLE)
+            if not self._salvage or not damaged:
+                raise coded from error
+        salvaged = SalvageReader(self.path)
+        try:
+            salvaged.open()
+        except Exception as error:  # nothing in it is whole: what it suffers from was said above
+            raise coded from error
+        return salvaged
 
     def __exit__(
         self,
@@ -243,6 +254,15 @@ class BagReader:
         if self._types is None:
             self._types = extended_typestore(_recorded_types(self._open.connections))
         return self._types
+
+
+def _read_through(reader: Reader) -> None:
+    """Raises where it is damaged."""
+    found = sum(1 for _ in reader.messages(reader.connections))
+    if found < reader.message_count:
+        raise BagError(
+            ErrorCode.BAG_UNREADABLE, f"{found} of {reader.message_count} messages can be found"
+        )
 
 
 def _topics(connections: list[Connection]) -> Iterator[BagTopic]:

@@ -1,16 +1,14 @@
-"""What is whole in a recording that was cut off: its complete chunks and messages.
+"""What is whole in a recording that was cut off or damaged: its complete chunks and messages.
 
-Such files have lost their index (MCAP) or part of their pages (db3), so they are read from the
-front up to the first piece that is missing. Nothing is written to them.
+An MCAP file is read chunk by chunk, past the damaged ones; a db3 file from the front up to the
+first page that is missing or damaged. Nothing is written to them.
 """
 
 from __future__ import annotations
 
-import os
 import sqlite3
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
 
 from rosbags.interfaces import (
     Connection,
@@ -19,15 +17,13 @@ from rosbags.interfaces import (
     MessageDefinitionFormat,
 )
 from rosbags.rosbag2.errors import ReaderError
-from rosbags.rosbag2.metadata import ReaderMetadata, parse_qos
-from rosbags.rosbag2.storage_mcap import McapReader
+from rosbags.rosbag2.metadata import parse_qos
+
+from .salvage_mcap import LATEST, SalvageMcap, counted
 
 __all__ = ["SalvageReader", "storage_files"]
 
-_RECORD_HEAD = 9  # opcode and length
-_MAGIC = 8
 _FORMATS = {"ros2msg": MessageDefinitionFormat.MSG, "ros2idl": MessageDefinitionFormat.IDL}
-_LATEST = 2**63 - 1
 
 
 def storage_files(path: Path) -> list[Path]:
@@ -44,7 +40,7 @@ def _number(stem: str) -> int:
 
 
 class SalvageReader:
-    """Reads like `rosbags`' reader, from files of which the end may be missing.
+    """Reads like `rosbags`' reader, from files of which a part may be missing or damaged.
 
     `lost` says what could not be read. Raises `ReaderError` when nothing can be.
     """
@@ -53,10 +49,10 @@ class SalvageReader:
         self.connections: list[Connection] = []
         self.lost: list[str] = []
         self._parts = [
-            _CutMcap(file) if file.suffix == ".mcap" else _CutDb3(file)
+            SalvageMcap(file) if file.suffix == ".mcap" else _SalvageDb3(file)
             for file in storage_files(path)
         ]
-        self._opened: list[_CutMcap | _CutDb3] = []
+        self._opened: list[SalvageMcap | _SalvageDb3] = []
 
     def open(self) -> None:
         """Find what is whole in each file; a file in which nothing is counts as lost."""
@@ -107,57 +103,14 @@ class SalvageReader:
                 yield from part.messages(own, start, stop)
 
 
-class _CutMcap(McapReader):  # type: ignore[misc]
-    """An MCAP file read by its records up to the last whole one, without its index."""
-
-    lost = ""
-
-    def close(self) -> None:
-        """Close the file; fine when it is closed already, as after a failed opening."""
-        if self.bio is not None:
-            super().close()
-
-    def _open(self) -> None:
-        size = os.path.getsize(self.path)
-        self.bio.seek(_MAGIC)
-        place = _MAGIC
-        while place + _RECORD_HEAD <= size:
-            head = self.bio.read(_RECORD_HEAD)
-            end = place + _RECORD_HEAD + int.from_bytes(head[1:], "little")
-            if head[0] == 0x0F or not 0 < head[0] < 0x80 or end > size:  # data end, or cut off
-                break
-            if not self.data_start:
-                self.data_start = end
-            place = end
-            self.bio.seek(place)
-        if place == _MAGIC:
-            raise ReaderError("Truncated record: it ends in its header.")
-        self.data_end = place
-        self.meta_scan()
-        ended = place < size and head[0] == 0x0F
-        self.lost = "" if ended else f"{size - place} bytes of an unfinished piece at the end"
-        found = self.statistics
-        counts = found.channel_message_counts
-        self.connections = [
-            item._replace(msgcount=counts.get(item.id, 0)) for item in self.connections
-        ]
-        self.metadata = _metadata(found.message_count, found.start_time, found.end_time)
-
-    def messages(
-        self, connections: Collection[Connection], start: int | None = None, stop: int | None = None
-    ) -> Iterator[tuple[Connection, int, bytes]]:
-        """In the order of recording, which rosbags would want to be that of the stamps."""
-        yield from self.messages_scan(connections, start, stop)
-
-
-class _CutDb3:
+class _SalvageDb3:
     """A db3 file read row by row up to the first that is not whole."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.lost = ""
         self.connections: list[Connection] = []
-        self.metadata = _metadata(0, _LATEST, 0)
+        self.metadata = counted(0, LATEST, 0)
         self._db: sqlite3.Connection | None = None
         self._last = 0
 
@@ -180,9 +133,9 @@ class _CutDb3:
     def _scan(self) -> dict[int, int]:
         counts: dict[int, int] = {}
         whole: dict[int, int] = {}
-        first, last = _LATEST, 0
+        first, last = LATEST, 0
         tail = _Tail(int(self._database.execute("PRAGMA page_size").fetchone()[0]))
-        rows = self._rows(_LATEST)
+        rows = self._rows(LATEST)
         while True:
             try:
                 number, topic, stamp_ns, data = next(rows)
@@ -200,7 +153,7 @@ class _CutDb3:
             self.lost = "what stood in the last pages"
         if self.lost and tail.doubted is not None:
             counts, self._last = whole, tail.doubted - 1
-        self.metadata = _metadata(sum(counts.values()), first, last)
+        self.metadata = counted(sum(counts.values()), first, last)
         return counts
 
     def _is_short(self, page_size: int) -> bool:
@@ -252,7 +205,7 @@ class _CutDb3:
     ) -> Iterator[tuple[Connection, int, bytes]]:
         """Whole messages in the order of recording."""
         by_id = {item.id: item for item in connections}
-        low, high = start or 0, _LATEST if stop is None else stop
+        low, high = start or 0, LATEST if stop is None else stop
         for _, topic, stamp_ns, data in self._rows(self._last):
             if topic in by_id and low <= stamp_ns < high:
                 yield by_id[topic], stamp_ns, data
@@ -289,10 +242,3 @@ class _Tail:
             self.doubted, self._since = number, 0
             return True
         return False
-
-
-def _metadata(count: int, first_ns: int, last_ns: int) -> Any:
-    if not count:
-        return ReaderMetadata(0, _LATEST, 0, 0, None, None, None, None)
-    span = last_ns - first_ns + 1
-    return ReaderMetadata(span, first_ns, last_ns + 1, count, None, None, None, None)

@@ -8,14 +8,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import shutil
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from rosbags.interfaces import Connection
 from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
+from rosbags.rosbag2.storage_mcap import McapWriter
 from rosbags.typesys.store import Typestore
 
 from librobot_vlm_ros.core import BagError, ErrorCode, VlmError, as_vlm_error
@@ -28,6 +30,7 @@ __all__ = ["BagSummary", "BagWriter", "Storage", "disk_full", "is_disk_full"]
 Storage = Literal["mcap", "db3"]
 _PLUGINS = {"mcap": StoragePlugin.MCAP, "db3": StoragePlugin.SQLITE3}
 _VERSION: Literal[9] = 9  # of metadata.yaml; what Jazzy writes
+_CHECKSUM = 9 + 24  # place in a chunk: behind opcode and length, two times and a size
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,27 @@ class BagSummary:
     counts: Mapping[str, int]
     """Messages by topic."""
     bytes_written: int
+
+
+class _McapWriter(McapWriter):  # type: ignore[misc]
+    """Writes the checksum of each chunk, which rosbags leaves out: damage is then noticed."""
+
+    def close_chunk(self) -> None:
+        """Write the pending chunk, and its checksum into it."""
+        place = self.bio.tell() + _CHECKSUM
+        checksum = zlib.crc32(self.chunk.bio.getbuffer())
+        super().close_chunk()
+        end = self.bio.tell()
+        self.bio.seek(place)
+        self.bio.write(checksum.to_bytes(4, "little"))
+        self.bio.seek(end)
+
+
+class _Writer(Writer):  # type: ignore[misc]
+    STORAGE_PLUGINS: ClassVar[Mapping[StoragePlugin, Any]] = {
+        **Writer.STORAGE_PLUGINS,
+        StoragePlugin.MCAP: _McapWriter,
+    }
 
 
 class BagWriter:
@@ -80,7 +104,7 @@ class BagWriter:
                     f"{self.path} exists already, a bag is written to a new folder",
                     "Remove it or choose another path.",
                 )
-            writer = Writer(self.path, version=_VERSION, storage_plugin=_PLUGINS[self._storage])
+            writer = _Writer(self.path, version=_VERSION, storage_plugin=_PLUGINS[self._storage])
             if self._compress and self._storage == "mcap":  # chunks; every MCAP tool reads them
                 writer.set_compression(CompressionMode.STORAGE, CompressionFormat.ZSTD)
             writer.open()

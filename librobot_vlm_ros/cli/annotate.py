@@ -6,10 +6,12 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .argument_types import count, positive
+from .argument_types import at_least_one, count, node_name, positive
 
 if TYPE_CHECKING:
     from .annotate_job import Job
+
+_MOST_WORKERS = 64
 
 SUMMARY = "run a model over recorded bags: originals and results into a new bag"
 
@@ -50,7 +52,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     fewer = frames.add_mutually_exclusive_group()
     fewer.add_argument(
-        "--every", type=_at_least_one, default=1, metavar="N", help="each N-th frame of a camera"
+        "--every", type=at_least_one, default=1, metavar="N", help="each N-th frame of a camera"
     )
     fewer.add_argument(
         "--rate",
@@ -67,14 +69,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "/instruction, where the bag has one; '' for none)",
     )
     frames.add_argument(
-        "--salvage", action="store_true", help="read what is whole of a bag that is cut off"
+        "--salvage",
+        action="store_true",
+        help="read what is whole of a bag that is cut off or damaged",
     )
     _configure_model(parser.add_argument_group("model"))
     output = parser.add_argument_group("output")
     output.add_argument(
         "--storage", choices=("mcap", "db3"), help="of the new bag (default: as the first bag's)"
     )
-    output.add_argument("--node", default="/vlm", help="names the result topics (default /vlm)")
+    output.add_argument(
+        "--node", type=node_name, default="/vlm", help="names the result topics (default /vlm)"
+    )
     output.add_argument(
         "--overwrite", action="store_true", help="begin anew and replace OUT_BAG if there is one"
     )
@@ -94,7 +100,7 @@ def _configure_model(model: Any) -> None:
     model.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16")
     model.add_argument("--quantization", default="none", help="none, int8, nf4")
     model.add_argument(
-        "--batch", type=_at_least_one, default=8, metavar="N", help="frames at once (default 8)"
+        "--batch", type=at_least_one, default=8, metavar="N", help="frames at once (default 8)"
     )
     model.add_argument("--max-new-tokens", type=count, default=0, metavar="N", help="length limit")
     model.add_argument("--num-beams", type=count, default=0, metavar="N", help="of the decoding")
@@ -104,17 +110,18 @@ def _configure_model(model: Any) -> None:
     model.add_argument("--allow-depth", action="store_true", help="take depth images as grey ones")
     model.add_argument(
         "--workers",
-        type=_at_least_one,
+        type=_workers,
         default=1,
         metavar="N",
-        help="processes, each with the model (default 1)",
+        help="processes, each with the model (default 1, at most 64; never more than there are "
+        "segments of frames to do)",
     )
 
 
-def _at_least_one(text: str) -> int:
-    value = count(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError("expected a whole number of at least 1")
+def _workers(text: str) -> int:
+    value = at_least_one(text)
+    if value > _MOST_WORKERS:
+        raise argparse.ArgumentTypeError(f"expected at most {_MOST_WORKERS} processes")
     return value
 
 
@@ -135,7 +142,6 @@ def make_job(args: argparse.Namespace, types: dict[str, str]) -> tuple[Job, dict
     """
     from .annotate_job import Job, find_cameras, find_instruction_topic
 
-    node = "/" + args.node.strip("/")
     cameras, twins = find_cameras(types, args.topics)
     values = {
         "model": args.model,
@@ -157,8 +163,8 @@ def make_job(args: argparse.Namespace, types: dict[str, str]) -> tuple[Job, dict
         salvage=args.salvage,
         values=values,
         cameras=cameras,
-        instruction_topic=find_instruction_topic(types, args.instruction_topic, node),
-        node=node,
+        instruction_topic=find_instruction_topic(types, args.instruction_topic, args.node),
+        node=args.node,
         every=args.every,
         rate_hz=args.rate,
     )

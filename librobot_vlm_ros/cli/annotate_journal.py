@@ -21,10 +21,19 @@ from librobot_vlm_ros.core import BagError, EngineError, ErrorCode
 
 from .annotate_plan import FramePlan
 
-__all__ = ["BadFrame", "Journal", "ResultRow", "SegmentDone", "journal_folder"]
+__all__ = [
+    "BadFrame",
+    "Journal",
+    "ResultRow",
+    "SegmentDone",
+    "check_work",
+    "journal_folder",
+    "remove_work",
+]
 
 _FILE = "journal.db"
 _LOCK = "lock"
+_FOLDERS = ("bag", "old")  # the new bag being written, and the one it replaces
 _TABLES = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE frames (
@@ -71,7 +80,7 @@ class SegmentDone(NamedTuple):
 
 def journal_folder(out: Path) -> Path:
     """Where the unfinished work for the bag `out` lies: beside it."""
-    return out.absolute().with_name(f"{out.absolute().name}.partial")
+    return Path(f"{out.absolute()}.partial")
 
 
 class Journal:
@@ -152,6 +161,12 @@ class Journal:
 
         self._transaction(write)
 
+    def open_count(self) -> int:
+        """How many segments are not done."""
+        text = "SELECT count(DISTINCT segment) FROM frames WHERE segment NOT IN "
+        found = self._open.execute(f"{text} (SELECT number FROM segments)").fetchone()
+        return int(found[0])
+
     def open_segments(self) -> Iterator[tuple[int, list[FramePlan]]]:
         """Segments that are not done, with their frames."""
         text = "SELECT DISTINCT segment FROM frames WHERE segment NOT IN "
@@ -230,19 +245,34 @@ class Journal:
 
 def remove_work(out: Path) -> None:
     """Remove what an earlier run left for `out`; refuses a folder that holds anything else."""
+    check_work(out)
+    if journal_folder(out).exists():
+        shutil.rmtree(journal_folder(out))
+
+
+def check_work(out: Path) -> None:
+    """Raise `BagError` PATH_NOT_ALLOWED where something that is not of annotate stands in the place
+    of the work for `out`; touches nothing.
+    """
     folder = journal_folder(out)
-    if not folder.exists():
-        return
-    known = (_LOCK, "bag", "old")
-    foreign = [
-        item.name
-        for item in folder.iterdir()
-        if item.name not in known and not item.name.startswith(_FILE)
-    ]
-    if foreign:
+    wrong = ""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        wrong = "it is a link or a file, expected a folder of annotate or nothing"
+    elif folder.exists():
+        foreign = sorted(item.name for item in folder.iterdir() if not _is_ours(item))
+        if foreign:
+            wrong = f"it holds {foreign[:3]}, which is not of annotate"
+    if wrong:
         raise BagError(
             ErrorCode.PATH_NOT_ALLOWED,
-            f"{folder} is not removed: it holds {sorted(foreign)[:3]}, which is not of annotate",
+            f"{folder} cannot be used for the unfinished work: {wrong}",
             "Remove it yourself or choose another output.",
         )
-    shutil.rmtree(folder)
+
+
+def _is_ours(item: Path) -> bool:
+    if item.is_symlink():
+        return False
+    if item.name in _FOLDERS:
+        return item.is_dir()
+    return item.is_file() and (item.name == _LOCK or item.name.startswith(_FILE))

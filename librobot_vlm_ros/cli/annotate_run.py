@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import time
@@ -18,7 +19,7 @@ from librobot_vlm_ros.core import BagError, ErrorCode, RequestError, VlmError
 from .annotate import make_job
 from .annotate_finish import is_finished, put_in_place, storage_of, write_bag
 from .annotate_job import Job, check_tasks, open_bags, topic_types
-from .annotate_journal import Journal, SegmentDone, journal_folder, remove_work
+from .annotate_journal import Journal, SegmentDone, check_work, journal_folder, remove_work
 from .annotate_plan import Planner
 from .annotate_pool import run_here, run_in_processes
 from .annotate_report import SHOWN, Run, model_of, summarise
@@ -35,12 +36,13 @@ def annotate(args: argparse.Namespace) -> int:
     with open_bags(args.bags[:-1], salvage=args.salvage) as readers:
         for reader in readers:
             if reader.lost:
-                console.warn(f"{reader.path} is cut off, lost is {reader.lost}")
+                console.warn(f"{reader.path} is not whole, lost is {reader.lost}")
         types = topic_types(readers)
         job, twins = make_job(args, types)
         _announce(console, job, twins)
         run = Run(args, console, job, out, _result_topics(job, types))
         _refuse_own_input(out, job.bags)
+        check_work(out)
         if _is_done_already(run):
             return 0
         if args.overwrite and not args.resume:
@@ -89,21 +91,28 @@ def _result_topics(job: Job, types: dict[str, str]) -> dict[str, str]:
 
 
 def _refuse_own_input(out: Path, bags: Sequence[Path]) -> None:
-    target = out.resolve()
-    for path in bags:
-        source = path.resolve()
-        if target == source or target in source.parents or source in target.parents:
+    """Neither the new bag nor the folder of the work for it may be, hold or lie in a bag read."""
+    for target in (_real(out), _real(journal_folder(out))):
+        for path in bags:
+            source = _real(path)
+            if not (target == source or target in source.parents or source in target.parents):
+                continue
             raise BagError(
                 ErrorCode.PATH_NOT_ALLOWED,
-                f"{out} cannot be written: {path} is read from there",
+                f"{out} cannot be written: it or {journal_folder(out).name} beside it, where the "
+                f"work for it lies, is where {path} is read from",
                 "Name another folder as the last argument.",
             )
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # Path.resolve raises for links in a circle
 
 
 def _is_done_already(run: Run) -> bool:
     """Whether there is nothing to do; raises where `out` is something else."""
     args, out = run.args, run.out
-    if not out.exists():
+    if not os.path.lexists(out):  # a link to nothing is something, too
         return False
     if args.resume and is_finished(out, run.job.fingerprint()):
         if journal_folder(out).exists():  # killed between the last two steps
@@ -232,10 +241,10 @@ def _segments(
             progress.step(left, to=now)
 
         todo = journal.open_segments()
-        if run.args.workers > 1:
-            yield from run_in_processes(
-                run.args.workers, run.job, instructions, todo, on_model, on_frames
-            )
+        # More than there are segments would load the model for nothing.
+        workers = min(run.args.workers, journal.open_count())
+        if workers > 1:
+            yield from run_in_processes(workers, run.job, instructions, todo, on_model, on_frames)
         else:
             yield from run_here(run.job, readers, instructions, todo, on_model, on_frames)
 

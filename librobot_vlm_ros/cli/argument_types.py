@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import re
 
-__all__ = ["count", "positive", "remapping", "seconds", "stamp"]
+__all__ = ["at_least_one", "count", "node_name", "positive", "remapping", "seconds", "stamp"]
 
 _MOST = 1e9
+_MOST_OF_A_NAME = 200  # characters; of DDS's 255 for a topic, which is longer
 
 
 def seconds(text: str) -> float:
@@ -34,6 +35,25 @@ def count(text: str) -> int:
     if not text.isdecimal() or len(text) > 9:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 0")
     return int(text)
+
+
+def at_least_one(text: str) -> int:
+    """A whole number of at least 1."""
+    value = count(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("expected a whole number of at least 1")
+    return value
+
+
+def node_name(text: str) -> str:
+    """A node's name with its namespace, absolute: ROS takes no other signs in the topics of it."""
+    name = f"/{text.strip('/')}"
+    if len(name) > _MOST_OF_A_NAME or not re.fullmatch(r"(/[A-Za-z_][A-Za-z0-9_]*)+", name):
+        raise argparse.ArgumentTypeError(
+            f"{text[:_MOST_OF_A_NAME]!r} is no name of a node: expected letters, digits and _, "
+            "each part beginning with no digit, as /robot/vlm"
+        )
+    return name
 
 
 def stamp(text: str) -> tuple[int, int]:

@@ -110,16 +110,18 @@ def _out_path(image: Path, asked: Path | None) -> Path:
 
     from librobot_vlm_ros.core import ErrorCode, RequestError
 
+    from .picture_file import FORMATS
+
     out = asked or image.with_name(f"{image.name}.answer.png")
     Image.init()
     wrong = ""
-    if out.suffix.lower() not in Image.registered_extensions():
+    if Image.registered_extensions().get(out.suffix.lower()) not in FORMATS:
         wrong = "expected the name of a picture, such as answer.png"
     elif not out.parent.is_dir():
         wrong = f"there is no folder {out.parent}"
     elif not os.access(out.parent, os.W_OK):
         wrong = f"this user may not write into {out.parent}"
-    elif out.is_dir() or out.resolve() == image.resolve():
+    elif out.is_dir() or os.path.realpath(out) == os.path.realpath(image):
         wrong = "that would replace the picture or a folder"
     if wrong:
         raise RequestError(ErrorCode.BAD_PARAMETER, f"--out is {out}: {wrong}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .argument_types import node_name
+
 SUMMARY = "run a small policy on the node's results (pointing target); its source is to be copied"
 
 _EPILOG = """\
@@ -22,7 +24,7 @@ ground, and for the rest caption and embed:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments and help."""
     parser.epilog = _EPILOG
-    parser.add_argument("--node", default="/vlm", help="the node (default /vlm)")
+    parser.add_argument("--node", type=node_name, default="/vlm", help="the node (default /vlm)")
     parser.add_argument("--source", action="store_true", help="print the source and end")
 
 

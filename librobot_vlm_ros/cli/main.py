@@ -63,6 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal without Unicode must not end a run
             stream.reconfigure(errors="replace")
+    if sys.stderr is None:  # closed: nobody wants to read what is printed there
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  until the process ends
+    if sys.stdout is None:
+        return _report(command, _closed(), ())
     let_signals_go = signals.catch()
     flags: Collection[str] = ()
     try:
@@ -150,6 +154,19 @@ def in_flags(hint: str, flags: Collection[str]) -> str:
         return f"{flag} {found[2]}" if flag in flags else found[0]
 
     return _LAUNCH_WORD.sub(written, hint)
+
+
+def _closed() -> Exception:
+    """Said before the work: nobody could read what comes of it, and the next file that is opened
+    would get the number of standard output, and what libraries print.
+    """
+    from librobot_vlm_ros.core import ErrorCode, RequestError
+
+    return RequestError(
+        ErrorCode.BAD_PARAMETER,
+        "standard output is closed, expected a place for the answer",
+        "Leave it open, or print to nowhere: >/dev/null.",
+    )
 
 
 def _is_of_ros(error: Exception) -> bool:

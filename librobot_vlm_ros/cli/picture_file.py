@@ -18,9 +18,14 @@ from librobot_vlm_ros.core import (
     decode_compressed,
 )
 from librobot_vlm_ros.core.buffers import check_size
+from librobot_vlm_ros.core.files import kind_of
 
-__all__ = ["read_picture"]
+__all__ = ["FORMATS", "read_picture"]
 
+#: Formats that Pillow may read. It knows some that it has other programs read (EPS: Ghostscript).
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000")
+
+_OPEN_ALREADY = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG"
 _ORIENTATION = 0x0112  # of EXIF
 _MODES_16_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
@@ -29,25 +34,14 @@ _MODES_16_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 def read_picture(path: Path, limits: Limits = DEFAULT_LIMITS) -> npt.NDArray[np.uint8]:
     """RGB uint8 [H, W, 3] of a picture file, upright.
 
-    JPEG and PNG go through the same checks as a camera's compressed images; other formats are read
-    by Pillow once their size is known to be within `limits`. Unlike a camera's images, files are
-    turned as their EXIF orientation says: a telephone stores its pictures lying.
+    JPEG and PNG go through the same checks as a camera's compressed images; the others of `FORMATS`
+    are read by Pillow once their size is known to be within `limits`. Unlike a camera's images,
+    files are turned as their EXIF orientation says: a telephone stores its pictures lying.
 
     Raises `ImageError` as `decode_compressed` does, BAD_IMAGE for what is no picture; `VlmError`
     FILE_NOT_FOUND, PERMISSION_DENIED.
     """
-    try:
-        size = path.stat().st_size
-        if path.is_dir():
-            raise ImageError(ErrorCode.BAD_IMAGE, f"{path} is a folder, expected a picture")
-        if size > limits.max_compressed_bytes:
-            raise ImageError(
-                ErrorCode.IMAGE_TOO_LARGE,
-                f"{path} has {size} bytes, allowed are {limits.max_compressed_bytes}",
-            )
-        data = path.read_bytes()
-    except OSError as error:
-        raise as_vlm_error(error) from error
+    data = _read(path, limits.max_compressed_bytes)
     try:
         if data.startswith((_JPEG, _PNG)):
             return _turned(decode_compressed(data, limits=limits), _orientation(data))
@@ -56,11 +50,31 @@ def read_picture(path: Path, limits: Limits = DEFAULT_LIMITS) -> npt.NDArray[np.
         raise ImageError(error.code, f"{path}: {error.message}", error.hint) from error
 
 
+def _read(path: Path, most: int) -> bytes:
+    """Never more than `most` bytes: a device, or a file that grows, need not end."""
+    try:
+        kind = kind_of(path)
+        # A pipe of the shell's is open already; one found in a folder waits for who writes to it.
+        if kind and (kind == "a folder" or not str(path).startswith(_OPEN_ALREADY)):
+            raise ImageError(
+                ErrorCode.BAD_IMAGE, f"{path} is {kind}, expected a picture in a regular file"
+            )
+        with path.open("rb") as file:
+            data = file.read(most + 1)
+    except OSError as error:
+        raise as_vlm_error(error) from error
+    if len(data) > most:
+        raise ImageError(
+            ErrorCode.IMAGE_TOO_LARGE, f"{path} has more than the {most} bytes that are allowed"
+        )
+    return data
+
+
 def _by_pillow(path: Path, data: bytes, limits: Limits) -> npt.NDArray[np.uint8]:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(data)) as picture:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             check_size(picture.width, picture.height, limits)  # before anything is decoded
             if picture.mode in _MODES_16_BIT:
                 values = np.asarray(picture, dtype=np.uint16)
@@ -77,7 +91,9 @@ def _by_pillow(path: Path, data: bytes, limits: Limits) -> npt.NDArray[np.uint8]
         raise ImageError(ErrorCode.IMAGE_TOO_LARGE, f"it is too large: {error}") from error
     except UnidentifiedImageError as error:  # its text names only the buffer
         raise ImageError(
-            ErrorCode.BAD_IMAGE, "it is no picture of a known format", "Use JPEG or PNG."
+            ErrorCode.BAD_IMAGE,
+            f"it is no picture of a format that is read, expected one of {', '.join(FORMATS)}",
+            "Use JPEG or PNG.",
         ) from error
     except Exception as error:  # each of Pillow's formats has errors of its own
         raise ImageError(
@@ -90,7 +106,7 @@ def _orientation(data: bytes) -> int:
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(data)) as picture:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             return int(picture.getexif().get(_ORIENTATION, 1))
     except Exception:
         return 1

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .argument_types import count, positive, stamp
+from .argument_types import count, node_name, positive, stamp
 
 SUMMARY = "ask the running node about the newest camera frame, or about a picture"
 
@@ -49,7 +49,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="box in pixels, for tasks about a region",
     )
     parser.add_argument("--max-new-tokens", type=count, default=0, metavar="N", help="length limit")
-    parser.add_argument("--node", default="/vlm", help="the node (default /vlm)")
+    parser.add_argument("--node", type=node_name, default="/vlm", help="the node (default /vlm)")
     parser.add_argument("--timeout", type=positive, default=30.0, metavar="S", help="default 30")
     parser.add_argument("--json", action="store_true", help="print the answer as JSON")
 

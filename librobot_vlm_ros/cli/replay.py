@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .argument_types import positive, remapping, seconds
+from .argument_types import node_name, positive, remapping, seconds
 
 if TYPE_CHECKING:
     from .bag_publishers import PlayOptions, PlayReport
@@ -78,7 +78,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--strict", action="store_true", help="refuse the bag if any topic cannot be played"
     )
     topics.add_argument(
-        "--salvage", action="store_true", help="play what is whole of a bag that is cut off"
+        "--salvage",
+        action="store_true",
+        help="play what is whole of a bag that is cut off or damaged",
     )
     waiting = parser.add_argument_group("waiting")
     waiting.add_argument(
@@ -88,7 +90,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="longest wait for subscribers before the first message (default 3)",
     )
-    waiting.add_argument("--node", default="/vlm", help="lock-step: the node (default /vlm)")
+    waiting.add_argument(
+        "--node", type=node_name, default="/vlm", help="lock-step: the node (default /vlm)"
+    )
     waiting.add_argument(
         "--timeout",
         type=positive,
@@ -115,7 +119,7 @@ def main(args: argparse.Namespace) -> int:
         Session("librobot_vlm_replay") as session,
     ):
         if reader.lost:
-            console.warn(f"{path} is cut off, lost is {reader.lost}")
+            console.warn(f"{path} is not whole, lost is {reader.lost}")
         link = None
         if args.lock_step:
             link = NodeLink(session, args.node)

@@ -194,14 +194,25 @@ def as_vlm_error(exc: BaseException) -> VlmError:
     """Any exception as a coded error.
 
     A `VlmError` is returned as it is, another exception becomes the `__cause__`. Running out of
-    memory, disk space or permission, and missing files and packages have codes of their own;
-    everything else is INTERNAL with the exception's type and text.
+    memory, disk space or permission, missing files and packages, and paths that cannot be used have
+    codes of their own; everything else is INTERNAL with the exception's type and text.
     """
     if isinstance(exc, VlmError):
         return exc
     error = _translated(exc)
     error.__cause__ = exc
     return error
+
+
+#: A path that cannot be followed, or is a folder where a file is expected, or the reverse.
+_UNUSABLE_PATH = (
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENXIO,
+)
 
 
 def _translated(exc: BaseException) -> VlmError:
@@ -222,6 +233,8 @@ def _translated(exc: BaseException) -> VlmError:
             )
         if isinstance(exc, FileNotFoundError):
             return BagError(ErrorCode.FILE_NOT_FOUND, words, "Check the path.")
+        if exc.errno in _UNUSABLE_PATH and exc.filename is not None:
+            return BagError(ErrorCode.PATH_NOT_ALLOWED, words, "Check the path.")
     if isinstance(exc, ImportError):
         return ModelError(
             ErrorCode.MISSING_DEPENDENCY, what, "Install that package in this environment."

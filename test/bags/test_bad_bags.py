@@ -129,3 +129,33 @@ def test_messages_that_the_recorder_left_in_its_log_are_not_lost_in_silence(
     file = storage_file(tmp_path / "bag")
     file.with_name(file.name + "-wal").write_bytes(b"x" * 100)
     assert code_of(tmp_path / "bag") == ErrorCode.BAG_TRUNCATED
+
+
+@STORAGES
+@pytest.mark.parametrize("salvage", [False, True])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+def test_what_is_no_regular_file_is_refused_without_opening_it(
+    bag: Path, kind: str, salvage: bool
+) -> None:
+    file = storage_file(bag)
+    file.unlink()
+    {"pipe": os.mkfifo, "folder": os.mkdir, "device": lambda path: path.symlink_to("/dev/zero")}[
+        kind
+    ](file)
+    paths = [bag] if kind == "folder" else [bag, file]
+    for path in paths:
+        with pytest.raises(BagError, match=f"is a {kind}, expected a regular file") as caught:
+            BagReader(path, salvage=salvage).__enter__()
+        assert caught.value.code == ErrorCode.BAG_UNREADABLE
+
+
+@STORAGES
+def test_a_path_that_cannot_be_followed_is_refused(bag: Path) -> None:
+    loop = bag.with_name("loop.mcap")
+    loop.symlink_to(loop)
+    assert code_of(loop) == ErrorCode.PATH_NOT_ALLOWED
+    assert code_of(bag / ("x" * 5000)) == ErrorCode.PATH_NOT_ALLOWED
+    assert code_of(storage_file(bag) / "bag.mcap") in (
+        ErrorCode.PATH_NOT_ALLOWED,
+        ErrorCode.FILE_NOT_FOUND,
+    )

@@ -14,6 +14,9 @@ import pytest
 
 from librobot_vlm_ros.bags import BagReader, BagWriter, shipped_bag
 from librobot_vlm_ros.bags.synthetic import START_NS, write_rectangle_bag
+from librobot_vlm_ros.cli import annotate_run
+from librobot_vlm_ros.cli.annotate_job import open_bags
+from librobot_vlm_ros.cli.annotate_pool import run_here
 from librobot_vlm_ros.cli.main import main
 
 pytestmark = pytest.mark.ros
@@ -305,6 +308,81 @@ def test_an_existing_bag_is_replaced_only_on_request(
     assert "holds /vlm/caption, /vlm/grounding already" in capsys.readouterr().err
 
 
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(item): item.read_bytes() for item in folder.rglob("*") if item.is_file()}
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_bag_in_the_place_of_the_work_is_left_alone(
+    tmp_path: Path, capsys: Captured, linked: bool
+) -> None:
+    place = tmp_path / "zz.partial"
+    write_rectangle_bag(tmp_path / "bag" if linked else place, 2)
+    if linked:
+        place.symlink_to(tmp_path / "bag")
+    before = everything(tmp_path)
+    for words in ([], ["--overwrite"]):
+        assert main(["annotate", str(place), str(tmp_path / "zz"), *TASKS, *words]) == 1
+        assert "PATH_NOT_ALLOWED(605)" in capsys.readouterr().err
+    assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("what", ["file", "link", "foreign", "journal", "lock"])
+def test_what_is_not_of_annotate_in_the_place_of_the_work_is_left_alone(
+    bag: Path, tmp_path: Path, capsys: Captured, what: str
+) -> None:
+    place, precious = tmp_path / "out.partial", tmp_path / "precious"
+    precious.mkdir()
+    (precious / "x").write_text("x")
+    if what in ("foreign", "journal", "lock"):
+        place.mkdir()
+    if what == "file":
+        place.write_text("x")
+    elif what == "link":
+        place.symlink_to(precious)
+    elif what == "foreign":
+        (place / "x").write_text("x")
+    elif what == "journal":
+        (place / "journal.db").mkdir()
+    else:
+        (place / "lock").symlink_to(precious / "x")
+    before = everything(tmp_path)
+    for words in ([], ["--overwrite"]):
+        assert main(["annotate", str(bag), str(tmp_path / "out"), *TASKS, *words]) == 1
+        shown = capsys.readouterr().err
+        assert "PATH_NOT_ALLOWED(605)" in shown
+        assert "Traceback" not in shown
+    assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("words", [["--node", "bad name!"], ["--workers", "65"]])
+def test_wrong_names_and_numbers_are_wrong_usage(
+    bag: Path, tmp_path: Path, words: list[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["annotate", str(bag), str(tmp_path / "out"), *TASKS, *words])
+    assert ended.value.code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("frames", "expected"), [(24, 2), (8, 1)])
+def test_no_more_processes_than_segments_are_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frames: int, expected: int
+) -> None:
+    write_rectangle_bag(tmp_path / "bag", frames, jpeg_topic=None)
+    asked: list[int] = []
+
+    def instead(count: int, job: Any, instructions: Any, segments: Any, *told: Any) -> Any:
+        asked.append(count)
+        with open_bags(job.bags, salvage=False) as readers:
+            yield from run_here(job, readers, instructions, segments, *told)
+
+    monkeypatch.setattr(annotate_run, "run_in_processes", instead)
+    words = [str(tmp_path / "bag"), str(tmp_path / "out"), *TASKS, "--workers", "12"]
+    assert main(["annotate", *words]) == 0
+    assert asked == ([expected] if expected > 1 else [])
+
+
 def test_an_unfinished_run_is_not_mixed_with_another(
     bag: Path, tmp_path: Path, capsys: Captured
 ) -> None:
@@ -338,7 +416,29 @@ def test_of_a_bag_that_is_cut_off_the_whole_part_is_annotated_on_request(
     shown = capsys.readouterr()
     topics = json.loads(shown.out)["topics"]
     assert 100 <= topics[RAW] == topics["/vlm/caption"] < 200
-    assert "is cut off, lost is" in shown.err
+    assert "is not whole, lost is" in shown.err
+
+
+def test_of_a_bag_that_is_damaged_all_but_a_chunk_is_annotated_on_request(
+    tmp_path: Path, capsys: Captured
+) -> None:
+    write_rectangle_bag(tmp_path / "bag", 200, jpeg_topic=None, compress=False)
+    file = tmp_path / "bag" / "bag.mcap"
+    bad = bytearray(file.read_bytes())
+    bad[len(bad) // 2] ^= 0xFF
+    file.write_bytes(bytes(bad))
+    words = ["annotate", str(tmp_path / "bag"), str(tmp_path / "out"), *TASKS, "--json"]
+    assert main(words) == 1
+    refused = capsys.readouterr().err
+    assert "BAG_UNREADABLE(600)" in refused
+    assert "--salvage" in refused
+    assert main([*words, "--salvage"]) == 0
+    shown = capsys.readouterr()
+    summary = json.loads(shown.out)
+    assert 50 <= summary["topics"][RAW] == summary["topics"]["/vlm/caption"] < 200
+    assert "a damaged chunk at byte" in summary["lost"][str(tmp_path / "bag")]
+    with BagReader(tmp_path / "out") as out, BagReader(tmp_path / "bag", salvage=True) as source:
+        assert [m.data for m in source.messages([RAW])] == [m.data for m in out.messages([RAW])]
 
 
 @pytest.mark.slow

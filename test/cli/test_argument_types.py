@@ -7,7 +7,15 @@ from collections.abc import Callable
 
 import pytest
 
-from librobot_vlm_ros.cli.argument_types import count, positive, remapping, seconds, stamp
+from librobot_vlm_ros.cli.argument_types import (
+    at_least_one,
+    count,
+    node_name,
+    positive,
+    remapping,
+    seconds,
+    stamp,
+)
 
 
 @pytest.mark.parametrize(
@@ -21,6 +29,9 @@ from librobot_vlm_ros.cli.argument_types import count, positive, remapping, seco
         (stamp, "1700000002.333333331", (1700000002, 333333331)),
         (stamp, "12.5", (12, 500000000)),
         (stamp, "7", (7, 0)),
+        (at_least_one, "1", 1),
+        (node_name, "/vlm", "/vlm"),
+        (node_name, "robot_2/_vlm/", "/robot_2/_vlm"),
         (remapping, "/a:=/b", ("/a", "/b")),
         (remapping, "a:=b/c", ("/a", "/b/c")),
     ],
@@ -35,6 +46,11 @@ def test_good_ones(kind: Callable[[str], object], text: str, value: object) -> N
         *[(seconds, text) for text in ("-1", "nan", "inf", "ten", "", "1e30")],
         *[(positive, text) for text in ("0", "-0.0", "nan")],
         *[(count, text) for text in ("-1", "1.5", "", "9" * 30)],
+        (at_least_one, "0"),
+        *[
+            (node_name, text)
+            for text in ("", "/", "bad name!", "a//b", "2a", "a/2", "ä", "a" * 300)
+        ],
         *[(stamp, text) for text in ("", "-1", "1.", "1.2345678901", "now", "2147483648")],
         *[(remapping, text) for text in ("/a", ":=/b", "/a:=", "/a=/b")],
     ],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from PIL import Image
 
 from librobot_vlm_ros.cli.main import main
 from librobot_vlm_ros.cli.picture_file import read_picture
-from librobot_vlm_ros.core import ErrorCode, Limits, Region, VlmError
+from librobot_vlm_ros.core import ErrorCode, ImageError, Limits, Region, VlmError
 from librobot_vlm_ros.core.drawing import draw
 from librobot_vlm_ros.models import registry
 
@@ -93,6 +95,7 @@ def test_the_answer_is_printed_for_people(
         (["--task", "region_caption", "--region", "90", "90", "99", "99"], "BAD_REGION(210)"),
         (["x" * 5000, "--task", "ground"], "PROMPT_TOO_LONG(201)"),
         (["--out", "answer.doc"], "BAD_PARAMETER(204)"),
+        (["--out", "answer.psd"], "BAD_PARAMETER(204)"),  # Pillow reads it and does not write it
         (["--out", "/no/such/folder/a.png"], "BAD_PARAMETER(204)"),
     ],
 )
@@ -154,6 +157,58 @@ def test_files_that_are_no_pictures_have_their_codes(tmp_path: Path) -> None:
     Image.fromarray(CORNERS).save(tmp_path / "a.jpg")
     path.write_bytes((tmp_path / "a.jpg").read_bytes()[:-200])
     assert code_of(lambda: read_picture(path)) == ErrorCode.CORRUPT_COMPRESSED
+
+
+def test_what_is_no_regular_file_is_refused_without_reading_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    for path in (tmp_path / "fifo.png", tmp_path / "zero.png", Path("/dev/zero"), tmp_path):
+        with pytest.raises(ImageError, match="expected a picture in a regular file") as caught:
+            read_picture(path)
+        assert caught.value.code == ErrorCode.BAD_IMAGE
+
+
+def test_paths_that_cannot_be_followed_have_their_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loop = tmp_path / "loop.png"
+    loop.symlink_to(loop)
+    for path in (loop, tmp_path / ("x" * 5000)):
+        assert main(["ask", str(path), "--model", "fake"]) == 1
+        said = capsys.readouterr().err
+        assert "PATH_NOT_ALLOWED(605)" in said
+        assert "Traceback" not in said
+
+
+def test_a_picture_may_come_through_a_pipe_of_the_shell(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(CORNERS).save(buffer, "PNG")
+    reader, writer = os.pipe()
+    try:
+        os.write(writer, buffer.getvalue())
+        os.close(writer)
+        assert (read_picture(Path(f"/dev/fd/{reader}")) == CORNERS).all()
+    finally:
+        os.close(reader)
+
+
+def test_no_more_is_read_of_a_pipe_than_is_allowed() -> None:
+    with open("/dev/zero", "rb") as endless:
+        path = Path(f"/dev/fd/{endless.fileno()}")
+        small = Limits(max_compressed_bytes=1000)
+        assert code_of(lambda: read_picture(path, small)) == ErrorCode.IMAGE_TOO_LARGE
+
+
+def test_formats_that_other_programs_would_read_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a program was started"))
+    Image.fromarray(CORNERS).save(tmp_path / "a.eps")
+    for name in ("a.eps", "b.png"):
+        (tmp_path / name).write_bytes((tmp_path / "a.eps").read_bytes())
+        with pytest.raises(ImageError, match="expected one of JPEG, PNG") as caught:
+            read_picture(tmp_path / name)
+        assert caught.value.code == ErrorCode.BAD_IMAGE
 
 
 @pytest.mark.parametrize("kind", ["png", "bmp", "tiff", "gif", "webp"])

@@ -188,6 +188,19 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 
 
 @pytest.mark.parametrize(
+    ("closed", "code", "said"),
+    [(">&-", 1, "BAD_PARAMETER(204)"), ("2>&-", 0, ""), (">&- 2>&-", 1, "")],
+)
+def test_closed_streams_are_no_defect(closed: str, code: int, said: str) -> None:
+    command = f"{shlex.quote(sys.executable)} -m librobot_vlm_ros.cli models {closed}"
+    ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert ran.returncode == code
+    assert said in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert bool(ran.stdout) == (code == 0)
+
+
+@pytest.mark.parametrize(
     ("error", "of_ros"),
     [
         (ModuleNotFoundError("No module named 'rclpy'", name="rclpy"), True),
