@@ -30,6 +30,7 @@ __all__ = [
     "LoadPlan",
     "build_empty",
     "build_random",
+    "expect_rank",
     "load_module",
     "register_layout",
 ]
@@ -138,6 +139,15 @@ def build_empty(plan: LoadPlan, where: Placement) -> Any:
     return module
 
 
+def expect_rank(key: str, value: Tensor, rank: int) -> None:
+    """For a `Convert` that takes a tensor apart. Raises ModelError SHAPE_MISMATCH."""
+    if value.dim() != rank:
+        raise ModelError(
+            ErrorCode.SHAPE_MISMATCH,
+            f"{key} is {list(value.shape)} in the checkpoint, expected {rank} dimensions",
+        )
+
+
 def build_random(plan: LoadPlan, where: Placement) -> Any:
     """The planned model with random weights, in eval mode."""
     with _build_lock:
@@ -175,7 +185,7 @@ def _fill(
     targets = dict(module.named_parameters(remove_duplicate=False))
     persistent = module.state_dict(keep_vars=True)
     targets.update((name, value) for name, value in persistent.items() if name not in targets)
-    filled: set[int] = set()
+    filled: dict[int, str] = {}  # parameter -> the name that filled it
     strange: list[str] = []
     files = list(files)
     total, done = sum(path.stat().st_size for path in files), 0
@@ -193,8 +203,8 @@ def _fill(
                 if target is None:
                     strange.append(key)
                     continue
-                _copy(name, target, tensor, where, again=id(target) in filled)
-                filled.add(id(target))
+                _copy(name, target, tensor, where, filled.get(id(target)))
+                filled.setdefault(id(target), name)
     progress.finish()
     empty = sorted(name for name, value in targets.items() if id(value) not in filled)
     if strange or empty:
@@ -207,7 +217,9 @@ def _fill(
         )
 
 
-def _copy(name: str, target: Tensor, value: Tensor, where: Placement, *, again: bool) -> None:
+def _copy(
+    name: str, target: Tensor, value: Tensor, where: Placement, filled_by: str | None
+) -> None:
     if target.is_floating_point() and value.dtype not in _STORED:
         raise _quantised(name, value)  # before its shape, which packing has changed
     if target.shape != value.shape:
@@ -216,11 +228,14 @@ def _copy(name: str, target: Tensor, value: Tensor, where: Placement, *, again: 
             f"{name} is {list(value.shape)} in the checkpoint, {list(target.shape)} by config.json",
         )
     with torch.no_grad():
-        if again:  # tied weights that a checkpoint holds twice must not differ
+        if filled_by is not None:  # what a checkpoint holds twice, tied or not, must not differ
             if not torch.equal(target, value.to(target.device, target.dtype)):
                 raise ModelError(
                     ErrorCode.KEY_MISMATCH,
-                    f"{name} shares its weights by config.json, but differs in the checkpoint",
+                    f"{name} is in the checkpoint twice, with different values"
+                    if filled_by == name
+                    else f"{name} shares its weights with {filled_by} by config.json, but differs "
+                    "in the checkpoint",
                 )
             return
         target.copy_(value)
@@ -230,7 +245,9 @@ def _copy(name: str, target: Tensor, value: Tensor, where: Placement, *, again: 
         raise ModelError(
             ErrorCode.DTYPE_UNSUPPORTED,
             f"{name} holds values beyond the range of {dtype_name(where.dtype)}",
-            "use bfloat16 or float32",
+            "use bfloat16 or float32"
+            if where.dtype == torch.float16
+            else "there is no wider dtype to load them in: the checkpoint is damaged",
         )
     raise ModelError(
         ErrorCode.NAN_WEIGHTS, f"{name} holds NaN or infinity", "the checkpoint is damaged"

@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
-from librobot_vlm_ros.models.checkpoint import CheckpointLayout, LoadPlan, register_layout
+from librobot_vlm_ros.models.checkpoint import (
+    CheckpointLayout,
+    LoadPlan,
+    expect_rank,
+    register_layout,
+)
+from librobot_vlm_ros.models.config_values import bad_value
 from librobot_vlm_ros.models.llava_config import CLIP_LARGE_336, is_original, original_to_native
 from librobot_vlm_ros.models.native_keys import DERIVED, native_tensors, renamed
 from librobot_vlm_ros.models.registry import model_info
@@ -30,6 +36,7 @@ __all__ = ["plan_for"]
 _CLIP_ID = "openai/clip-vit-large-patch14-336"
 #: CLIP's own default, which its config.json may leave out.
 _CLIP_WIDTH = 768
+_LONGEST_NAME = 255
 _CLIP_REVISION = "ce19dc912ca5cd21c8a653c79e251e808ccabcd1"
 
 _OFFICIAL = tuple(
@@ -68,6 +75,7 @@ def _plan_native(config: dict[str, Any], folder: Path) -> LoadPlan:
 def _plan_original(config: dict[str, Any], folder: Path) -> LoadPlan:
     from transformers import LlavaForConditionalGeneration
 
+    _check_tower_name(config)
     inside = any(key.startswith(_TOWER_KEY) for key in tensor_names(folder))
     tower = None if inside else _tower_folder(config, folder)
     native = original_to_native(config, _tower_config(config, folder, tower))
@@ -77,12 +85,20 @@ def _plan_original(config: dict[str, Any], folder: Path) -> LoadPlan:
         if DERIVED.search(key) or (tower is not None and _CLIP_TEXT.search(key)):
             return
         name = renamed(key, _OFFICIAL)
-        if name.endswith(_TOKEN_TABLES) and value.shape[0] == words:
-            value = torch.cat([value, value.new_zeros(rows - words, *value.shape[1:])])
+        if name.endswith(_TOKEN_TABLES):
+            expect_rank(key, value, 2)
+            if value.shape[0] == words:
+                value = torch.cat([value, value.new_zeros(rows - words, value.shape[1])])
         yield name, value
 
     folders = (folder,) if tower is None else (folder, tower)
     return LoadPlan(LlavaForConditionalGeneration, native, convert, folders)
+
+
+def _check_tower_name(config: Mapping[str, Any]) -> None:
+    named = config.get("mm_vision_tower") or ""
+    if not isinstance(named, str) or not named.isprintable() or len(named) > _LONGEST_NAME:
+        raise bad_value("config.json: mm_vision_tower", str(named)[:99], "a folder or hub id")
 
 
 def _tower_folder(config: Mapping[str, Any], folder: Path) -> Path:
