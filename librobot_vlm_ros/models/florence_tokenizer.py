@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from librobot_vlm_ros.core import ErrorCode, ModelError, RequestError
+from librobot_vlm_ros.models.causal_tokenizer import check_words
 from librobot_vlm_ros.models.florence_prompts import BINS
 
 __all__ = ["ADDED_TOKENS", "FlorenceTokenizer"]
@@ -72,6 +73,8 @@ class FlorenceTokenizer:
             raise ModelError(
                 ErrorCode.TOKENIZER_MISMATCH, f"tokenizer.json cannot be read: {error}"
             ) from error
+        backend.no_truncation()  # a prompt is measured here, and refused when it is too long
+        backend.no_padding()
         if backend.token_to_id(_LOCATIONS[0]) is None:
             backend.add_special_tokens(
                 [AddedToken(token, special=True, normalized=False) for token in ADDED_TOKENS]
@@ -87,7 +90,9 @@ class FlorenceTokenizer:
         }
         unknown = next((t for t in ("<unk>", "[UNK]") if backend.token_to_id(t) is not None), None)
         fast = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token=unknown, **named)
-        return cls(fast, config)
+        new = cls(fast, config)
+        check_words(path.name, new.words)
+        return new
 
     def words(self, text: str) -> list[int]:
         """Ids of words. Raises RequestError CONTROL_TOKEN_IN_PROMPT when one is no word."""

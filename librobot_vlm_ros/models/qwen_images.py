@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from librobot_vlm_ros.core import ErrorCode, ImageError, ModelError
-from librobot_vlm_ros.models.preprocess import channels, normalise
+from librobot_vlm_ros.models.config_values import section, unreadable
+from librobot_vlm_ros.models.preprocess import channels, deviations, normalise
 from librobot_vlm_ros.models.resize import EXACT, Resizing, resize
 
 __all__ = ["QwenImages", "is_float", "patches", "qwen_images", "resized", "smart_size"]
@@ -76,8 +77,11 @@ class QwenImages:
 
 def qwen_images(config: dict[str, Any], default: QwenImages) -> QwenImages:
     """The settings of a preprocessor_config.json. Raises ModelError BAD_CONFIG."""
-    size = config.get("size") or {}
-    try:
+    size = section(config, "size", "preprocessor_config.json")
+    with unreadable(
+        "preprocessor_config.json cannot be used",
+        "it needs min_pixels and max_pixels, image_mean and image_std of three numbers each",
+    ):
         found = QwenImages(
             patch=int(config.get("patch_size", default.patch)),
             merge=int(config.get("merge_size", default.merge)),
@@ -89,17 +93,9 @@ def qwen_images(config: dict[str, Any], default: QwenImages) -> QwenImages:
                 config.get("max_pixels") or size.get("longest_edge") or default.max_pixels
             ),
             mean=channels(config.get("image_mean", default.mean)),
-            std=channels(config.get("image_std", default.std)),
+            std=deviations(config.get("image_std", default.std)),
             resample=Image.Resampling(int(config.get("resample", default.resample))),
         )
-        if min(found.std) <= 0:
-            raise ValueError(f"image_std {found.std}")
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ModelError(
-            ErrorCode.BAD_CONFIG,
-            f"preprocessor_config.json cannot be used: {type(error).__name__} {error}",
-            "it needs min_pixels and max_pixels, image_mean and image_std of three numbers each",
-        ) from error
     grid = ("patch", "merge", "frames")
     if any(getattr(found, name) != getattr(default, name) for name in grid):
         raise ModelError(
