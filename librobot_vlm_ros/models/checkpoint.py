@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
 from librobot_vlm_ros.models.catalog import CATALOG
+from librobot_vlm_ros.models.config_values import check_integer
 from librobot_vlm_ros.models.placement import Placement, dtype_name, move, place
 from librobot_vlm_ros.models.progress import LoggedProgress
 from librobot_vlm_ros.models.shards import iterate_tensors, read_config, weight_files
@@ -113,6 +114,8 @@ def load_module(
     config = read_config(root)
     layout = find_layout(config)
     plan = layout.plan(config, root)
+    room = plan.config.text_config.max_position_embeddings
+    check_integer("config.json: max_position_embeddings", room, 1)
     files = [path for source in plan.folders or (root,) for path in weight_files(source)]
     module = build_empty(plan, where)
     _fill(module, files, plan.convert, where, should_cancel)

@@ -14,6 +14,7 @@ from librobot_vlm_ros.core import ErrorCode, ModelError
 
 __all__ = [
     "bad_value",
+    "check_feature_layer",
     "check_integer",
     "check_number",
     "check_token",
@@ -50,12 +51,20 @@ def check_token(field: str, value: object, vocabulary: int) -> None:
 
 def tokens(field: str, value: object, vocabulary: int) -> list[int]:
     """One id or a list of them, one at least. Raises ModelError BAD_CONFIG for anything else."""
-    listed = list(value) if isinstance(value, (list, tuple)) else [value]
+    listed: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value]
     if not listed:
         raise bad_value(field, value, "an id or a list of ids")
     for token in listed:
         check_token(field, token, vocabulary)
     return listed
+
+
+def check_feature_layer(config: Any) -> None:
+    """Raises ModelError BAD_CONFIG where a model is to take what a tower has no layer for."""
+    stated, layers = config.vision_feature_layer, config.vision_config.num_hidden_layers
+    for layer in stated if isinstance(stated, (list, tuple)) else [stated]:
+        # Before the first layer there is something to be taken, too.
+        check_integer("config.json: the vision feature layer", layer, -layers - 1, layers)
 
 
 def section(config: Mapping[str, Any], name: str, file: str = "config.json") -> dict[str, Any]:

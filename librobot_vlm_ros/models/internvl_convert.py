@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from librobot_vlm_ros.models.checkpoint import (
     expect_rank,
     register_layout,
 )
-from librobot_vlm_ros.models.config_values import section
+from librobot_vlm_ros.models.config_values import check_feature_layer, section
 from librobot_vlm_ros.models.internvl_config import is_original, original_to_native, tile_tokens
 from librobot_vlm_ros.models.native_keys import DERIVED, native_tensors, renamed
 from librobot_vlm_ros.models.shards import tensor_names
@@ -66,9 +67,10 @@ _TEXT_PACKED = re.compile(rf"{_READ}attention\.wqkv\.(weight|bias)$")
 
 
 def plan_for(config: Any) -> LoadPlan:
-    """Keys as transformers names them, for its InternVLConfig."""
+    """Keys as transformers names them, for its InternVLConfig. Raises ModelError BAD_CONFIG."""
     from transformers import InternVLForConditionalGeneration
 
+    check_feature_layer(config)
     return LoadPlan(InternVLForConditionalGeneration, config, native_tensors)
 
 
@@ -91,8 +93,6 @@ def _plan_native(config: dict[str, Any], folder: Path) -> LoadPlan:
 
 
 def _plan_original(config: dict[str, Any], folder: Path) -> LoadPlan:
-    from transformers import InternVLForConditionalGeneration
-
     config = _completed(config, tensor_names(folder))
     native = original_to_native(config, added_tokens(folder).get("<IMG_CONTEXT>"))
     text = native.text_config
@@ -129,7 +129,7 @@ def _plan_original(config: dict[str, Any], folder: Path) -> LoadPlan:
         for letter, part in zip("qkv", parts, strict=True):
             yield f"{at}{letter}_proj.{found[2]}", part
 
-    return LoadPlan(InternVLForConditionalGeneration, native, convert)
+    return dataclasses.replace(plan_for(native), convert=convert)
 
 
 def _completed(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:

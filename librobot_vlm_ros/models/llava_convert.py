@@ -7,6 +7,7 @@ trained, comes from the folder or hub id that config.json names as `mm_vision_to
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from librobot_vlm_ros.models.checkpoint import (
     expect_rank,
     register_layout,
 )
-from librobot_vlm_ros.models.config_values import bad_value
+from librobot_vlm_ros.models.config_values import bad_value, check_feature_layer
 from librobot_vlm_ros.models.llava_config import CLIP_LARGE_336, is_original, original_to_native
 from librobot_vlm_ros.models.native_keys import DERIVED, native_tensors, renamed
 from librobot_vlm_ros.models.registry import model_info
@@ -57,9 +58,10 @@ _TOWER_KEY = "model.vision_tower."
 
 
 def plan_for(config: Any) -> LoadPlan:
-    """Keys as transformers names them, for its LlavaConfig."""
+    """Keys as transformers names them, for its LlavaConfig. Raises ModelError BAD_CONFIG."""
     from transformers import LlavaForConditionalGeneration
 
+    check_feature_layer(config)
     return LoadPlan(LlavaForConditionalGeneration, config, native_tensors)
 
 
@@ -67,14 +69,13 @@ def _plan_native(config: dict[str, Any], folder: Path) -> LoadPlan:
     from transformers import LlavaConfig
 
     try:
-        return plan_for(LlavaConfig.from_dict(config))
+        native = LlavaConfig.from_dict(config)
     except Exception as error:  # transformers' strict configs raise errors of their own kinds
         raise ModelError(ErrorCode.BAD_CONFIG, f"config.json of a LLaVA: {error}") from error
+    return plan_for(native)
 
 
 def _plan_original(config: dict[str, Any], folder: Path) -> LoadPlan:
-    from transformers import LlavaForConditionalGeneration
-
     _check_tower_name(config)
     inside = any(key.startswith(_TOWER_KEY) for key in tensor_names(folder))
     tower = None if inside else _tower_folder(config, folder)
@@ -92,7 +93,7 @@ def _plan_original(config: dict[str, Any], folder: Path) -> LoadPlan:
         yield name, value
 
     folders = (folder,) if tower is None else (folder, tower)
-    return LoadPlan(LlavaForConditionalGeneration, native, convert, folders)
+    return dataclasses.replace(plan_for(native), convert=convert, folders=folders)
 
 
 def _check_tower_name(config: Mapping[str, Any]) -> None:

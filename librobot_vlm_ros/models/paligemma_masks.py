@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from librobot_vlm_ros.core import ErrorCode, ModelError
 from librobot_vlm_ros.models.paligemma_prompts import CODES
 from librobot_vlm_ros.models.shards import iterate_tensors
+from librobot_vlm_ros.models.weight_file_checks import check_archive
 
 __all__ = [
     "MaskDecoder",
@@ -144,10 +145,11 @@ def _is_wanted(name: str) -> bool:
 
 def _arrays(path: Path) -> Iterator[tuple[str, Tensor]]:
     """The arrays that the decoder has; the encoder's are not unpacked."""
+    check_archive(path)
     try:
         with path.open("rb") as file:  # numpy leaves its own open where it fails
             archive = np.load(file, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
+            if not isinstance(archive, np.lib.npyio.NpzFile) or archive.zip is None:
                 raise ValueError("it holds a single array")
             sizes = {entry.filename: entry.file_size for entry in archive.zip.infolist()}
             for name in filter(_is_wanted, archive.files):

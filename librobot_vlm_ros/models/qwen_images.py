@@ -26,6 +26,8 @@ __all__ = ["QwenImages", "is_float", "patches", "qwen_images", "resized", "smart
 
 #: Longest side over the shortest; beyond it the published processor refuses an image.
 _MAX_RATIO = 200
+#: Four times the largest area that a model of the family was published with.
+_MOST_PIXELS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ class QwenImages:
                 ErrorCode.BAD_CONFIG,
                 f"min_pixels {self.min_pixels} and max_pixels {self.max_pixels} are no bounds",
                 f"expected 0 < min_pixels <= max_pixels, max_pixels at least {self.factor**2}",
+            )
+        if self.min_pixels > _MOST_PIXELS:  # every image would be enlarged to it
+            raise ModelError(
+                ErrorCode.BAD_CONFIG,
+                f"min_pixels is {self.min_pixels}, expected at most {_MOST_PIXELS}",
             )
 
     @property

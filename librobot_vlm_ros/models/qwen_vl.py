@@ -230,8 +230,8 @@ class QwenVLM(CausalVLM):
             tokens(f"{settings.name}: eos_token_id", ends, text.vocab_size)
             text.eos_token_id = ends
         hidden = tokens("config.json: eos_token_id", text.eos_token_id, text.vocab_size)
-        hidden += [getattr(text, name, None) for name in ("bos_token_id", "pad_token_id")]
-        hidden = [token for token in hidden if token is not None]
+        others = [getattr(text, name, None) for name in ("bos_token_id", "pad_token_id")]
+        hidden += [token for token in others if token is not None]
         tokenizer = CausalTokenizer.from_folder(
             folder, hidden=hidden, vocab_size=text.vocab_size, control=_MARKS
         )

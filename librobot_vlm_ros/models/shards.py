@@ -100,7 +100,7 @@ def weight_files(folder: Path) -> list[Path]:
             return [folder / name for name in _names_in_index(folder / index)]
         if (folder / single).is_file():
             return [folder / single]
-    others = sorted(folder.glob("*.safetensors"))
+    others = sorted(path for path in folder.glob("*.safetensors") if os.path.isfile(path))
     if others:
         return others
     raise ModelError(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
 
-__all__ = ["check_pickle", "check_safetensors", "check_tensors", "corrupt"]
+__all__ = ["check_archive", "check_pickle", "check_safetensors", "check_tensors", "corrupt"]
 
 _AGAIN = "download or copy it again"
 _LFS = b"version https://git-lfs"
@@ -59,17 +59,25 @@ def check_safetensors(path: Path) -> None:
         raise corrupt(path, f"is not a whole safetensors file: {error}") from error
 
 
+def check_archive(path: Path) -> bool:
+    """Whether a file is a zip archive; False means a pickle.
+
+    Raises ModelError WEIGHTS_CORRUPT for anything else.
+    """
+    _refuse_other(path)
+    with path.open("rb") as file:
+        head = file.read(_HEAD_BYTES)
+    if not head.startswith(_ZIP) and not _is_pickle(head):
+        raise corrupt(path, "is no whole file of weights: neither an archive nor a pickle")
+    return head.startswith(_ZIP)
+
+
 def check_pickle(path: Path) -> None:
     """Raises ModelError WEIGHTS_CORRUPT for what torch.save did not write, before it is opened.
 
     Pickles of any kind pass: whether they hold code is found out by whoever unpickles them.
     """
-    _refuse_other(path)
-    with path.open("rb") as file:
-        head = file.read(_HEAD_BYTES)
-    if not head.startswith(_ZIP):
-        if not _is_pickle(head):
-            raise corrupt(path, "is not a whole checkpoint: it is no file of torch.save")
+    if not check_archive(path):
         return
     try:
         with zipfile.ZipFile(path) as archive:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import struct
 import zipfile
@@ -198,6 +199,14 @@ def test_an_index_of_no_use(tmp_path: Path, index: str, code: ErrorCode) -> None
     assert refused(lambda: weight_files(tmp_path)).code == code
 
 
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink(path, path)])
+def test_what_has_the_name_of_weights_and_is_no_file(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    make(tmp_path / "model.safetensors")
+    assert refused(lambda: weight_files(tmp_path)).code == ErrorCode.WEIGHTS_NOT_FOUND
+
+
 @pytest.mark.parametrize("depth", [70, 900, 100_000])
 def test_json_that_is_nested_deeper_than_any_real_file(tmp_path: Path, depth: int) -> None:
     path = tmp_path / "config.json"
@@ -242,6 +251,14 @@ class TestADecoderOfMasks:
             tmp_path / "vae-oid.npz", **state, encoder=np.array([object()], dtype=object)
         )
         read_mask_decoder(tmp_path / "vae-oid.npz")
+
+    @pytest.mark.parametrize("content", [LFS, bytes(range(1, 256)), b"<html>"])
+    def test_bytes_of_something_else_are_damage_and_not_code(
+        self, tmp_path: Path, content: bytes
+    ) -> None:
+        (tmp_path / "vae-oid.npz").write_bytes(content)
+        error = refused(lambda: read_mask_decoder(tmp_path / "vae-oid.npz"))
+        assert error.code == ErrorCode.WEIGHTS_CORRUPT
 
     def test_an_array_that_unpacks_to_more_than_a_decoder_has(self, tmp_path: Path) -> None:
         path = tmp_path / "vae-oid.npz"

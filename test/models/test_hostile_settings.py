@@ -115,11 +115,14 @@ CONFIGS = [
     ("internvl2-2b", "downsample_ratio", INF, "no grid"),
     ("internvl2-2b", "downsample_ratio", -0.5, "no grid"),
     ("internvl2-2b", "select_layer", INF, "OverflowError"),
+    ("internvl2-2b", "select_layer", 10**40, "layer"),
+    ("llava-v1.5-7b", "mm_vision_select_layer", -99, "layer"),
     ("llava-v1.5-7b", "vocab_size", INF, "OverflowError"),
     ("llava-v1.5-7b", "mm_vision_tower", "a\0b", "mm_vision_tower"),
     ("llava-v1.5-7b", "mm_vision_tower", "x" * 5000, "mm_vision_tower"),
     ("llava-v1.5-7b", "mm_vision_tower", [1], "mm_vision_tower"),
     ("llava-v1.5-7b", "eos_token_id", [], "end"),
+    ("llava-v1.5-7b", "max_position_embeddings", -1, "max_position_embeddings"),
     ("qwen2-vl-2b", "rope_scaling", {"type": "mrope", "mrope_section": [-1, 4, 1]}, "mrope_sect"),
     ("qwen2-vl-2b", "rope_scaling", {"type": "mrope", "mrope_section": [1, 1, 10**9]}, "mrope_se"),
     ("qwen2-vl-2b", "rope_scaling", {"type": "mrope", "mrope_section": "x"}, "mrope_section"),
@@ -188,6 +191,8 @@ def test_settings_of_images(read: Callable[[Any], Any], change: dict[str, Any]) 
 def test_a_size_of_images(size: Any) -> None:
     given = {**IMAGES, "size": {"height": size, "width": 64}}
     assert refused(lambda: image_settings(given)).code == ErrorCode.BAD_CONFIG
+    most = {"min_pixels": 10**12, "max_pixels": 10**13}
+    assert "min_pixels" in refused(lambda: qwen_images(most, QWEN)).message
     stated = {"min_pixels": None, "max_pixels": INF}
     assert refused(lambda: qwen_images(stated, QWEN)).code == ErrorCode.BAD_CONFIG
     assert refused(lambda: qwen_images({"size": size or "x"}, QWEN)).code == ErrorCode.BAD_CONFIG
