@@ -49,6 +49,16 @@ _build_lock = threading.Lock()
 _STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
+#: Heads of attention, by the names that they have in the families' configurations.
+_HEADS = (
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_heads",
+    "encoder_attention_heads",
+    "decoder_attention_heads",
+)
+
+
 @dataclass(frozen=True)
 class LoadPlan:
     """How one folder is loaded."""
@@ -114,13 +124,24 @@ def load_module(
     config = read_config(root)
     layout = find_layout(config)
     plan = layout.plan(config, root)
-    room = plan.config.text_config.max_position_embeddings
-    check_integer("config.json: max_position_embeddings", room, 1)
+    _check_counts(plan.config)
     files = [path for source in plan.folders or (root,) for path in weight_files(source)]
     module = build_empty(plan, where)
     _fill(module, files, plan.convert, where, should_cancel)
     _log.info("loaded %s (%s) as %s", root, layout.name, where)
     return module.eval()
+
+
+def _check_counts(config: Any) -> None:
+    """What transformers builds a model of, that cannot answer. Raises ModelError BAD_CONFIG."""
+    text = config.text_config
+    check_integer("config.json: max_position_embeddings", text.max_position_embeddings, 1)
+    for part in (text, config.vision_config):
+        for name in _HEADS:
+            stated = getattr(part, name, None)
+            for count in stated if isinstance(stated, (list, tuple)) else [stated]:
+                if count is not None:
+                    check_integer(f"config.json: {name}", count, 1)
 
 
 def build_empty(plan: LoadPlan, where: Placement) -> Any:

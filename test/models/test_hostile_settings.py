@@ -115,6 +115,7 @@ CONFIGS = [
     ("internvl2-2b", "downsample_ratio", INF, "no grid"),
     ("internvl2-2b", "downsample_ratio", -0.5, "no grid"),
     ("internvl2-2b", "select_layer", INF, "OverflowError"),
+    ("internvl2-2b", "vision_config.num_attention_heads", -1, "num_attention_heads"),
     ("internvl2-2b", "select_layer", 10**40, "layer"),
     ("llava-v1.5-7b", "mm_vision_select_layer", -99, "layer"),
     ("llava-v1.5-7b", "vocab_size", INF, "OverflowError"),
