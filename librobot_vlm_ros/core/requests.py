@@ -20,7 +20,7 @@ __all__ = ["Box", "GenerationParams", "InferenceRequest", "make_request"]
 Box = tuple[float, float, float, float]
 
 _MAX_SEED = 2**63 - 1
-_MAX_BEAMS = 32
+MAX_BEAMS = 32
 
 
 def _integer(name: str, value: object, low: int, high: int) -> None:
@@ -67,7 +67,7 @@ class GenerationParams:
         if self.max_new_tokens is not None:
             _integer("max_new_tokens", self.max_new_tokens, 1, 1_000_000)
         if self.num_beams is not None:
-            _integer("num_beams", self.num_beams, 1, _MAX_BEAMS)
+            _integer("num_beams", self.num_beams, 1, MAX_BEAMS)
         _number("temperature", self.temperature, 0.0, 100.0)
         _number("top_p", self.top_p, 0.0, 1.0, above=True)
         if self.seed is not None:

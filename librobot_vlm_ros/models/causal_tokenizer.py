@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from librobot_vlm_ros.core import ErrorCode, ModelError, RequestError
+from librobot_vlm_ros.models.config_values import check_token
 from librobot_vlm_ros.models.fast_tokenizer import read_fast, unbroken
 from librobot_vlm_ros.models.shards import read_json
 
-__all__ = ["CausalTokenizer", "added_tokens"]
+__all__ = ["CausalTokenizer", "added_tokens", "check_words"]
 
+#: Words, figures and signs, of more than one script.
+_PROBE = "Where is the red cup? 12 \u00e4\u5b57\u2603 qzxj."
 _FAST, _PIECES, _ADDED = "tokenizer.json", "tokenizer.model", "added_tokens.json"
 
 
@@ -35,7 +38,7 @@ def added_tokens(folder: Path) -> dict[str, int]:
         stated = [(str(token["content"]), int(i)) for i, token in (decoder or {}).items()]
         if listed.is_file():
             stated += [(str(token), int(i)) for token, i in read_json(listed).items()]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ModelError(
             ErrorCode.TOKENIZER_MISMATCH,
             f"the added tokens of {folder} cannot be read: {type(error).__name__} {error}",
@@ -48,6 +51,21 @@ def added_tokens(folder: Path) -> dict[str, int]:
                 "use the files that came with the weights",
             )
     return found
+
+
+def check_words(name: str, encode: Callable[[str], list[int]]) -> None:
+    """Encode words that a vocabulary has not, which one without a token for them fails at.
+
+    Raises ModelError TOKENIZER_MISMATCH, so that no request comes to it.
+    """
+    try:
+        encode(_PROBE)
+    except Exception as error:  # tokenizers raises Exception itself
+        raise ModelError(
+            ErrorCode.TOKENIZER_MISMATCH,
+            f"{name} cannot encode words: {error}",
+            "use the tokenizer that came with the weights",
+        ) from error
 
 
 class CausalTokenizer:
@@ -98,6 +116,9 @@ class CausalTokenizer:
         holds its own). Raises ModelError TOKENIZER_MISMATCH, or MISSING_DEPENDENCY without
         sentencepiece.
         """
+        hidden = list(hidden)
+        for token in hidden:
+            check_token("config.json: a token of begin, end or pad", token, vocab_size)
         source = next((folder / n for n in (_FAST, _PIECES) if (folder / n).is_file()), None)
         if source is None:
             raise ModelError(
@@ -120,6 +141,7 @@ class CausalTokenizer:
                 + (f" and lacks token {strange[0]}" if strange else ""),
                 "use the tokenizer that came with the weights",
             )
+        check_words(source.name, new._encode)
         return new
 
     def hide(self, ids: Iterable[int]) -> None:

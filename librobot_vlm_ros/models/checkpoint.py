@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
 from librobot_vlm_ros.models.catalog import CATALOG
+from librobot_vlm_ros.models.config_values import check_integer
 from librobot_vlm_ros.models.placement import Placement, dtype_name, move, place
 from librobot_vlm_ros.models.progress import LoggedProgress
 from librobot_vlm_ros.models.proportions import refuse_oversized
@@ -31,6 +32,7 @@ __all__ = [
     "LoadPlan",
     "build_empty",
     "build_random",
+    "expect_rank",
     "load_module",
     "register_layout",
 ]
@@ -46,6 +48,16 @@ _build_lock = threading.Lock()
 #: What weights may be stored in. Others (float8, int8, packed 4 bit) mean something only together
 #: with scales, and copied without them they would be other weights.
 _STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+#: Heads of attention, by the names that they have in the families' configurations.
+_HEADS = (
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_heads",
+    "encoder_attention_heads",
+    "decoder_attention_heads",
+)
 
 
 @dataclass(frozen=True)
@@ -113,11 +125,24 @@ def load_module(
     config = read_config(root)
     layout = find_layout(config)
     plan = layout.plan(config, root)
+    _check_counts(plan.config)
     files = [path for source in plan.folders or (root,) for path in weight_files(source)]
     module = build_empty(plan, where)
     _fill(module, files, plan.convert, where, should_cancel)
     _log.info("loaded %s (%s) as %s", root, layout.name, where)
     return module.eval()
+
+
+def _check_counts(config: Any) -> None:
+    """What transformers builds a model of, that cannot answer. Raises ModelError BAD_CONFIG."""
+    text = config.text_config
+    check_integer("config.json: max_position_embeddings", text.max_position_embeddings, 1)
+    for part in (text, config.vision_config):
+        for name in _HEADS:
+            stated = getattr(part, name, None)
+            for count in stated if isinstance(stated, (list, tuple)) else [stated]:
+                if count is not None:
+                    check_integer(f"config.json: {name}", count, 1)
 
 
 def build_empty(plan: LoadPlan, where: Placement) -> Any:
@@ -137,6 +162,15 @@ def build_empty(plan: LoadPlan, where: Placement) -> Any:
             setattr(owner, name, buffer.to(where.device, buffer.dtype if kept else where.dtype))
     module.tie_weights()
     return module
+
+
+def expect_rank(key: str, value: Tensor, rank: int) -> None:
+    """For a `Convert` that takes a tensor apart. Raises ModelError SHAPE_MISMATCH."""
+    if value.dim() != rank:
+        raise ModelError(
+            ErrorCode.SHAPE_MISMATCH,
+            f"{key} is {list(value.shape)} in the checkpoint, expected {rank} dimensions",
+        )
 
 
 def build_random(plan: LoadPlan, where: Placement) -> Any:
@@ -179,7 +213,7 @@ def _fill(
     targets = dict(module.named_parameters(remove_duplicate=False))
     persistent = module.state_dict(keep_vars=True)
     targets.update((name, value) for name, value in persistent.items() if name not in targets)
-    filled: set[int] = set()
+    filled: dict[int, str] = {}  # parameter -> the name that filled it
     strange: list[str] = []
     files = list(files)
     total, done = sum(path.stat().st_size for path in files), 0
@@ -197,8 +231,8 @@ def _fill(
                 if target is None:
                     strange.append(key)
                     continue
-                _copy(name, target, tensor, where, again=id(target) in filled)
-                filled.add(id(target))
+                _copy(name, target, tensor, where, filled.get(id(target)))
+                filled.setdefault(id(target), name)
     progress.finish()
     empty = sorted(name for name, value in targets.items() if id(value) not in filled)
     if strange or empty:
@@ -211,7 +245,9 @@ def _fill(
         )
 
 
-def _copy(name: str, target: Tensor, value: Tensor, where: Placement, *, again: bool) -> None:
+def _copy(
+    name: str, target: Tensor, value: Tensor, where: Placement, filled_by: str | None
+) -> None:
     if target.is_floating_point() and value.dtype not in _STORED:
         raise _quantised(name, value)  # before its shape, which packing has changed
     if target.shape != value.shape:
@@ -220,11 +256,14 @@ def _copy(name: str, target: Tensor, value: Tensor, where: Placement, *, again: 
             f"{name} is {list(value.shape)} in the checkpoint, {list(target.shape)} by config.json",
         )
     with torch.no_grad():
-        if again:  # tied weights that a checkpoint holds twice must not differ
+        if filled_by is not None:  # what a checkpoint holds twice, tied or not, must not differ
             if not torch.equal(target, value.to(target.device, target.dtype)):
                 raise ModelError(
                     ErrorCode.KEY_MISMATCH,
-                    f"{name} shares its weights by config.json, but differs in the checkpoint",
+                    f"{name} is in the checkpoint twice, with different values"
+                    if filled_by == name
+                    else f"{name} shares its weights with {filled_by} by config.json, but differs "
+                    "in the checkpoint",
                 )
             return
         target.copy_(value)
@@ -234,7 +273,9 @@ def _copy(name: str, target: Tensor, value: Tensor, where: Placement, *, again: 
         raise ModelError(
             ErrorCode.DTYPE_UNSUPPORTED,
             f"{name} holds values beyond the range of {dtype_name(where.dtype)}",
-            "use bfloat16 or float32",
+            "use bfloat16 or float32"
+            if where.dtype == torch.float16
+            else "there is no wider dtype to load them in: the checkpoint is damaged",
         )
     raise ModelError(
         ErrorCode.NAN_WEIGHTS, f"{name} holds NaN or infinity", "the checkpoint is damaged"

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
+from librobot_vlm_ros.models.config_values import unreadable
 from librobot_vlm_ros.models.model_config import ModelConfig
 
 __all__ = ["FlorenceConfig", "image_tokens", "is_original", "original_to_native", "variants"]
@@ -132,7 +133,7 @@ def is_original(config: Mapping[str, Any]) -> bool:
 
 def original_to_native(config: Mapping[str, Any]) -> Any:
     """transformers' Florence2Config for an official config.json. Raises ModelError BAD_CONFIG."""
-    try:
+    with unreadable("config.json of an official Florence-2 cannot be read"):
         vision = dict(config["vision_config"])
         text = dict(config["text_config"])
         image_token = int(text["vocab_size"])
@@ -146,11 +147,6 @@ def original_to_native(config: Mapping[str, Any]) -> Any:
         vision["embed_dim"] = vision.pop("dim_embed")
         vision["max_temporal_embeddings"] = temporal["max_temporal_embeddings"]
         vision["max_position_embeddings"] = position["max_pos_embeddings"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(
-            ErrorCode.BAD_CONFIG,
-            f"config.json of an official Florence-2 cannot be read: {type(error).__name__} {error}",
-        ) from error
     for name in ("model_type", "enable_checkpoint"):
         vision.pop(name, None)
     # How to generate stands in the official text_config; transformers keeps that apart.

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
-from librobot_vlm_ros.models.checkpoint import CheckpointLayout, LoadPlan, register_layout
+from librobot_vlm_ros.models.checkpoint import (
+    CheckpointLayout,
+    LoadPlan,
+    expect_rank,
+    register_layout,
+)
+from librobot_vlm_ros.models.config_values import check_token
 from librobot_vlm_ros.models.florence_config import is_original, original_to_native
 
 __all__ = ["attention_parts", "plan_for"]
@@ -51,6 +57,8 @@ _RENAMES = tuple(
         (r"^language_model\.lm_head\.", "lm_head."),
     )
 )
+#: What prompts and answers are put together from.
+_TEXT_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 #: Tables with one row a token, to which the row of the image token is added.
 _TOKEN_TABLES = ("shared.weight", "embed_tokens.weight", "lm_head.weight")
 
@@ -67,9 +75,13 @@ def attention_parts(attention: str) -> str | dict[str, str]:
 
 
 def plan_for(config: Any) -> LoadPlan:
-    """Keys as transformers names them, for a Florence2Config."""
+    """Keys as transformers names them, for a Florence2Config. Raises ModelError BAD_CONFIG."""
     from transformers import Florence2ForConditionalGeneration
 
+    text = config.text_config
+    for name in _TEXT_IDS:
+        check_token(f"config.json: text_config.{name}", getattr(text, name), text.vocab_size)
+    check_token("config.json: image_token_id", config.image_token_id, text.vocab_size)
     return LoadPlan(
         model_class=Florence2ForConditionalGeneration,
         config=config,
@@ -82,9 +94,10 @@ def _plan_native(config: dict[str, Any], folder: Path) -> LoadPlan:
     from transformers import Florence2Config
 
     try:
-        return plan_for(Florence2Config.from_dict(config))
+        native = Florence2Config.from_dict(config)
     except Exception as error:  # transformers' strict configs raise errors of their own kinds
         raise ModelError(ErrorCode.BAD_CONFIG, f"config.json of a Florence-2: {error}") from error
+    return plan_for(native)
 
 
 def _plan_original(config: dict[str, Any], folder: Path) -> LoadPlan:
@@ -101,9 +114,12 @@ def _plan_original(config: dict[str, Any], folder: Path) -> LoadPlan:
             return
         name = _native_name(key)
         if key == "image_projection":
+            expect_rank(key, value, 2)
             value = value.t()
-        elif name.endswith(_TOKEN_TABLES) and value.shape[0] == native.text_config.vocab_size - 1:
-            value = torch.cat([value, value.new_zeros(1, value.shape[1])])
+        elif name.endswith(_TOKEN_TABLES):
+            expect_rank(key, value, 2)
+            if value.shape[0] == native.text_config.vocab_size - 1:
+                value = torch.cat([value, value.new_zeros(1, value.shape[1])])
         yield name, value
 
     return LoadPlan(plan.model_class, native, convert, attention=attention_parts)

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
+from librobot_vlm_ros.core.requests import MAX_BEAMS
 from librobot_vlm_ros.models.checkpoint import load_module
+from librobot_vlm_ros.models.config_values import (
+    bad_value,
+    check_integer,
+    check_number,
+    check_token,
+    section,
+)
 from librobot_vlm_ros.models.florence_config import is_original
 from librobot_vlm_ros.models.florence_tokenizer import FlorenceTokenizer
 from librobot_vlm_ros.models.making import Loading
@@ -17,6 +26,18 @@ from librobot_vlm_ros.models.preprocess import ImageSettings, image_settings
 from librobot_vlm_ros.models.shards import read_config, read_json
 
 __all__ = ["PUBLISHED", "FlorenceParts", "FlorenceSettings", "read_folder", "write_folder"]
+
+_FILE = "generation_config.json"
+#: Tokens that settings may force.
+_FORCED = ("forced_bos_token_id", "forced_eos_token_id")
+#: Integers, from and to; beams as a request may ask for them.
+_BOUNDS: dict[str, tuple[int, int | None]] = {
+    "num_beams": (1, MAX_BEAMS),
+    "max_new_tokens": (1, None),
+    "no_repeat_ngram_size": (0, 1024),
+}
+#: An answer's length to a power beyond it is no number.
+_MAX_PENALTY = 10.0
 
 
 @dataclass(frozen=True)
@@ -33,21 +54,39 @@ class FlorenceSettings:
     max_new_tokens: int = 1024
 
     def __post_init__(self) -> None:
-        for name in ("num_beams", "max_new_tokens"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ModelError(
-                    ErrorCode.BAD_CONFIG,
-                    f"generation_config.json: {name} is {value!r}, expected an integer from 1",
-                )
+        for name, value in vars(self).items():
+            _check(_FILE, name, value)
 
-    def overlaid(self, found: dict[str, Any]) -> FlorenceSettings:
-        """These settings with those that `found` (a generation_config.json) states."""
-        names = {field.name for field in dataclasses.fields(self)}
-        stated = {k: v for k, v in found.items() if k in names and v is not None}
+    def overlaid(self, found: Mapping[str, Any], file: str = _FILE) -> FlorenceSettings:
+        """These settings with those that `found` (the content of `file`) states."""
+        stated = {k: v for k, v in found.items() if k in vars(self) and v is not None}
         if "max_new_tokens" not in stated and found.get("max_length"):
-            stated["max_new_tokens"] = int(found["max_length"]) - 1  # the start token counts there
+            check_integer(f"{file}: max_length", found["max_length"], 2)
+            stated["max_new_tokens"] = found["max_length"] - 1  # the start token counts there
+        for name, value in stated.items():
+            _check(file, name, value)
         return dataclasses.replace(self, **stated)
+
+    def check_vocabulary(self, size: int) -> None:
+        """Raises ModelError BAD_CONFIG for a token that a model of this vocabulary has not."""
+        for name in _FORCED:
+            if getattr(self, name) is not None:
+                check_token(f"{_FILE} or config.json: {name}", getattr(self, name), size)
+
+
+def _check(file: str, name: str, value: Any) -> None:
+    """Raises ModelError BAD_CONFIG for a value that no answer can be decoded by."""
+    field = f"{file}: {name}"
+    if name in _FORCED:
+        if value is not None:
+            check_integer(field, value, 0)
+    elif name == "early_stopping":
+        if not isinstance(value, bool):
+            raise bad_value(field, value, "true or false")
+    elif name == "length_penalty":
+        check_number(field, value, -_MAX_PENALTY, _MAX_PENALTY)
+    else:
+        check_integer(field, value, *_BOUNDS[name])
 
 
 #: Settings published with microsoft/Florence-2-base and -large. Conversions to transformers' layout
@@ -78,12 +117,14 @@ def read_folder(folder: Path, base: FlorenceSettings, loading: Loading) -> Flore
     """
     config = read_config(folder)
     images = image_settings(_required(folder / "preprocessor_config.json"))
-    stated = folder / "generation_config.json"
+    stated = folder / _FILE
     if is_original(config):
         # There the settings stand in text_config; its max_length is BART's and means nothing.
-        base = PUBLISHED.overlaid({**config["text_config"], "max_length": None})
+        text = {**section(config, "text_config"), "max_length": None}
+        base = PUBLISHED.overlaid(text, "config.json")
     settings = base.overlaid(read_json(stated) if stated.is_file() else {})
     module = load_module(folder, **vars(loading))
+    settings.check_vocabulary(module.config.text_config.vocab_size)
     tokenizer = FlorenceTokenizer.from_folder(folder, module.config)
     return FlorenceParts(module, images, settings, tokenizer)
 
@@ -102,7 +143,7 @@ def write_folder(folder: Path, parts: FlorenceParts) -> None:
         "pad_token_id": text.pad_token_id,
         "decoder_start_token_id": text.decoder_start_token_id,
     }
-    _write_json(folder / "generation_config.json", generation)
+    _write_json(folder / _FILE, generation)
     _write_json(folder / "preprocessor_config.json", parts.images.to_json())
 
 

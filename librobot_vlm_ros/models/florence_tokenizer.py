@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from librobot_vlm_ros.core import ErrorCode, ModelError, RequestError
+from librobot_vlm_ros.models.causal_tokenizer import check_words
 from librobot_vlm_ros.models.fast_tokenizer import read_fast, unbroken
 from librobot_vlm_ros.models.florence_prompts import BINS
 
@@ -83,7 +84,9 @@ class FlorenceTokenizer:
         }
         unknown = next((t for t in ("<unk>", "[UNK]") if backend.token_to_id(t) is not None), None)
         fast = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token=unknown, **named)
-        return cls(fast, config)
+        new = cls(fast, config)
+        check_words(path.name, new.words)
+        return new
 
     def words(self, text: str) -> list[int]:
         """Ids of words. Raises RequestError CONTROL_TOKEN_IN_PROMPT when one is no word."""

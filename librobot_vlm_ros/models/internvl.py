@@ -22,6 +22,7 @@ from librobot_vlm_ros.core import ErrorCode, InferenceRequest, ModelError, Regio
 from librobot_vlm_ros.models.causal import CausalParts, CausalVLM
 from librobot_vlm_ros.models.causal_tokenizer import CausalTokenizer, added_tokens
 from librobot_vlm_ros.models.checkpoint import load_module
+from librobot_vlm_ros.models.config_values import tokens
 from librobot_vlm_ros.models.detokenize import TokenSpans
 from librobot_vlm_ros.models.internvl_config import InternVLConfig, tile_side, tile_tokens
 from librobot_vlm_ros.models.internvl_convert import plan_for
@@ -181,8 +182,10 @@ def _read_tokenizer(folder: Path, config: Any) -> CausalTokenizer:
     text, added = config.text_config, added_tokens(folder)
     settings = folder / "generation_config.json"
     generation = read_json(settings) if settings.is_file() else {}
-    hidden = {text.bos_token_id, *_listed(text.eos_token_id)}
-    hidden |= {text.pad_token_id} - {None}
+    stated = _listed(generation.get("eos_token_id"))
+    if stated:
+        tokens(f"{settings.name}: eos_token_id", stated, text.vocab_size)
+    hidden = [text.bos_token_id, *_listed(text.eos_token_id), *_listed(text.pad_token_id)]
     tokenizer = CausalTokenizer.from_folder(
         folder, hidden=hidden, vocab_size=text.vocab_size, control=_MARKS, added=added
     )
@@ -198,7 +201,7 @@ def _read_tokenizer(folder: Path, config: Any) -> CausalTokenizer:
             "weights",
         )
     # config.json names the end of a document alone; an answer ends before that.
-    ends = [tokenizer.vocabulary[_END], *_listed(generation.get("eos_token_id"))]
+    ends = [tokenizer.vocabulary[_END], *stated]
     text.eos_token_id = list(dict.fromkeys([*ends, *_listed(text.eos_token_id)]))
     tokenizer.hide(text.eos_token_id)
     return tokenizer

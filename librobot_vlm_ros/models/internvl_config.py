@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
+from librobot_vlm_ros.models.config_values import unreadable
 from librobot_vlm_ros.models.model_config import ModelConfig
 
 __all__ = ["InternVLConfig", "is_original", "original_to_native", "tile_side", "tile_tokens"]
@@ -136,7 +137,7 @@ def original_to_native(config: Mapping[str, Any], image_token: int | None) -> An
     `image_token`: id of ``<IMG_CONTEXT>``; None means its published place, seventh from the end.
     Raises ModelError BAD_CONFIG for what is missing, and for what InternVL2 does not have.
     """
-    try:
+    with unreadable("config.json of an official InternVL2 cannot be read"):
         vision, text = dict(config["vision_config"]), dict(config["llm_config"])
         _refuse_others(config, vision, text)
         native_text = _taken(text, _TEXT_FIELDS)
@@ -152,11 +153,6 @@ def original_to_native(config: Mapping[str, Any], image_token: int | None) -> An
         if config.get("system_message"):
             extra["system_message"] = str(config["system_message"])
         seen = _taken(vision, _VISION_FIELDS)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ModelError(
-            ErrorCode.BAD_CONFIG,
-            f"config.json of an official InternVL2 cannot be read: {type(error).__name__} {error}",
-        ) from error
     return _native(seen, native_text, image_token, **extra)
 
 
@@ -170,13 +166,15 @@ def tile_side(config: Any) -> int:
 
 def tile_tokens(config: Any) -> int:
     """Vectors of a tile: a square of patches becomes one. Raises ModelError BAD_CONFIG."""
-    side, (patch, _) = tile_side(config), config.vision_config.patch_size
-    merge = round(1 / config.downsample_ratio)
-    if side % (patch * merge) or merge * config.downsample_ratio != 1:
-        raise ModelError(
-            ErrorCode.BAD_CONFIG,
-            f"tiles of {side} pixels are no grid of {merge}x{merge} patches of {patch} pixels",
-        )
+    ratio, grid = config.downsample_ratio, f"patches of {config.vision_config.patch_size} pixels"
+    with unreadable(f"config.json of an InternVL: downsample_ratio is {ratio!r}, {grid}"):
+        side, (patch, _) = tile_side(config), config.vision_config.patch_size
+        merge = round(1 / ratio)
+        if min(patch, merge) < 1 or side % (patch * merge) or merge * ratio != 1:
+            raise ModelError(
+                ErrorCode.BAD_CONFIG,
+                f"tiles of {side} pixels are no grid of {merge}x{merge} patches of {patch} pixels",
+            )
     return int(side // (patch * merge)) ** 2
 
 

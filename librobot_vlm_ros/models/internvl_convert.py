@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,7 +12,13 @@ from torch import Tensor
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
 from librobot_vlm_ros.models.causal_tokenizer import added_tokens
-from librobot_vlm_ros.models.checkpoint import CheckpointLayout, LoadPlan, register_layout
+from librobot_vlm_ros.models.checkpoint import (
+    CheckpointLayout,
+    LoadPlan,
+    expect_rank,
+    register_layout,
+)
+from librobot_vlm_ros.models.config_values import check_feature_layer, section
 from librobot_vlm_ros.models.internvl_config import is_original, original_to_native, tile_tokens
 from librobot_vlm_ros.models.native_keys import DERIVED, native_tensors, renamed
 from librobot_vlm_ros.models.shards import tensor_names
@@ -60,16 +67,17 @@ _TEXT_PACKED = re.compile(rf"{_READ}attention\.wqkv\.(weight|bias)$")
 
 
 def plan_for(config: Any) -> LoadPlan:
-    """Keys as transformers names them, for its InternVLConfig."""
+    """Keys as transformers names them, for its InternVLConfig. Raises ModelError BAD_CONFIG."""
     from transformers import InternVLForConditionalGeneration
 
+    check_feature_layer(config)
     return LoadPlan(InternVLForConditionalGeneration, config, native_tensors)
 
 
 def _plan_native(config: dict[str, Any], folder: Path) -> LoadPlan:
     from transformers import InternVLConfig
 
-    kind = (config.get("text_config") or {}).get("model_type", "qwen2")
+    kind = section(config, "text_config").get("model_type", "qwen2")
     if kind != "llama":
         raise ModelError(
             ErrorCode.BAD_CONFIG,
@@ -85,8 +93,6 @@ def _plan_native(config: dict[str, Any], folder: Path) -> LoadPlan:
 
 
 def _plan_original(config: dict[str, Any], folder: Path) -> LoadPlan:
-    from transformers import InternVLForConditionalGeneration
-
     config = _completed(config, tensor_names(folder))
     native = original_to_native(config, added_tokens(folder).get("<IMG_CONTEXT>"))
     text = native.text_config
@@ -96,6 +102,9 @@ def _plan_original(config: dict[str, Any], folder: Path) -> LoadPlan:
     def convert(key: str, value: Tensor) -> Iterable[tuple[str, Tensor]]:
         if DERIVED.search(key):
             return
+        found = _VISION_PACKED.match(key) or _TEXT_PACKED.match(key)
+        if found:
+            expect_rank(key, value, 1 if found[2] == "bias" else 2)
         if found := _VISION_PACKED.match(key):
             at = f"{_TOWER}encoder.layer.{found[1]}.attention."
             parts = value.chunk(3) if value.shape[0] % 3 == 0 else ()
@@ -104,7 +113,7 @@ def _plan_original(config: dict[str, Any], folder: Path) -> LoadPlan:
             at = f"{_READER}layers.{found[1]}.self_attn."
             rows = (queries + 2) * groups
             parts = ()
-            if value.shape[0] % rows == 0:
+            if value.shape[0] and value.shape[0] % rows == 0:
                 packed = value.unflatten(0, (groups, queries + 2, -1))
                 parts = (packed[:, :-2].flatten(0, 2), packed[:, -2].flatten(0, 1))
                 parts = (*parts, packed[:, -1].flatten(0, 1))
@@ -120,7 +129,7 @@ def _plan_original(config: dict[str, Any], folder: Path) -> LoadPlan:
         for letter, part in zip("qkv", parts, strict=True):
             yield f"{at}{letter}_proj.{found[2]}", part
 
-    return LoadPlan(InternVLForConditionalGeneration, native, convert)
+    return dataclasses.replace(plan_for(native), convert=convert)
 
 
 def _completed(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:

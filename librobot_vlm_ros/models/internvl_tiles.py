@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from librobot_vlm_ros.core import ErrorCode, ImageError, ModelError
-from librobot_vlm_ros.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, channels
+from librobot_vlm_ros.models.config_values import unreadable
+from librobot_vlm_ros.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, channels, deviations
 from librobot_vlm_ros.models.resize import EXACT, Resizing, resize
 
 __all__ = ["InternVLImages", "float_tiles", "grid", "internvl_images", "tiles"]
@@ -91,7 +92,10 @@ def internvl_images(
     if config.get("dynamic_image_size") is False:
         most = least = 1
     size = stated.get("size", default.side)
-    try:
+    with unreadable(
+        "preprocessor_config.json cannot be used",
+        "it needs size, image_mean and image_std of three numbers each",
+    ):
         sides = {*size.values()} if isinstance(size, dict) else {size}
         found = InternVLImages(
             side=default.side,
@@ -101,17 +105,9 @@ def internvl_images(
                 config.get("use_thumbnail", stated.get("use_thumbnail", default.thumbnail))
             ),
             mean=channels(stated.get("image_mean", default.mean)),
-            std=channels(stated.get("image_std", default.std)),
+            std=deviations(stated.get("image_std", default.std)),
             resample=Image.Resampling(int(stated.get("resample", default.resample))),
         )
-        if min(found.std) <= 0:
-            raise ValueError(f"image_std {found.std}")
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ModelError(
-            ErrorCode.BAD_CONFIG,
-            f"preprocessor_config.json cannot be used: {type(error).__name__} {error}",
-            "it needs size, image_mean and image_std of three numbers each",
-        ) from error
     if sides != {default.side}:
         raise ModelError(
             ErrorCode.BAD_CONFIG,

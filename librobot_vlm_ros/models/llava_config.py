@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
+from librobot_vlm_ros.models.config_values import unreadable
 from librobot_vlm_ros.models.model_config import ModelConfig
 
 __all__ = ["LlavaConfig", "is_original", "original_to_native"]
@@ -96,8 +97,9 @@ class LlavaConfig(ModelConfig):
 
 def is_original(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is in the layout of the official checkpoints."""
-    return "mm_projector_type" in config or "LlavaLlamaForCausalLM" in (
-        config.get("architectures") or ()
+    kinds = config.get("architectures")
+    return "mm_projector_type" in config or (
+        isinstance(kinds, list) and "LlavaLlamaForCausalLM" in kinds
     )
 
 
@@ -119,7 +121,7 @@ def original_to_native(config: Mapping[str, Any], vision: Mapping[str, Any]) -> 
                 ErrorCode.BAD_CONFIG,
                 f"config.json of a LLaVA: {name} is {config[name]!r}, LLaVA-1.5 has {value!r}",
             )
-    try:
+    with unreadable("config.json of an official LLaVA cannot be read"):
         text = {name: config[name] for name in _TEXT_FIELDS if config.get(name) is not None}
         text["vocab_size"] = int(config["vocab_size"])
         rope = dict(config.get("rope_scaling") or {"type": "default"})
@@ -130,11 +132,6 @@ def original_to_native(config: Mapping[str, Any], vision: Mapping[str, Any]) -> 
             config.get("mm_vision_select_feature", "patch")
         ]
         seen = {name: vision[name] for name in _VISION_FIELDS if vision.get(name) is not None}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(
-            ErrorCode.BAD_CONFIG,
-            f"config.json of an official LLaVA cannot be read: {type(error).__name__} {error}",
-        ) from error
     return _native(seen, text, layer, kind)
 
 

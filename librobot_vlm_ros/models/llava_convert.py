@@ -7,6 +7,7 @@ from the hub; a folder ``vision_tower`` inside the checkpoint folder goes before
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -17,7 +18,13 @@ import torch
 from torch import Tensor
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
-from librobot_vlm_ros.models.checkpoint import CheckpointLayout, LoadPlan, register_layout
+from librobot_vlm_ros.models.checkpoint import (
+    CheckpointLayout,
+    LoadPlan,
+    expect_rank,
+    register_layout,
+)
+from librobot_vlm_ros.models.config_values import bad_value, check_feature_layer
 from librobot_vlm_ros.models.confinement import refuse_foreign
 from librobot_vlm_ros.models.llava_config import CLIP_LARGE_336, is_original, original_to_native
 from librobot_vlm_ros.models.native_keys import DERIVED, native_tensors, renamed
@@ -32,6 +39,7 @@ __all__ = ["plan_for", "tower_folder"]
 _CLIP_ID = "openai/clip-vit-large-patch14-336"
 #: CLIP's own default, which its config.json may leave out.
 _CLIP_WIDTH = 768
+_LONGEST_NAME = 1000
 _CLIP_REVISION = "ce19dc912ca5cd21c8a653c79e251e808ccabcd1"
 
 _OFFICIAL = tuple(
@@ -52,9 +60,10 @@ _TOWER_KEY = "model.vision_tower."
 
 
 def plan_for(config: Any) -> LoadPlan:
-    """Keys as transformers names them, for its LlavaConfig."""
+    """Keys as transformers names them, for its LlavaConfig. Raises ModelError BAD_CONFIG."""
     from transformers import LlavaForConditionalGeneration
 
+    check_feature_layer(config)
     return LoadPlan(LlavaForConditionalGeneration, config, native_tensors)
 
 
@@ -62,14 +71,14 @@ def _plan_native(config: dict[str, Any], folder: Path) -> LoadPlan:
     from transformers import LlavaConfig
 
     try:
-        return plan_for(LlavaConfig.from_dict(config))
+        native = LlavaConfig.from_dict(config)
     except Exception as error:  # transformers' strict configs raise errors of their own kinds
         raise ModelError(ErrorCode.BAD_CONFIG, f"config.json of a LLaVA: {error}") from error
+    return plan_for(native)
 
 
 def _plan_original(config: dict[str, Any], folder: Path) -> LoadPlan:
-    from transformers import LlavaForConditionalGeneration
-
+    _check_tower_name(config)
     tower = tower_folder(config, folder)
     native = original_to_native(config, _tower_config(config, folder, tower))
     words, rows = int(config["vocab_size"]), native.text_config.vocab_size
@@ -78,12 +87,20 @@ def _plan_original(config: dict[str, Any], folder: Path) -> LoadPlan:
         if DERIVED.search(key) or (tower is not None and _CLIP_TEXT.search(key)):
             return
         name = renamed(key, _OFFICIAL)
-        if name.endswith(_TOKEN_TABLES) and value.shape[0] == words:
-            value = torch.cat([value, value.new_zeros(rows - words, *value.shape[1:])])
+        if name.endswith(_TOKEN_TABLES):
+            expect_rank(key, value, 2)
+            if value.shape[0] == words:
+                value = torch.cat([value, value.new_zeros(rows - words, value.shape[1])])
         yield name, value
 
     folders = (folder,) if tower is None else (folder, tower)
-    return LoadPlan(LlavaForConditionalGeneration, native, convert, folders)
+    return dataclasses.replace(plan_for(native), convert=convert, folders=folders)
+
+
+def _check_tower_name(config: Mapping[str, Any]) -> None:
+    named = config.get("mm_vision_tower") or ""
+    if not isinstance(named, str) or not named.isprintable() or len(named) > _LONGEST_NAME:
+        raise bad_value("config.json: mm_vision_tower", str(named)[:99], "a folder or hub id")
 
 
 def tower_folder(config: Mapping[str, Any], folder: Path) -> Path | None:

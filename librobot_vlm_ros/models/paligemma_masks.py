@@ -8,6 +8,7 @@ published with big_vision as ``vae-oid.npz`` (after Ning et al., 2023, arXiv:230
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from librobot_vlm_ros.core import ErrorCode, ModelError
 from librobot_vlm_ros.models.paligemma_prompts import CODES
 from librobot_vlm_ros.models.shards import iterate_tensors
+from librobot_vlm_ros.models.weight_file_checks import check_archive
 
 __all__ = [
     "MaskDecoder",
@@ -38,6 +40,8 @@ Outline = Sequence[tuple[float, float]]
 _GRID, _SIDE, _ENTRY = 4, 64, 512
 _WIDTH = 128
 _CODEBOOK = "_vq_vae._embedding"
+#: The largest array of a decoder has a twentieth of that.
+_MOST_BYTES = 16 << 20
 #: Names that the weights may have beside a checkpoint.
 _FILES = ("mask_decoder.safetensors", "vae-oid.npz")
 _WAYS = (
@@ -114,7 +118,7 @@ def read_mask_decoder(path: Path) -> MaskDecoder:
     for name, value in tensors:
         place = places.pop(name, None)
         if place is None:
-            if name.startswith("decoder.") or name == _CODEBOOK:
+            if _is_wanted(name):
                 raise ModelError(ErrorCode.KEY_MISMATCH, f"{path.name}: {name} has no place")
             continue  # the encoder, or what was only needed to train it
         if place.shape != value.shape:
@@ -135,13 +139,22 @@ def read_mask_decoder(path: Path) -> MaskDecoder:
     return decoder.eval().requires_grad_(False)
 
 
+def _is_wanted(name: str) -> bool:
+    return name.startswith("decoder.") or name == _CODEBOOK
+
+
 def _arrays(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """The arrays that the decoder has; the encoder's are not unpacked."""
+    check_archive(path)
     try:
         with path.open("rb") as file:  # numpy leaves its own open where it fails
             archive = np.load(file, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
+            if not isinstance(archive, np.lib.npyio.NpzFile) or archive.zip is None:
                 raise ValueError("it holds a single array")
-            for name in archive.files:
+            sizes = {entry.filename: entry.file_size for entry in archive.zip.infolist()}
+            for name in filter(_is_wanted, archive.files):
+                if sizes.get(f"{name}.npy", 0) > _MOST_BYTES:
+                    raise ValueError(f"{name} would unpack to {sizes[f'{name}.npy']} bytes")
                 array = archive[name]
                 if not isinstance(array, np.ndarray):
                     raise ValueError(f"{name} is no array")
@@ -155,7 +168,8 @@ def _arrays(path: Path) -> Iterator[tuple[str, Tensor]]:
             f"{path.name} holds pickled objects, which may run code; they were not opened",
             _WAYS,
         ) from error
-    except (EOFError, KeyError, zipfile.BadZipFile) as error:
+    except (EOFError, KeyError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        # MemoryError: what is in the file is small, so a header lies about its array.
         raise _corrupt(path, error) from error
 
 

@@ -16,13 +16,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from librobot_vlm_ros.core import ErrorCode, Frame, ImageError, ModelError
+from librobot_vlm_ros.core import ErrorCode, Frame, ImageError
+from librobot_vlm_ros.models.config_values import unreadable
 from librobot_vlm_ros.models.resize import EXACT, Resizing, resize, writable
 
 __all__ = [
     "ImageSettings",
     "as_pixels",
     "channels",
+    "deviations",
     "image_settings",
     "normalise",
     "squash",
@@ -32,6 +34,10 @@ __all__ = [
 #: Mean and standard deviation of ImageNet, in the order red, green, blue.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+_FILE = "preprocessor_config.json"
+#: Bounds of a mean or deviation, far beyond those of colours from 0 to 1 or to 255: what they make
+#: of a pixel stays a number in every dtype.
+_SMALLEST, _LARGEST = 1e-4, 1e4
 
 
 @dataclass(frozen=True)
@@ -62,26 +68,33 @@ class ImageSettings:
 
 def image_settings(config: dict[str, Any]) -> ImageSettings:
     """The settings of a preprocessor_config.json. Raises ModelError BAD_CONFIG."""
-    try:
+    with unreadable(
+        f"{_FILE} cannot be used",
+        "it needs size {height, width}, image_mean and image_std of three numbers each",
+    ):
         size = config["size"]
         height, width = int(size["height"]), int(size["width"])
-        mean, std = ([float(v) for v in config[key]] for key in ("image_mean", "image_std"))
+        if height < 1 or width < 1:
+            raise ValueError(f"size {height}x{width}")
+        mean, std = channels(config["image_mean"]), deviations(config["image_std"])
         resample = Image.Resampling(int(config.get("resample", 3)))
-        if height < 1 or width < 1 or len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ValueError(f"size {height}x{width}, mean {mean}, std {std}")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(
-            ErrorCode.BAD_CONFIG,
-            f"preprocessor_config.json cannot be used: {type(error).__name__} {error}",
-            "it needs size {height, width}, image_mean and image_std of three numbers each",
-        ) from error
-    return ImageSettings(height, width, tuple(mean), tuple(std), resample)  # type: ignore[arg-type]
+    return ImageSettings(height, width, mean, std, resample)
 
 
 def channels(values: Any) -> tuple[float, float, float]:
     """A number for each of red, green and blue. Raises TypeError or ValueError otherwise."""
     red, green, blue = (float(value) for value in values)
+    if not all(abs(value) <= _LARGEST for value in (red, green, blue)):  # NaN is refused, too
+        raise ValueError(f"{values} are no means or deviations of a colour")
     return red, green, blue
+
+
+def deviations(values: Any) -> tuple[float, float, float]:
+    """Like `channels`, of numbers to divide by."""
+    found = channels(values)
+    if min(found) < _SMALLEST:
+        raise ValueError(f"image_std {values}")
+    return found
 
 
 def squash(pixels: npt.NDArray[np.uint8], settings: ImageSettings, how: Resizing = EXACT) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
 from librobot_vlm_ros.models.checkpoint import CheckpointLayout, LoadPlan, register_layout
+from librobot_vlm_ros.models.config_values import bad_value
 from librobot_vlm_ros.models.model_config import ModelConfig
 from librobot_vlm_ros.models.native_keys import DERIVED, renamed
 
@@ -199,10 +200,27 @@ def _tensors(key: str, value: Tensor) -> Iterable[tuple[str, Tensor]]:
         yield renamed(key, _NAMES), value
 
 
+def _check_sections(text: Any) -> None:
+    """The numbers that a place's time, row and column get, of each head's, must be all of them."""
+    stated = (getattr(text, "rope_parameters", None) or {}).get("mrope_section")
+    if stated is None:
+        return
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    whole = isinstance(stated, (list, tuple)) and all(type(n) is int and n >= 0 for n in stated)
+    if not whole or len(stated) != 3 or sum(stated) != head // 2:
+        raise bad_value(
+            "config.json: mrope_section", stated, f"three integers that make {head // 2}"
+        )
+
+
 def plan_for(config: Any) -> LoadPlan:
-    """How a Qwen2VLConfig or Qwen3VLConfig of transformers becomes a model."""
+    """How a Qwen2VLConfig or Qwen3VLConfig of transformers becomes a model.
+
+    Raises ModelError BAD_CONFIG.
+    """
     from transformers import Qwen2VLForConditionalGeneration, Qwen3VLForConditionalGeneration
 
+    _check_sections(config.text_config)
     two = config.model_type == "qwen2_vl"
     kind = Qwen2VLForConditionalGeneration if two else Qwen3VLForConditionalGeneration
     return LoadPlan(kind, config, _tensors)

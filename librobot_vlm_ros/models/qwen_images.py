@@ -18,13 +18,16 @@ from PIL import Image
 from torch import Tensor
 
 from librobot_vlm_ros.core import ErrorCode, ImageError, ModelError
-from librobot_vlm_ros.models.preprocess import channels, normalise
+from librobot_vlm_ros.models.config_values import section, unreadable
+from librobot_vlm_ros.models.preprocess import channels, deviations, normalise
 from librobot_vlm_ros.models.resize import EXACT, Resizing, resize
 
 __all__ = ["QwenImages", "is_float", "patches", "qwen_images", "resized", "smart_size"]
 
 #: Longest side over the shortest; beyond it the published processor refuses an image.
 _MAX_RATIO = 200
+#: Four times the largest area that a model of the family was published with.
+_MOST_PIXELS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,11 @@ class QwenImages:
                 ErrorCode.BAD_CONFIG,
                 f"min_pixels {self.min_pixels} and max_pixels {self.max_pixels} are no bounds",
                 f"expected 0 < min_pixels <= max_pixels, max_pixels at least {self.factor**2}",
+            )
+        if self.min_pixels > _MOST_PIXELS:  # every image would be enlarged to it
+            raise ModelError(
+                ErrorCode.BAD_CONFIG,
+                f"min_pixels is {self.min_pixels}, expected at most {_MOST_PIXELS}",
             )
 
     @property
@@ -76,8 +84,11 @@ class QwenImages:
 
 def qwen_images(config: dict[str, Any], default: QwenImages) -> QwenImages:
     """The settings of a preprocessor_config.json. Raises ModelError BAD_CONFIG."""
-    size = config.get("size") or {}
-    try:
+    size = section(config, "size", "preprocessor_config.json")
+    with unreadable(
+        "preprocessor_config.json cannot be used",
+        "it needs min_pixels and max_pixels, image_mean and image_std of three numbers each",
+    ):
         found = QwenImages(
             patch=int(config.get("patch_size", default.patch)),
             merge=int(config.get("merge_size", default.merge)),
@@ -89,17 +100,9 @@ def qwen_images(config: dict[str, Any], default: QwenImages) -> QwenImages:
                 config.get("max_pixels") or size.get("longest_edge") or default.max_pixels
             ),
             mean=channels(config.get("image_mean", default.mean)),
-            std=channels(config.get("image_std", default.std)),
+            std=deviations(config.get("image_std", default.std)),
             resample=Image.Resampling(int(config.get("resample", default.resample))),
         )
-        if min(found.std) <= 0:
-            raise ValueError(f"image_std {found.std}")
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ModelError(
-            ErrorCode.BAD_CONFIG,
-            f"preprocessor_config.json cannot be used: {type(error).__name__} {error}",
-            "it needs min_pixels and max_pixels, image_mean and image_std of three numbers each",
-        ) from error
     grid = ("patch", "merge", "frames")
     if any(getattr(found, name) != getattr(default, name) for name in grid):
         raise ModelError(

@@ -21,6 +21,7 @@ from librobot_vlm_ros.models.causal import CausalParts, CausalVLM
 from librobot_vlm_ros.models.causal_images import Seen
 from librobot_vlm_ros.models.causal_tokenizer import CausalTokenizer
 from librobot_vlm_ros.models.checkpoint import load_module
+from librobot_vlm_ros.models.config_values import tokens
 from librobot_vlm_ros.models.detokenize import TokenSpans
 from librobot_vlm_ros.models.making import Loading
 from librobot_vlm_ros.models.questions import question
@@ -226,12 +227,13 @@ class QwenVLM(CausalVLM):
         settings = folder / "generation_config.json"
         ends = read_json(settings).get("eos_token_id") if settings.is_file() else None
         if ends is not None:
+            tokens(f"{settings.name}: eos_token_id", ends, text.vocab_size)
             text.eos_token_id = ends
-        given = text.eos_token_id
-        hidden = {*(given if isinstance(given, (list, tuple)) else [given])}
-        hidden |= {getattr(text, name, None) for name in ("bos_token_id", "pad_token_id")}
+        hidden = tokens("config.json: eos_token_id", text.eos_token_id, text.vocab_size)
+        others = [getattr(text, name, None) for name in ("bos_token_id", "pad_token_id")]
+        hidden += [token for token in others if token is not None]
         tokenizer = CausalTokenizer.from_folder(
-            folder, hidden=hidden - {None}, vocab_size=text.vocab_size, control=_MARKS
+            folder, hidden=hidden, vocab_size=text.vocab_size, control=_MARKS
         )
         wanted = {token: getattr(config, name) for token, name in _MARKS.items()}
         missing = [token for token in (_BEGIN, _END) if token not in tokenizer.vocabulary]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import pickle
 import warnings
 from collections.abc import Iterator
@@ -19,8 +20,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from librobot_vlm_ros.core import ErrorCode, ModelError
+from librobot_vlm_ros.core import ErrorCode, ModelError, as_vlm_error
 from librobot_vlm_ros.models.proportions import refuse_endless
+from librobot_vlm_ros.models.weight_file_checks import (
+    check_pickle,
+    check_safetensors,
+    check_tensors,
+    corrupt,
+)
 
 __all__ = [
     "iterate_tensors",
@@ -37,18 +44,35 @@ _SINGLES = ("model.safetensors", "pytorch_model.bin")
 _MAPPED_BYTES = 8 << 20
 _MAPPED_SHARE = 1 / 32
 _PICKLES = (".bin", ".pt", ".pth")
+#: Levels of a JSON file, and characters of a foreign name in an error.
+_MOST_LEVELS, _SHOWN = 64, 100
 _SAFETENSORS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises ModelError BAD_CONFIG when it is none."""
+def read_json(path: Path, code: ErrorCode = ErrorCode.BAD_CONFIG) -> dict[str, Any]:
+    """A JSON object from a file. Raises ModelError of that code when it is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ModelError(ErrorCode.BAD_CONFIG, f"{path.name} is not valid JSON: {error}") from error
+    except (RecursionError, ValueError) as error:
+        raise ModelError(code, f"{path.name} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ModelError(ErrorCode.BAD_CONFIG, f"{path.name} holds no JSON object")
+        raise ModelError(code, f"{path.name} holds no JSON object")
+    if not _is_shallow(content):
+        raise ModelError(code, f"{path.name} is nested more than {_MOST_LEVELS} levels deep")
     return content
+
+
+def _is_shallow(content: Any) -> bool:
+    """What is nested deeper than any real file would break whoever copies or prints it."""
+    level = [content]
+    for _ in range(_MOST_LEVELS):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return not level
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -100,6 +124,7 @@ def iterate_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     if path.suffix in _PICKLES:
         yield from _iterate_pickle(path)
         return
+    check_safetensors(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             keys = sorted(file.keys(), key=lambda key: -math.prod(file.get_slice(key).get_shape()))
@@ -123,9 +148,9 @@ def tensor_kinds(path: Path) -> dict[str, tuple[str, int]]:
     Only the file's table is read. Raises ModelError WEIGHTS_CORRUPT or UNSAFE_CHECKPOINT.
     """
     if path.suffix in _PICKLES:
-        state = _read_pickle(path, map_location="meta")
-        tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+        tensors = _read_pickle(path, "meta")
         return {key: (_name(value.dtype), value.numel()) for key, value in tensors.items()}
+    check_safetensors(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  no mapping
@@ -145,7 +170,7 @@ def tensor_names(folder: Path) -> list[str]:
     files = weight_files(folder)
     for index, single in zip(_INDEXES, _SINGLES, strict=True):
         if (folder / index).is_file():
-            return list(read_json(folder / index)["weight_map"])
+            return list(_weight_map(folder / index))
         if (folder / single).is_file():
             break
     return [key for path in files for key in tensor_kinds(path)]
@@ -156,60 +181,58 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _cut_off(path: Path, error: Exception) -> ModelError:
-    return ModelError(
-        ErrorCode.WEIGHTS_CORRUPT,
-        f"{path.name} is not a whole safetensors file: {error}",
-        "download or copy it again",
-    )
+    return corrupt(path, f"is not a whole safetensors file: {error}")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    shards = read_json(index, ErrorCode.WEIGHTS_CORRUPT).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise corrupt(index, "holds no weight_map")
+    for name in shards.values():
+        # A shard lies beside its index; anything else would read files that nobody named.
+        if not isinstance(name, str) or Path(name).name != name:
+            raise corrupt(index, f"names a file elsewhere: {str(name)[:_SHOWN]!r}")
+    return shards
 
 
 def _names_in_index(index: Path) -> list[str]:
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not shards:
-        raise ModelError(ErrorCode.WEIGHTS_CORRUPT, f"{index.name} holds no weight_map")
-    names = sorted({str(name) for name in shards.values()})
+    names = sorted(set(_weight_map(index).values()))
     for name in names:
-        # A shard lies beside its index; anything else would read files that nobody named.
-        if Path(name).name != name:
-            raise ModelError(
-                ErrorCode.WEIGHTS_CORRUPT, f"{index.name} names a file elsewhere: {name!r}"
-            )
-        if not (index.parent / name).is_file():
+        # Not Path.is_file: that raises for names too long for any file.
+        if not os.path.isfile(index.parent / name):
             raise ModelError(
                 ErrorCode.WEIGHTS_NOT_FOUND,
-                f"{index.name} names {name}, which is not there",
+                f"{index.name} names {name[:_SHOWN]}, which is not there",
                 "the download is not complete: run it again",
             )
     return names
 
 
 def _iterate_pickle(path: Path) -> Iterator[tuple[str, Tensor]]:
-    state = _read_pickle(path, map_location="cpu")
+    state = _read_pickle(path, "cpu")
     for key in list(state):
-        value = state.pop(key)
-        if isinstance(value, Tensor):
-            yield key, value
+        yield key, state.pop(key)
 
 
-def _read_pickle(path: Path, map_location: str) -> dict[str, Any]:
+def _read_pickle(path: Path, device: str) -> dict[str, Tensor]:
+    """Every tensor by its name, on "cpu" or, without values, on "meta"."""
+    check_pickle(path)
     try:
         with warnings.catch_warnings():  # it warns of odd pickles, and then refuses them
             warnings.simplefilter("ignore")
-            state = torch.load(path, map_location=map_location, weights_only=True)
+            state = torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         raise ModelError(
             ErrorCode.UNSAFE_CHECKPOINT,
             f"{path.name} is no plain table of weights; it was not unpickled, nothing of it ran",
             "use a safetensors checkpoint",
         ) from error
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
+    except Exception as error:  # on damaged bytes the unpickler raises whatever it stumbles over
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise  # the disk or its permissions; EINVAL is how a cut zip file shows itself
-        raise ModelError(
-            ErrorCode.WEIGHTS_CORRUPT,
-            f"{path.name} is not a whole checkpoint: {error}",
-            "download or copy it again",
-        ) from error
+        if as_vlm_error(error).code == ErrorCode.OUT_OF_MEMORY:
+            raise
+        raise corrupt(path, f"is not a whole checkpoint: {error}") from error
     if not isinstance(state, dict):
-        raise ModelError(ErrorCode.WEIGHTS_CORRUPT, f"{path.name} holds no table of tensors")
-    return state
+        raise corrupt(path, "holds no table of tensors")
+    return check_tensors(path, state, device)

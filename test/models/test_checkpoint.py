@@ -160,6 +160,27 @@ def test_weights_beyond_the_range_of_the_dtype(folder: Path) -> None:
     load(folder, "bfloat16")
 
 
+def test_numbers_that_no_dtype_here_has_are_not_sent_to_another_one(folder: Path) -> None:
+    rewrite(folder, lambda w: w.update({NORM: w[NORM].double() + 1e300}))
+    with pytest.raises(ModelError, match="range of float32") as caught:
+        load(folder)
+    assert caught.value.code == ErrorCode.DTYPE_UNSUPPORTED
+    assert "use bfloat16" not in caught.value.hint
+
+
+def test_a_tensor_that_differs_between_two_shards_is_said_to_be_there_twice(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    index = dict.fromkeys(weights, "model-1.safetensors") | {"again": "model-2.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    save_file({NORM: weights[NORM]}, folder / "model-2.safetensors")
+    load(folder)
+    save_file({NORM: weights[NORM] + 1}, folder / "model-2.safetensors")
+    with pytest.raises(ModelError, match=rf"{NORM} is in the checkpoint twice") as caught:
+        load(folder)
+    assert caught.value.code == ErrorCode.KEY_MISMATCH
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
 def test_weights_stored_in_a_dtype_that_needs_scales(folder: Path, dtype: torch.dtype) -> None:
     rewrite(folder, lambda w: w.update({NORM: w[NORM].to(dtype)}))
