@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,15 @@ def test_under_nohup_a_closed_terminal_ends_nothing(
     end(process, signal.SIGTERM)
 
 
+@pytest.fixture
+def hangups_are_not_ignored() -> Iterator[None]:
+    """Also where the tests themselves run under nohup, which processes inherit."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangups_are_not_ignored")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_idle_node(run: Callable[..., Any], number: int) -> None:
     process = run("model:=fake", "image_topic:=/nobody/here", "log_level:=info")
