@@ -161,14 +161,19 @@ class ModelDoctor:
         if not (folder / "config.json").is_file() or not files:
             fix = "a checkpoint folder holds config.json and *.safetensors"
             return Finding("weights", "problem", f"{folder} is none", fix)
-        missing = sorted(
-            name
-            for index in folder.glob("*.index.json")
-            for name in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            if not (folder / name).is_file()
-        )
+        fix = "the download or copy is not complete: do it again"
+        try:
+            missing = _missing_shards(folder)
+        except (
+            AttributeError,
+            LookupError,
+            OSError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as error:
+            return Finding("weights", "problem", f"{folder}: no index of shards: {error!r}", fix)
         if missing:
-            fix = "the download or copy is not complete: do it again"
             return Finding("weights", "problem", f"{folder} lacks {', '.join(missing[:3])}", fix)
         self._own = True
         size = sum(path.stat().st_size for path in files)
@@ -222,3 +227,11 @@ class ModelDoctor:
             return Finding("cuda", "warning", "there is a GPU, but this torch is a CPU build", fix)
         fix = f"the driver must be made for CUDA {torch['cuda_build']}: see nvidia-smi"
         return Finding("cuda", "warning", "there is a GPU, but torch cannot use it", fix)
+
+
+def _missing_shards(folder: Path) -> list[str]:
+    """Files that an index names and the folder lacks; raises what a broken index makes Python."""
+    names: set[str] = set()
+    for index in folder.glob("*.index.json"):
+        names |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return sorted(name for name in names if not (folder / name).is_file())

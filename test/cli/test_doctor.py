@@ -238,6 +238,19 @@ def test_old_versions_are_problems(doctor: Callable[..., ModelDoctor]) -> None:
         assert tuple(map(int, least[1].split("."))) == numbers
 
 
+@pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": {"a": 1}}', "[" * 100_000])
+def test_an_index_of_shards_that_is_none_is_told(
+    doctor: Callable[..., ModelDoctor], tmp_path: Path, index: str
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model-1.safetensors").write_bytes(b"x")
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    made = doctor(facts_of(), name="florence-2-base", weights=str(tmp_path))
+    (found,) = made.check_weights()
+    assert (found.status, "no index of shards" in found.value) == ("problem", True)
+    assert "do it again" in found.fix
+
+
 def test_weights_that_are_not_here_are_told_with_the_command(
     doctor: Callable[..., ModelDoctor], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
