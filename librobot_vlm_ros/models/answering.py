@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -41,8 +40,6 @@ from librobot_vlm_ros.models.holding import Holding
 from librobot_vlm_ros.models.registry import models_with_task
 
 __all__ = ["Answering", "Job", "again_in_safer_dtype"]
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass

@@ -64,9 +64,7 @@ def check_archive(path: Path) -> bool:
 
     Raises ModelError WEIGHTS_CORRUPT for anything else.
     """
-    _refuse_other(path)
-    with path.open("rb") as file:
-        head = file.read(_HEAD_BYTES)
+    head = _refuse_other(path)
     if not head.startswith(_ZIP) and not _is_pickle(head):
         raise corrupt(path, "is no whole file of weights: neither an archive nor a pickle")
     return head.startswith(_ZIP)
@@ -114,8 +112,8 @@ def check_tensors(path: Path, state: dict[Any, Any], device: str) -> dict[str, T
     return tensors
 
 
-def _refuse_other(path: Path) -> None:
-    """Refuse what a download that failed leaves, and say what it looks like."""
+def _refuse_other(path: Path) -> bytes:
+    """Refuse what a download that failed leaves, and say what it looks like; else its begin."""
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
     text = head.lstrip().lower()
@@ -126,7 +124,7 @@ def _refuse_other(path: Path) -> None:
     elif head and len(head) < 200 and head.isascii() and b" " in head and _prints(head):
         looks, way = f"the message {head.decode('ascii').strip()!r}", _AGAIN
     else:
-        return
+        return head
     raise corrupt(path, f"holds no weights: it is {looks}", way)
 
 

@@ -254,7 +254,7 @@ class GuardedLifecycleNode(LifecycleNode):
             hook()
             result = managed(state)
         except Exception as error:
-            known = error if isinstance(error, VlmError) else known_refusal(error)
+            known = known_refusal(error)
             if known is not None:
                 self.get_logger().error(f"{name} failed: {known}")
                 if name in ("configure", "activate"):

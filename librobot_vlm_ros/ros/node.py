@@ -173,7 +173,7 @@ class VlmNode(GuardedLifecycleNode):
                 self._annotator = Annotator(self)
                 self._results.set_annotator(self._annotator)
         except Exception as error:
-            self._load_error = error if isinstance(error, VlmError) else known_refusal(error)
+            self._load_error = known_refusal(error)
             self._free()
             raise
         settle()

@@ -24,12 +24,15 @@ _RIGHTS = {
 
 
 def known_refusal(error: BaseException, name: str = "") -> VlmError | None:
-    """What rcl's error says, coded and with what to do; None for anything else.
+    """What rcl's error says, coded and with what to do; None for anything else. A `VlmError` is
+    returned as it is.
 
     Args:
         error: what rclpy raised.
         name: the topic or service that was to be made, where the caller knows it.
     """
+    if isinstance(error, VlmError):
+        return error
     text = " ".join(str(error).split())
     if "log directory" in text:
         return BagError(

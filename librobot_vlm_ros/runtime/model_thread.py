@@ -181,8 +181,6 @@ class ModelThread:
         error: VlmError | None = None
         try:
             report = self._loader.perform(job, commit)
-        except VlmError as exc:
-            error = exc
         except BaseException as exc:
             error = as_vlm_error(exc)
         fatal: VlmError | None = None
