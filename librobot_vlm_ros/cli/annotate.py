@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .argument_types import at_least_one, count, node_name, positive
+from librobot_vlm_ros.cli.argument_types import at_least_one, count, node_name, positive
 
 if TYPE_CHECKING:
-    from .annotate_job import Job
+    from librobot_vlm_ros.cli.annotate_job import Job
 
 _MOST_WORKERS = 64
 
@@ -127,7 +127,7 @@ def _workers(text: str) -> int:
 
 def main(args: argparse.Namespace) -> int:
     """Annotate; 1 when no frame got an answer."""
-    from .annotate_run import annotate
+    from librobot_vlm_ros.cli.annotate_run import annotate
 
     if len(args.bags) < 2:
         argparse.ArgumentParser(prog="librobot-vlm annotate").error(
@@ -140,7 +140,7 @@ def make_job(args: argparse.Namespace, types: dict[str, str]) -> tuple[Job, dict
     """(the job, compressed topics left out -> their raw twins) of the arguments and the topics of
     the bags. Raises `VlmError` for what does not fit.
     """
-    from .annotate_job import Job, find_cameras, find_instruction_topic
+    from librobot_vlm_ros.cli.annotate_job import Job, find_cameras, find_instruction_topic
 
     cameras, twins = find_cameras(types, args.topics)
     values = {

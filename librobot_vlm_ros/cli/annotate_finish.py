@@ -11,10 +11,9 @@ from typing import Any
 
 from librobot_vlm_ros.bags import BagReader, BagWriter
 from librobot_vlm_ros.bags.writer import BagSummary, Storage
+from librobot_vlm_ros.cli.annotate_journal import Journal, journal_folder
+from librobot_vlm_ros.cli.annotate_plan import Numbering, in_time_order
 from librobot_vlm_ros.core import BagError, ErrorCode
-
-from .annotate_journal import Journal, journal_folder
-from .annotate_plan import Numbering, in_time_order
 
 __all__ = ["NOTE", "is_finished", "put_in_place", "storage_of", "write_bag"]
 

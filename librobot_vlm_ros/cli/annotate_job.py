@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from librobot_vlm_ros.bags import BagReader
+from librobot_vlm_ros.cli.message_types import IMAGE_TYPES
 from librobot_vlm_ros.core import BagError, ErrorCode, RequestError, get_task
-
-from .message_types import IMAGE_TYPES
 
 if TYPE_CHECKING:
     from librobot_vlm_ros.ros.settings import Settings

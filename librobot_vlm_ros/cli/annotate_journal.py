@@ -17,9 +17,8 @@ from types import TracebackType
 from typing import IO, Any, NamedTuple
 
 from librobot_vlm_ros.bags.writer import disk_full, is_disk_full
+from librobot_vlm_ros.cli.annotate_plan import FramePlan
 from librobot_vlm_ros.core import BagError, EngineError, ErrorCode
-
-from .annotate_plan import FramePlan
 
 __all__ = [
     "BadFrame",

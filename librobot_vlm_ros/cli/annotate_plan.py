@@ -11,10 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from librobot_vlm_ros.bags import BagMessage, BagReader
+from librobot_vlm_ros.cli.annotate_job import TEXT_TYPE, Job, tasks_of
+from librobot_vlm_ros.cli.message_types import IMAGE_TYPES, header_stamp_ns
 from librobot_vlm_ros.core import BagError, ErrorCode, VlmError
-
-from .annotate_job import TEXT_TYPE, Job, tasks_of
-from .message_types import IMAGE_TYPES, header_stamp_ns
 
 __all__ = ["FramePlan", "Numbering", "Planner", "in_time_order"]
 

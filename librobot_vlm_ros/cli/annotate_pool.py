@@ -11,11 +11,10 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from librobot_vlm_ros.bags import BagReader
+from librobot_vlm_ros.cli.annotate_job import Job, open_bags
+from librobot_vlm_ros.cli.annotate_journal import SegmentDone
+from librobot_vlm_ros.cli.annotate_plan import FramePlan
 from librobot_vlm_ros.core import ErrorCode, InferenceError, VlmError, as_vlm_error
-
-from .annotate_job import Job, open_bags
-from .annotate_journal import SegmentDone
-from .annotate_plan import FramePlan
 
 __all__ = ["run_here", "run_in_processes"]
 
@@ -38,7 +37,7 @@ def run_here(
     on_frames: OnFrames,
 ) -> Iterator[SegmentDone]:
     """Work off `segments` one after the other. Raises `VlmError`."""
-    from .annotate_worker import SegmentWorker
+    from librobot_vlm_ros.cli.annotate_worker import SegmentWorker
 
     worker = SegmentWorker(job, readers, instructions)
     on_model(worker.report)
@@ -153,7 +152,7 @@ def _work(pipe: Connection, job: Job, instructions: Instructions) -> None:
     def orphaned() -> bool:
         return parent is not None and not parent.is_alive()
 
-    from .annotate_worker import SegmentWorker
+    from librobot_vlm_ros.cli.annotate_worker import SegmentWorker
 
     try:
         with open_bags(job.bags, salvage=job.salvage) as readers:

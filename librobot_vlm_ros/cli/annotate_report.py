@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from librobot_vlm_ros.bags import BagReader
+from librobot_vlm_ros.cli.annotate_job import Job
+from librobot_vlm_ros.cli.annotate_journal import Journal
+from librobot_vlm_ros.cli.console import Console
 from librobot_vlm_ros.core import ErrorCode
-
-from .annotate_job import Job
-from .annotate_journal import Journal
-from .console import Console
 
 __all__ = ["SHOWN", "Run", "model_of", "summarise"]
 
@@ -55,7 +54,7 @@ def summarise(
     readers: Sequence[BagReader],
 ) -> int:
     """Show counts and faults; the exit code, 1 when no frame got an answer."""
-    from .console import table
+    from librobot_vlm_ros.cli.console import table
 
     results, bad = journal.counts()
     good = results.pop(0, 0)

@@ -14,17 +14,22 @@ from typing import Any
 
 from librobot_vlm_ros.bags import BagReader
 from librobot_vlm_ros.bags.writer import disk_full, is_disk_full
+from librobot_vlm_ros.cli.annotate import make_job
+from librobot_vlm_ros.cli.annotate_finish import is_finished, put_in_place, storage_of, write_bag
+from librobot_vlm_ros.cli.annotate_job import Job, check_tasks, open_bags, topic_types
+from librobot_vlm_ros.cli.annotate_journal import (
+    Journal,
+    SegmentDone,
+    check_work,
+    journal_folder,
+    remove_work,
+)
+from librobot_vlm_ros.cli.annotate_plan import Planner
+from librobot_vlm_ros.cli.annotate_pool import run_here, run_in_processes
+from librobot_vlm_ros.cli.annotate_report import SHOWN, Run, model_of, summarise
+from librobot_vlm_ros.cli.annotate_worker import ResultRecorder
+from librobot_vlm_ros.cli.console import Console
 from librobot_vlm_ros.core import BagError, ErrorCode, RequestError, VlmError
-
-from .annotate import make_job
-from .annotate_finish import is_finished, put_in_place, storage_of, write_bag
-from .annotate_job import Job, check_tasks, open_bags, topic_types
-from .annotate_journal import Journal, SegmentDone, check_work, journal_folder, remove_work
-from .annotate_plan import Planner
-from .annotate_pool import run_here, run_in_processes
-from .annotate_report import SHOWN, Run, model_of, summarise
-from .annotate_worker import ResultRecorder
-from .console import Console
 
 __all__ = ["annotate"]
 

@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from librobot_vlm_ros.bags import BagMessage, BagReader, package_typestore
+from librobot_vlm_ros.cli.annotate_job import Job, check_tasks, tasks_of
+from librobot_vlm_ros.cli.annotate_journal import BadFrame, ResultRow, SegmentDone
+from librobot_vlm_ros.cli.annotate_plan import FramePlan, Numbering
 from librobot_vlm_ros.core import (
     BagError,
     ErrorCode,
@@ -20,10 +23,6 @@ from librobot_vlm_ros.core import (
     Result,
     as_vlm_error,
 )
-
-from .annotate_job import Job, check_tasks, tasks_of
-from .annotate_journal import BadFrame, ResultRow, SegmentDone
-from .annotate_plan import FramePlan, Numbering
 
 __all__ = ["ResultRecorder", "SegmentWorker"]
 

@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Sequence
 
-from .console import table
+from librobot_vlm_ros.cli.console import table
 
 __all__ = ["embedding_words", "number_or_none", "print_answer"]
 

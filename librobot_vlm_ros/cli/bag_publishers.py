@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from librobot_vlm_ros.bags import BagReader, BagTopic
+from librobot_vlm_ros.cli.message_types import IMAGE_TYPES, import_message, qos_profile
+from librobot_vlm_ros.cli.node_link import NodeLink
+from librobot_vlm_ros.cli.spinning import Session
 from librobot_vlm_ros.core import BagError, EngineError, ErrorCode
-
-from .message_types import IMAGE_TYPES, import_message, qos_profile
-from .node_link import NodeLink
-from .spinning import Session
 
 __all__ = ["CLOCK", "PlayOptions", "PlayReport", "open_publishers"]
 

@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from librobot_vlm_ros.cli.doctor_child import ask_probe
+from librobot_vlm_ros.cli.doctor_finding import Finding, gib
 from librobot_vlm_ros.models.base import ModelInfo
-
-from .doctor_child import ask_probe
-from .doctor_finding import Finding, gib
 
 __all__ = ["ModelDoctor"]
 

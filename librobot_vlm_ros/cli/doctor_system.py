@@ -10,11 +10,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from librobot_vlm_ros.cli.doctor_child import ask_python
+from librobot_vlm_ros.cli.doctor_finding import Finding, gib
 from librobot_vlm_ros.ros.shared_memory import SHARED_MEMORY
 from librobot_vlm_ros.ros.transport import profile_in_force, segment_bytes
-
-from .doctor_child import ask_python
-from .doctor_finding import Finding, gib
 
 __all__ = ["check_cv_bridge", "check_packages", "check_python", "check_ros", "check_transport"]
 

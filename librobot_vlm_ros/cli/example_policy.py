@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .argument_types import node_name
+from librobot_vlm_ros.cli.argument_types import node_name
 
 SUMMARY = "run a small policy on the node's results (pointing target); its source is to be copied"
 
@@ -37,7 +37,7 @@ def main(args: argparse.Namespace) -> int:
     from rclpy.executors import SingleThreadedExecutor
     from rclpy.signals import SignalHandlerOptions
 
-    from .policy_node import PointingPolicy
+    from librobot_vlm_ros.cli.policy_node import PointingPolicy
 
     # Signals raise in this thread, as for every command.
     rclpy.init(args=[], signal_handler_options=SignalHandlerOptions.NO)

@@ -12,9 +12,8 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from librobot_vlm_ros import __version__
+from librobot_vlm_ros.cli import signals
 from librobot_vlm_ros.ros.libraries import let_libraries_warn
-
-from . import signals
 
 __all__ = ["COMMANDS", "in_flags", "main"]
 

@@ -19,11 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from librobot_vlm_ros.runtime.stats import percentile
-
-from .argument_types import positive
-from .isolation import isolated_ros
-from .node_check_report import (
+from librobot_vlm_ros.cli.argument_types import positive
+from librobot_vlm_ros.cli.isolation import isolated_ros
+from librobot_vlm_ros.cli.node_check_report import (
     SLOWER,
     Answer,
     Ask,
@@ -33,9 +31,10 @@ from .node_check_report import (
     single_summary,
     summary,
 )
-from .node_check_robot import NODE, Robot, camera_process, said, say
-from .node_process import NodeProcess
-from .spinning import Session
+from librobot_vlm_ros.cli.node_check_robot import NODE, Robot, camera_process, said, say
+from librobot_vlm_ros.cli.node_process import NodeProcess
+from librobot_vlm_ros.cli.spinning import Session
+from librobot_vlm_ros.runtime.stats import percentile
 
 __all__ = ["check", "main"]
 

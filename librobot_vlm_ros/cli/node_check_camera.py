@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .spinning import Session
+from librobot_vlm_ros.cli.spinning import Session
 
 __all__ = ["main"]
 

@@ -10,10 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from librobot_vlm_ros.cli.node_check_report import Answer, Ask
+from librobot_vlm_ros.cli.spinning import Session
 from librobot_vlm_ros.core import EngineError, ErrorCode
-
-from .node_check_report import Answer, Ask
-from .spinning import Session
 
 __all__ = ["NODE", "Robot", "camera_process", "said", "say"]
 

@@ -13,9 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from librobot_vlm_ros.cli.spinning import Session, resolve
 from librobot_vlm_ros.core import EngineError, ErrorCode, RequestError, clean_prompt, get_task
-
-from .spinning import Session, resolve
 
 __all__ = ["NodeLink", "ResultMessage", "TaskSetting"]
 
@@ -200,7 +199,7 @@ class NodeLink:
     def _subscribe(self) -> None:
         from rclpy.qos import QoSProfile
 
-        from .message_types import import_message
+        from librobot_vlm_ros.cli.message_types import import_message
 
         for short, type_name in _RESULT_TOPICS.items():
             self._subscriptions.append(
@@ -216,7 +215,7 @@ class NodeLink:
     def _receiver(self, topic: str, type_name: str) -> Callable[[bytes], None]:
         from rclpy.serialization import deserialize_message
 
-        from .message_types import import_message
+        from librobot_vlm_ros.cli.message_types import import_message
 
         kind = import_message(type_name)
 

@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+from librobot_vlm_ros.cli.spinning import Session
 from librobot_vlm_ros.core import EngineError, ErrorCode, VlmError, make_error
-
-from .spinning import Session
 
 __all__ = ["NodeProcess"]
 

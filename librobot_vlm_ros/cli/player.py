@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from librobot_vlm_ros.bags import BagMessage, BagReader
+from librobot_vlm_ros.cli.bag_publishers import CLOCK, PlayOptions, PlayReport, open_publishers
+from librobot_vlm_ros.cli.message_types import IMAGE_TYPES, header_stamp_ns
+from librobot_vlm_ros.cli.node_link import NodeLink
+from librobot_vlm_ros.cli.spinning import Session
 from librobot_vlm_ros.core import BagError, EngineError, ErrorCode
-
-from .bag_publishers import CLOCK, PlayOptions, PlayReport, open_publishers
-from .message_types import IMAGE_TYPES, header_stamp_ns
-from .node_link import NodeLink
-from .spinning import Session
 
 __all__ = ["Player"]
 

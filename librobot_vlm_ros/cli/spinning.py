@@ -8,9 +8,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+from librobot_vlm_ros.cli import signals
 from librobot_vlm_ros.core import EngineError, ErrorCode
-
-from . import signals
 
 __all__ = ["Session", "resolve"]
 

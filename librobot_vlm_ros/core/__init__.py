@@ -5,8 +5,8 @@ Needs the standard library, numpy and the image libraries; neither ROS nor torch
 
 from __future__ import annotations
 
-from .encodings import ENCODINGS, Encoding, get_encoding
-from .errors import (
+from librobot_vlm_ros.core.encodings import ENCODINGS, Encoding, get_encoding
+from librobot_vlm_ros.core.errors import (
     BagError,
     EngineError,
     ErrorCode,
@@ -18,8 +18,8 @@ from .errors import (
     as_vlm_error,
     make_error,
 )
-from .frames import Frame
-from .geometry import (
+from librobot_vlm_ros.core.frames import Frame
+from librobot_vlm_ros.core.geometry import (
     box_area,
     clip_box,
     iou,
@@ -28,16 +28,16 @@ from .geometry import (
     polygon_box,
     scale_box,
 )
-from .images import (
+from librobot_vlm_ros.core.images import (
     CompressedHeader,
     converter_name,
     decode_compressed,
     decode_image,
     read_compressed_header,
 )
-from .limits import DEFAULT_LIMITS, Limits
-from .logtext import escape_for_log, shortened
-from .metrics import (
+from librobot_vlm_ros.core.limits import DEFAULT_LIMITS, Limits
+from librobot_vlm_ros.core.logtext import escape_for_log, shortened
+from librobot_vlm_ros.core.metrics import (
     DetectionScores,
     Match,
     caption_exact,
@@ -46,11 +46,11 @@ from .metrics import (
     match_boxes,
     named_objects,
 )
-from .prompts import clean_prompt
-from .requests import Box, GenerationParams, InferenceRequest, make_request
-from .results import EmbeddingData, InferenceInfo, ModelAnswer, Region, Result
-from .tasks import TASKS, TaskSpec, get_task, task_names
-from .transforms import ImageTransform
+from librobot_vlm_ros.core.prompts import clean_prompt
+from librobot_vlm_ros.core.requests import Box, GenerationParams, InferenceRequest, make_request
+from librobot_vlm_ros.core.results import EmbeddingData, InferenceInfo, ModelAnswer, Region, Result
+from librobot_vlm_ros.core.tasks import TASKS, TaskSpec, get_task, task_names
+from librobot_vlm_ros.core.transforms import ImageTransform
 
 __all__ = [
     "DEFAULT_LIMITS",

@@ -7,8 +7,8 @@ import operator
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ErrorCode, ImageError
-from .limits import Limits
+from librobot_vlm_ros.core.errors import ErrorCode, ImageError
+from librobot_vlm_ros.core.limits import Limits
 
 __all__ = ["as_bytes_array", "check_size", "unsigned"]
 

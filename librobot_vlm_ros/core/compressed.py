@@ -13,14 +13,14 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from . import jpeg, png
-from .buffers import as_bytes_array, check_size
-from .convert import sixteen_to_eight
-from .depth import depth_to_rgb8
-from .encodings import ENCODINGS, is_known_encoding
-from .errors import ErrorCode, ImageError, ModelError, as_vlm_error
-from .limits import DEFAULT_LIMITS, Limits
-from .logtext import shortened
+from librobot_vlm_ros.core import jpeg, png
+from librobot_vlm_ros.core.buffers import as_bytes_array, check_size
+from librobot_vlm_ros.core.convert import sixteen_to_eight
+from librobot_vlm_ros.core.depth import depth_to_rgb8
+from librobot_vlm_ros.core.encodings import ENCODINGS, is_known_encoding
+from librobot_vlm_ros.core.errors import ErrorCode, ImageError, ModelError, as_vlm_error
+from librobot_vlm_ros.core.limits import DEFAULT_LIMITS, Limits
+from librobot_vlm_ros.core.logtext import shortened
 
 __all__ = ["CompressedHeader", "decode_compressed", "read_compressed_header"]
 

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .encodings import Encoding
-from .errors import ErrorCode, ImageError, ModelError, as_vlm_error
-from .logtext import escape_for_log
+from librobot_vlm_ros.core.encodings import Encoding
+from librobot_vlm_ros.core.errors import ErrorCode, ImageError, ModelError, as_vlm_error
+from librobot_vlm_ros.core.logtext import escape_for_log
 
 __all__ = ["check_converter", "converter_name", "sixteen_to_eight", "to_rgb8"]
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ErrorCode, ImageError
+from librobot_vlm_ros.core.errors import ErrorCode, ImageError
 
 __all__ = ["depth_to_rgb8"]
 

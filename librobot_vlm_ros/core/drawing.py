@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from .colours import Rgb, colour_of, ink_on
-from .results import Region
+from librobot_vlm_ros.core.colours import Rgb, colour_of, ink_on
+from librobot_vlm_ros.core.results import Region
 
 __all__ = [
     "draw",

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-from .errors import ErrorCode, ImageError
-from .logtext import shortened
+from librobot_vlm_ros.core.errors import ErrorCode, ImageError
+from librobot_vlm_ros.core.logtext import shortened
 
 __all__ = ["ENCODINGS", "Encoding", "get_encoding", "is_known_encoding"]
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from .requests import Box
+from librobot_vlm_ros.core.requests import Box
 
 __all__ = [
     "box_area",

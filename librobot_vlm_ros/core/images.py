@@ -9,13 +9,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .buffers import as_bytes_array, check_size, unsigned
-from .compressed import CompressedHeader, decode_compressed, read_compressed_header
-from .convert import converter_name, to_rgb8
-from .depth import depth_to_rgb8
-from .encodings import Encoding, get_encoding
-from .errors import ErrorCode, ImageError, as_vlm_error
-from .limits import DEFAULT_LIMITS, Limits
+from librobot_vlm_ros.core.buffers import as_bytes_array, check_size, unsigned
+from librobot_vlm_ros.core.compressed import (
+    CompressedHeader,
+    decode_compressed,
+    read_compressed_header,
+)
+from librobot_vlm_ros.core.convert import converter_name, to_rgb8
+from librobot_vlm_ros.core.depth import depth_to_rgb8
+from librobot_vlm_ros.core.encodings import Encoding, get_encoding
+from librobot_vlm_ros.core.errors import ErrorCode, ImageError, as_vlm_error
+from librobot_vlm_ros.core.limits import DEFAULT_LIMITS, Limits
 
 __all__ = [
     "CompressedHeader",

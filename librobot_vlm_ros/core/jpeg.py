@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from .errors import ErrorCode, ImageError
+from librobot_vlm_ros.core.errors import ErrorCode, ImageError
 
 __all__ = ["JpegHeader", "check_jpeg_structure", "read_jpeg_header"]
 

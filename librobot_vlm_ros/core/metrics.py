@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .assignment import best_assignment
-from .geometry import iou, iou_matrix
-from .results import Region
+from librobot_vlm_ros.core.assignment import best_assignment
+from librobot_vlm_ros.core.geometry import iou, iou_matrix
+from librobot_vlm_ros.core.results import Region
 
 __all__ = [
     "DetectionScores",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass
 
-from .errors import ErrorCode, ImageError
+from librobot_vlm_ros.core.errors import ErrorCode, ImageError
 
 __all__ = ["PngHeader", "checked_picture", "read_png_header"]
 

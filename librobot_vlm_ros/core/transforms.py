@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from .errors import ErrorCode, RequestError
-from .geometry import clip_box
-from .requests import Box
+from librobot_vlm_ros.core.errors import ErrorCode, RequestError
+from librobot_vlm_ros.core.geometry import clip_box
+from librobot_vlm_ros.core.requests import Box
 
 __all__ = ["ImageTransform"]
 

@@ -15,9 +15,8 @@ from sensor_msgs.msg import Image as ImageMessage
 
 from librobot_vlm_ros.core import Frame, Region, Result
 from librobot_vlm_ros.core.drawing import draw
-
-from .decoder import Decoder
-from .messages import image_message
+from librobot_vlm_ros.ros.decoder import Decoder
+from librobot_vlm_ros.ros.messages import image_message
 
 __all__ = ["Annotator"]
 

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from librobot_vlm_ros.core import BagError, ErrorCode, RequestError, shortened
-
-from .parameter import Parameter, Value, When
-from .settings import PARAMETERS, Settings
+from librobot_vlm_ros.ros.parameter import Parameter, Value, When
+from librobot_vlm_ros.ros.settings import PARAMETERS, Settings
 
 __all__ = [
     "ENCLAVE_VARIABLE",

@@ -9,14 +9,13 @@ from typing import Any
 from sensor_msgs.msg import CompressedImage, Image
 
 from librobot_vlm_ros.core import ErrorCode, RequestError, VlmError, as_vlm_error
+from librobot_vlm_ros.ros.cdr import RawImage, read_compressed_image, read_image
+from librobot_vlm_ros.ros.decoder import Decoder
+from librobot_vlm_ros.ros.grammar import CameraSetting
+from librobot_vlm_ros.ros.matching import Link, MatchedSubscription
+from librobot_vlm_ros.ros.messages import frame_from_compressed, frame_from_image
+from librobot_vlm_ros.ros.reporting import Throttled
 from librobot_vlm_ros.runtime import DropReason, Engine
-
-from .cdr import RawImage, read_compressed_image, read_image
-from .decoder import Decoder
-from .grammar import CameraSetting
-from .matching import Link, MatchedSubscription
-from .messages import frame_from_compressed, frame_from_image
-from .reporting import Throttled
 
 __all__ = ["Camera", "FIRST_COMPLAINT_S"]
 

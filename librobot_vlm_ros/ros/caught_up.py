@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from typing import Any
 
-from .decoder import Decoder
+from librobot_vlm_ros.ros.decoder import Decoder
 
 __all__ = ["CaughtUp"]
 

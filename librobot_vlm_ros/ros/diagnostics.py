@@ -7,9 +7,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 
+from librobot_vlm_ros.ros.camera import Camera
 from librobot_vlm_ros.runtime import CameraStats, EngineStats
-
-from .camera import Camera
 
 __all__ = ["camera_status", "diagnostics", "engine_status", "model_status"]
 

@@ -25,11 +25,10 @@ from librobot_vlm_ros.core import (
     VlmError,
     as_vlm_error,
 )
+from librobot_vlm_ros.ros.deferred import SERVICES
+from librobot_vlm_ros.ros.on_demand import fill_answer, make_request
+from librobot_vlm_ros.ros.services import Host
 from librobot_vlm_ros.runtime.requests import busy
-
-from .deferred import SERVICES
-from .on_demand import fill_answer, make_request
-from .services import Host
 
 __all__ = ["GenerateAction"]
 

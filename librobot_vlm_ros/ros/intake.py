@@ -18,8 +18,8 @@ from rclpy.callback_groups import CallbackGroup
 from rclpy.guard_condition import GuardCondition
 from rclpy.impl.implementation_singleton import rclpy_implementation
 
-from .deferred import SERVICES, Reply
-from .reporting import Throttled
+from librobot_vlm_ros.ros.deferred import SERVICES, Reply
+from librobot_vlm_ros.ros.reporting import Throttled
 
 __all__ = ["Intake"]
 

@@ -12,12 +12,11 @@ from typing import Any
 from librobot_vlm_ros.core import ErrorCode, ModelError, as_vlm_error
 from librobot_vlm_ros.models import create_vlm, model_info
 from librobot_vlm_ros.models.confinement import confined_to
+from librobot_vlm_ros.ros.live_parameters import LiveParameters
+from librobot_vlm_ros.ros.settings import Settings
+from librobot_vlm_ros.ros.standing import load_options
+from librobot_vlm_ros.ros.weights_paths import confined
 from librobot_vlm_ros.runtime import Engine, LoadReport, settle
-
-from .live_parameters import LiveParameters
-from .settings import Settings
-from .standing import load_options
-from .weights_paths import confined
 
 __all__ = ["create_backend", "load_model", "loaded_text", "required_bytes", "switch_model"]
 

@@ -22,7 +22,7 @@ from rclpy.qos import (
     ReliabilityPolicy,
 )
 
-from .refusals import known_refusal
+from librobot_vlm_ros.ros.refusals import known_refusal
 
 __all__ = ["Link", "MatchedSubscription", "matching_profile"]
 

@@ -29,29 +29,33 @@ from librobot_vlm_ros.core import (
     VlmError,
     escape_for_log,
 )
+from librobot_vlm_ros.ros.annotate import Annotator
+from librobot_vlm_ros.ros.camera import Camera
+from librobot_vlm_ros.ros.caught_up import CaughtUp
+from librobot_vlm_ros.ros.decoder import Decoder
+from librobot_vlm_ros.ros.diagnostics import camera_status, diagnostics, engine_status, model_status
+from librobot_vlm_ros.ros.generate import GenerateAction
+from librobot_vlm_ros.ros.instruction import Instruction
+from librobot_vlm_ros.ros.lifecycle import GuardedLifecycleNode
+from librobot_vlm_ros.ros.live_parameters import LiveParameters
+from librobot_vlm_ros.ros.loading import create_backend, load_model, loaded_text, switch_model
+from librobot_vlm_ros.ros.matching import MatchedSubscription
+from librobot_vlm_ros.ros.namesakes import Namesakes
+from librobot_vlm_ros.ros.on_demand import Served, not_active, timeout_of
+from librobot_vlm_ros.ros.parameter_requests import guard_parameter_services
+from librobot_vlm_ros.ros.publishing import ResultPublisher
+from librobot_vlm_ros.ros.refusals import known_refusal
+from librobot_vlm_ros.ros.reporting import Throttled, guarded, result_text
+from librobot_vlm_ros.ros.services import Services
+from librobot_vlm_ros.ros.settings import Settings
+from librobot_vlm_ros.ros.standing import (
+    camera_configs,
+    engine_config,
+    standing_tasks,
+    waiting_tasks,
+)
+from librobot_vlm_ros.ros.transport import give_back_memory
 from librobot_vlm_ros.runtime import CameraEvent, Engine, LoadReport, settle
-
-from .annotate import Annotator
-from .camera import Camera
-from .caught_up import CaughtUp
-from .decoder import Decoder
-from .diagnostics import camera_status, diagnostics, engine_status, model_status
-from .generate import GenerateAction
-from .instruction import Instruction
-from .lifecycle import GuardedLifecycleNode
-from .live_parameters import LiveParameters
-from .loading import create_backend, load_model, loaded_text, switch_model
-from .matching import MatchedSubscription
-from .namesakes import Namesakes
-from .on_demand import Served, not_active, timeout_of
-from .parameter_requests import guard_parameter_services
-from .publishing import ResultPublisher
-from .refusals import known_refusal
-from .reporting import Throttled, guarded, result_text
-from .services import Services
-from .settings import Settings
-from .standing import camera_configs, engine_config, standing_tasks, waiting_tasks
-from .transport import give_back_memory
 
 __all__ = ["VlmNode"]
 

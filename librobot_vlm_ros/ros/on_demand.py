@@ -23,17 +23,16 @@ from librobot_vlm_ros.core import (
     clean_prompt,
     get_task,
 )
-from librobot_vlm_ros.runtime import Engine
-
-from .camera import Camera
-from .messages import (
+from librobot_vlm_ros.ros.camera import Camera
+from librobot_vlm_ros.ros.messages import (
     embedding_message,
     frame_from_image,
     grounding_message,
     info_message,
     stamp_ns,
 )
-from .settings import Settings
+from librobot_vlm_ros.ros.settings import Settings
+from librobot_vlm_ros.runtime import Engine
 
 __all__ = ["Served", "fill_answer", "make_request", "not_active", "timeout_of"]
 

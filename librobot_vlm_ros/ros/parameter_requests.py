@@ -16,8 +16,7 @@ from rcl_interfaces.srv import SetParameters, SetParametersAtomically
 from rclpy.parameter import Parameter as RosParameter
 
 from librobot_vlm_ros.core import ErrorCode, RequestError, VlmError, shortened
-
-from .arguments import unknown_argument
+from librobot_vlm_ros.ros.arguments import unknown_argument
 
 __all__ = ["guard_parameter_services"]
 

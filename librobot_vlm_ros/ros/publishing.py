@@ -9,11 +9,10 @@ from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPo
 
 from librobot_vlm_ros.core import Frame, Result, get_task
 from librobot_vlm_ros.msg import Caption, Embedding, GroundingArray
+from librobot_vlm_ros.ros.annotate import Annotator
+from librobot_vlm_ros.ros.detections import Detections
+from librobot_vlm_ros.ros.messages import caption_message, embedding_message, grounding_message
 from librobot_vlm_ros.runtime import with_age
-
-from .annotate import Annotator
-from .detections import Detections
-from .messages import caption_message, embedding_message, grounding_message
 
 __all__ = ["ResultPublisher"]
 

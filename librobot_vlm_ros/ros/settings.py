@@ -20,10 +20,16 @@ from librobot_vlm_ros.core import (
     shortened,
 )
 from librobot_vlm_ros.models import sha256_list
-
-from .grammar import CameraSetting, TaskSetting, parse_cameras, parse_tasks
-from .parameter import Parameter, Value, When, declared, parameter, parameter_table
-from .weights_paths import allowed_folders, confined
+from librobot_vlm_ros.ros.grammar import CameraSetting, TaskSetting, parse_cameras, parse_tasks
+from librobot_vlm_ros.ros.parameter import (
+    Parameter,
+    Value,
+    When,
+    declared,
+    parameter,
+    parameter_table,
+)
+from librobot_vlm_ros.ros.weights_paths import allowed_folders, confined
 
 __all__ = ["PARAMETERS", "Settings"]
 

@@ -14,8 +14,7 @@ from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 import librobot_vlm_ros
-
-from .shared_memory import SHARED_MEMORY
+from librobot_vlm_ros.ros.shared_memory import SHARED_MEMORY
 
 __all__ = [
     "DEFAULT_SEGMENT_BYTES",

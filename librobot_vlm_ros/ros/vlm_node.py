@@ -32,14 +32,13 @@ def main(args: Sequence[str] | None = None, values: Mapping[str, Any] | None = N
         values: parameters that win over those of `args` and of any file in them.
     """
     wait_for_signal = _catch_signals()  # before the imports below, which take a while
-    from .libraries import let_libraries_warn
+    from librobot_vlm_ros.ros.libraries import let_libraries_warn
 
     let_libraries_warn()
+    from librobot_vlm_ros.ros.refusals import known_refusal
+    from librobot_vlm_ros.ros.shared_memory import clear_dead_segments
+    from librobot_vlm_ros.ros.transport import keep_freed_memory, use_image_profile
     from librobot_vlm_ros.runtime import collect
-
-    from .refusals import known_refusal
-    from .shared_memory import clear_dead_segments
-    from .transport import keep_freed_memory, use_image_profile
 
     freed = clear_dead_segments()  # or there may be no room for the profile
     transport = use_image_profile()
@@ -102,7 +101,7 @@ def main(args: Sequence[str] | None = None, values: Mapping[str, Any] | None = N
 def _make_node(values: Mapping[str, Any]) -> Any:
     from rclpy.parameter import Parameter
 
-    from .node import VlmNode
+    from librobot_vlm_ros.ros.node import VlmNode
 
     overrides = [
         Parameter(name, value=list(value) or [""] if isinstance(value, tuple) else value)
@@ -151,7 +150,7 @@ class _Spinner:
     def __init__(self, node: Any) -> None:
         from rclpy.executors import SingleThreadedExecutor
 
-        from .reporting import Throttled
+        from librobot_vlm_ros.ros.reporting import Throttled
 
         self._complaints = Throttled(node.get_logger())
         self._executor = SingleThreadedExecutor()

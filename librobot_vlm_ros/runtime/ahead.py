@@ -17,9 +17,8 @@ from typing import Protocol, runtime_checkable
 from weakref import WeakSet
 
 from librobot_vlm_ros.core import Frame, as_vlm_error
-
-from .config import to_ns, to_s
-from .shared import Shared
+from librobot_vlm_ros.runtime.config import to_ns, to_s
+from librobot_vlm_ros.runtime.shared import Shared
 
 logger = logging.getLogger("librobot_vlm_ros.runtime")
 

@@ -21,9 +21,8 @@ from librobot_vlm_ros.core import (
     as_vlm_error,
 )
 from librobot_vlm_ros.models.base import VlmBackend
-
-from .garbage import collect
-from .runner import forget_frames
+from librobot_vlm_ros.runtime.garbage import collect
+from librobot_vlm_ros.runtime.runner import forget_frames
 
 logger = logging.getLogger("librobot_vlm_ros.runtime")
 

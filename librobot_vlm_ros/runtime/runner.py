@@ -18,9 +18,8 @@ from librobot_vlm_ros.core import (
     as_vlm_error,
 )
 from librobot_vlm_ros.models.base import VlmBackend
-
-from .garbage import collect
-from .requests import Ticket, is_model_failure
+from librobot_vlm_ros.runtime.garbage import collect
+from librobot_vlm_ros.runtime.requests import Ticket, is_model_failure
 
 logger = logging.getLogger("librobot_vlm_ros.runtime")
 

@@ -26,17 +26,16 @@ from librobot_vlm_ros.core import (
     VlmError,
     as_vlm_error,
 )
-
-from .config import EngineConfig, EngineState
-from .loader import LoadJob, LoadReport, UnloadJob, load_cancelled
-from .requests import RequestQueue, Ticket, not_active, shutting_down
-from .results import make_result
-from .scheduler import Scheduler
-from .stats import Meter
-from .watchdog import CameraEvent, Watchdog
+from librobot_vlm_ros.runtime.config import EngineConfig, EngineState
+from librobot_vlm_ros.runtime.loader import LoadJob, LoadReport, UnloadJob, load_cancelled
+from librobot_vlm_ros.runtime.requests import RequestQueue, Ticket, not_active, shutting_down
+from librobot_vlm_ros.runtime.results import make_result
+from librobot_vlm_ros.runtime.scheduler import Scheduler
+from librobot_vlm_ros.runtime.stats import Meter
+from librobot_vlm_ros.runtime.watchdog import CameraEvent, Watchdog
 
 if TYPE_CHECKING:
-    from .ahead import KnowsInputSize, PreparesFrames
+    from librobot_vlm_ros.runtime.ahead import KnowsInputSize, PreparesFrames
 
 logger = logging.getLogger("librobot_vlm_ros.runtime")
 

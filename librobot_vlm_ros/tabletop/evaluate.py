@@ -28,11 +28,10 @@ from librobot_vlm_ros.core import (
     detection_scores,
     grounding_hit,
 )  # fmt: skip
-
-from .labels import LABELS
-from .renders import FIRST_TRAINING_SEED
-from .scenes import Scene, render_scene
-from .world import World
+from librobot_vlm_ros.tabletop.labels import LABELS
+from librobot_vlm_ros.tabletop.renders import FIRST_TRAINING_SEED
+from librobot_vlm_ros.tabletop.scenes import Scene, render_scene
+from librobot_vlm_ros.tabletop.world import World
 
 __all__ = ["evaluate", "score_scenes"]
 

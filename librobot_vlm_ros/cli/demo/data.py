@@ -10,9 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from librobot_vlm_ros.bags import FrameTruth
+from librobot_vlm_ros.cli.node_link import ResultMessage
 from librobot_vlm_ros.core import Region
-
-from ..node_link import ResultMessage
 
 __all__ = ["Answer", "DemoRun", "FrameRecord", "answer_of", "regions_of", "truth_regions"]
 

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from librobot_vlm_ros.cli.demo.data import DemoRun, FrameRecord
+from librobot_vlm_ros.cli.demo.scores import missed_objects
+from librobot_vlm_ros.cli.demo.words import duration
 from librobot_vlm_ros.core.colours import Rgb
 from librobot_vlm_ros.core.drawing import (
     draw_outlines,
@@ -18,10 +21,6 @@ from librobot_vlm_ros.core.drawing import (
     tag,
     wrapped,
 )
-
-from .data import DemoRun, FrameRecord
-from .scores import missed_objects
-from .words import duration
 
 __all__ = ["annotated", "save_frames", "save_overview"]
 

@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from librobot_vlm_ros.bags import TRUTH_TOPIC, BagMessage, BagReader, FrameTruth, read_truth
+from librobot_vlm_ros.cli.bag_publishers import PlayOptions
+from librobot_vlm_ros.cli.console import Console
+from librobot_vlm_ros.cli.demo.data import Answer, DemoRun, FrameRecord, answer_of
+from librobot_vlm_ros.cli.message_types import IMAGE_TYPES, header_stamp_ns
+from librobot_vlm_ros.cli.node_link import NodeLink, ResultMessage
+from librobot_vlm_ros.cli.node_process import NodeProcess
+from librobot_vlm_ros.cli.player import Player
+from librobot_vlm_ros.cli.spinning import Session
 from librobot_vlm_ros.core import EngineError, decode_compressed, decode_image
-
-from ..bag_publishers import PlayOptions
-from ..console import Console
-from ..message_types import IMAGE_TYPES, header_stamp_ns
-from ..node_link import NodeLink, ResultMessage
-from ..node_process import NodeProcess
-from ..player import Player
-from ..spinning import Session
-from .data import Answer, DemoRun, FrameRecord, answer_of
 
 __all__ = ["INSTRUCTION_TOPIC", "read_frames", "run_live"]
 

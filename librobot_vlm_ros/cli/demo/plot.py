@@ -7,8 +7,8 @@ from html import escape
 
 import numpy as np
 
-from .data import DemoRun
-from .words import duration
+from librobot_vlm_ros.cli.demo.data import DemoRun
+from librobot_vlm_ros.cli.demo.words import duration
 
 __all__ = ["TASK_CLASSES", "latency_plot", "similarity_plot"]
 

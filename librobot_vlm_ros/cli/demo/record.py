@@ -6,8 +6,7 @@ import heapq
 from pathlib import Path
 
 from librobot_vlm_ros.bags import BagReader, BagSummary, BagWriter
-
-from .data import DemoRun
+from librobot_vlm_ros.cli.demo.data import DemoRun
 
 __all__ = ["save_bag"]
 

@@ -10,14 +10,13 @@ from pathlib import Path
 
 from PIL import Image
 
+from librobot_vlm_ros.cli.demo.data import DemoRun, FrameRecord
+from librobot_vlm_ros.cli.demo.plot import TASK_CLASSES, latency_plot, similarity_plot
+from librobot_vlm_ros.cli.demo.scores import Summary, answer_is_right, missed_objects, vocabulary
+from librobot_vlm_ros.cli.demo.style import STYLE
+from librobot_vlm_ros.cli.demo.words import duration
 from librobot_vlm_ros.core import Region
 from librobot_vlm_ros.core.colours import colour_of, hexadecimal, ink_on
-
-from .data import DemoRun, FrameRecord
-from .plot import TASK_CLASSES, latency_plot, similarity_plot
-from .scores import Summary, answer_is_right, missed_objects, vocabulary
-from .style import STYLE
-from .words import duration
 
 __all__ = ["save_report"]
 

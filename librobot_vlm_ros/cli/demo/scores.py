@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from librobot_vlm_ros.cli.demo.data import Answer, DemoRun, FrameRecord, truth_regions
 from librobot_vlm_ros.core import Region
 from librobot_vlm_ros.core.metrics import (
     caption_exact,
@@ -16,8 +17,6 @@ from librobot_vlm_ros.core.metrics import (
     named_objects,
 )
 from librobot_vlm_ros.tabletop.labels import LABELS
-
-from .data import Answer, DemoRun, FrameRecord, truth_regions
 
 __all__ = ["SUMMARY_KEYS", "answer_is_right", "missed_objects", "summarize", "vocabulary"]
 

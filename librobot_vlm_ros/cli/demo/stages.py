@@ -8,18 +8,17 @@ import time
 from pathlib import Path
 
 from librobot_vlm_ros.bags import BagReader, shipped_bag
+from librobot_vlm_ros.cli.console import Console, table
+from librobot_vlm_ros.cli.demo.data import Answer, DemoRun
+from librobot_vlm_ros.cli.demo.pictures import save_frames, save_overview
+from librobot_vlm_ros.cli.demo.play import read_frames, run_live
+from librobot_vlm_ros.cli.demo.record import save_bag
+from librobot_vlm_ros.cli.demo.report import save_report
+from librobot_vlm_ros.cli.demo.scores import Summary, answer_is_right, summarize, vocabulary
+from librobot_vlm_ros.cli.isolation import isolated_ros
 from librobot_vlm_ros.core import BagError, ErrorCode, ModelError, as_vlm_error
 from librobot_vlm_ros.models import model_info
 from librobot_vlm_ros.models.base import ModelInfo
-
-from ..console import Console, table
-from ..isolation import isolated_ros
-from .data import Answer, DemoRun
-from .pictures import save_frames, save_overview
-from .play import read_frames, run_live
-from .record import save_bag
-from .report import save_report
-from .scores import Summary, answer_is_right, summarize, vocabulary
 
 __all__ = ["TARGETS", "run_demo"]
 
