@@ -42,7 +42,7 @@ def main(args: argparse.Namespace) -> int:
     """Convert and say what came of it."""
     from librobot_vlm_ros.cli.log_lines import log_on_stderr
     from librobot_vlm_ros.models import get_vlm
-    from librobot_vlm_ros.models.convert_folder import convert_folder
+    from librobot_vlm_ros.models.checkpoints.conversion import convert_folder
 
     get_vlm("florence-2-base")  # names a package that is missing
     with log_on_stderr():

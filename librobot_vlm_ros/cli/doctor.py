@@ -13,7 +13,7 @@ from librobot_vlm_ros.cli.doctor_finding import Finding, found_by
 
 if TYPE_CHECKING:
     from librobot_vlm_ros.cli.console import Console
-    from librobot_vlm_ros.models.base import ModelInfo
+    from librobot_vlm_ros.models.backend import ModelInfo
 
 SUMMARY = "look at Python, torch, GPU, ROS, shared memory, weights; say what to mend"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import librobot_vlm_ros
-from librobot_vlm_ros.models.probe import MARK
+from librobot_vlm_ros.doctor.probe import MARK
 
 __all__ = ["ask_python", "ask_probe", "last_words"]
 
@@ -31,7 +31,7 @@ def ask_python(script: str, timeout_s: float = 60.0) -> tuple[dict[str, Any], st
 
 def ask_probe(asked: dict[str, Any], timeout_s: float) -> tuple[list[dict[str, Any]], str]:
     """(facts of `models.probe`, why it ended early or "")."""
-    module = "librobot_vlm_ros.models.probe"
+    module = "librobot_vlm_ros.doctor.probe"
     return _run([sys.executable, "-m", module, json.dumps(asked)], timeout_s)
 
 

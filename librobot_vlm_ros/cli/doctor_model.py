@@ -11,7 +11,7 @@ from typing import Any
 
 from librobot_vlm_ros.cli.doctor_child import ask_probe
 from librobot_vlm_ros.cli.doctor_finding import Finding, gib
-from librobot_vlm_ros.models.base import ModelInfo
+from librobot_vlm_ros.models.backend import ModelInfo
 
 __all__ = ["ModelDoctor"]
 
@@ -55,7 +55,7 @@ class ModelDoctor:
 
     def check_memory(self) -> Iterator[Finding]:
         """Free memory against the weights by dtype."""
-        from librobot_vlm_ros.models.base import BYTES_PER_PARAMETER
+        from librobot_vlm_ros.models.backend import BYTES_PER_PARAMETER
         from librobot_vlm_ros.runtime.loader import HEADROOM, available_memory_bytes
 
         if not self._placed or not self._info.parameters:
@@ -89,8 +89,12 @@ class ModelDoctor:
 
     def check_weights(self) -> Iterator[Finding]:
         """Whether they are here, and where."""
-        from librobot_vlm_ros.models.weights_names import is_hub_id
-        from librobot_vlm_ros.ros.weights_here import downloaded, shipped_folder, weights_present
+        from librobot_vlm_ros.models.checkpoints.local_weights import (
+            downloaded,
+            is_hub_id,
+            shipped_folder,
+            weights_present,
+        )
 
         info, wanted = self._info, self._weights
         if not wanted and info.default_pretrained is None and info.shipped_folder is None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from librobot_vlm_ros.core import ErrorCode, ModelError, as_vlm_error
 from librobot_vlm_ros.models import create_vlm, model_info
-from librobot_vlm_ros.models.confinement import confined_to
+from librobot_vlm_ros.models.checkpoints.path_policy import confined_to
 from librobot_vlm_ros.ros.live_parameters import LiveParameters
 from librobot_vlm_ros.ros.settings import Settings
 from librobot_vlm_ros.ros.standing import load_options

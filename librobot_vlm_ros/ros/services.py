@@ -11,14 +11,14 @@ from typing import Any, Protocol
 
 from librobot_vlm_ros.core import VlmError, as_vlm_error
 from librobot_vlm_ros.models import list_vlms, model_info
-from librobot_vlm_ros.models.base import ModelInfo
+from librobot_vlm_ros.models.backend import ModelInfo
+from librobot_vlm_ros.models.checkpoints.local_weights import weights_present
 from librobot_vlm_ros.msg import ModelDescription
 from librobot_vlm_ros.ros.deferred import Reply
 from librobot_vlm_ros.ros.intake import Intake
 from librobot_vlm_ros.ros.on_demand import Served, fill_answer, make_request
 from librobot_vlm_ros.ros.reporting import Throttled
 from librobot_vlm_ros.ros.settings import Settings
-from librobot_vlm_ros.ros.weights_here import weights_present
 from librobot_vlm_ros.runtime import LoadReport
 from librobot_vlm_ros.runtime.requests import busy
 from librobot_vlm_ros.srv import ListModels, Query, SwitchModel

@@ -6,9 +6,9 @@ from typing import Any
 
 from librobot_vlm_ros.core import get_task
 from librobot_vlm_ros.models import model_info
+from librobot_vlm_ros.models.checkpoints.local_weights import shipped_folder
 from librobot_vlm_ros.ros.instruction import Instruction
 from librobot_vlm_ros.ros.settings import Settings
-from librobot_vlm_ros.ros.weights_here import shipped_folder
 from librobot_vlm_ros.runtime import CameraConfig, EngineConfig, StandingTask
 
 __all__ = ["waiting_tasks", "camera_configs", "engine_config", "load_options", "standing_tasks"]

@@ -13,8 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from librobot_vlm_ros.core import BagError, ErrorCode, RequestError, shortened
-from librobot_vlm_ros.models.weights_names import is_hub_id
-from librobot_vlm_ros.ros.weights_here import hub_cache, shipped_folder
+from librobot_vlm_ros.models.checkpoints.local_weights import hub_cache, is_hub_id, shipped_folder
 
 __all__ = ["allowed_folders", "confined", "open_to_clients", "paths_in"]
 

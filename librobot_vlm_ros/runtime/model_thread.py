@@ -14,7 +14,7 @@ from librobot_vlm_ros.core import (
     VlmError,
     as_vlm_error,
 )
-from librobot_vlm_ros.models.base import VlmBackend
+from librobot_vlm_ros.models.backend import VlmBackend
 from librobot_vlm_ros.runtime.ahead import CountsFrames, KnowsInputSize, PreparesFrames
 from librobot_vlm_ros.runtime.batching import BatchPlanner
 from librobot_vlm_ros.runtime.config import to_ns

@@ -17,7 +17,7 @@ from librobot_vlm_ros.core import (
     VlmError,
     as_vlm_error,
 )
-from librobot_vlm_ros.models.base import VlmBackend
+from librobot_vlm_ros.models.backend import VlmBackend
 from librobot_vlm_ros.runtime.garbage import collect
 from librobot_vlm_ros.runtime.requests import Ticket, is_model_failure
 

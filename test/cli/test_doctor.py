@@ -19,7 +19,8 @@ from librobot_vlm_ros.cli.doctor_finding import Finding, found_by
 from librobot_vlm_ros.cli.doctor_model import MINIMUM, ModelDoctor
 from librobot_vlm_ros.cli.main import main
 from librobot_vlm_ros.models import model_info
-from librobot_vlm_ros.ros import transport, weights_here
+from librobot_vlm_ros.models.checkpoints import local_weights as weights_here
+from librobot_vlm_ros.ros import transport
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from librobot_vlm_ros.cli.main import main
-from librobot_vlm_ros.models import conformance, list_vlms, model_info
+from librobot_vlm_ros.models import list_vlms, model_info
+from librobot_vlm_ros.models.testing import conformance
 
 
 def test_every_model_is_listed_with_its_tasks(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from librobot_vlm_ros.core import ErrorCode, GenerationParams, ModelAnswer, ModelError
 from librobot_vlm_ros.models import AbstractVLM, create_vlm, load_module
-from librobot_vlm_ros.models.adapters import adapter_parameters, wrapped_layers
+from librobot_vlm_ros.models.training.lora import adapter_parameters, wrapped_layers
 
 Load = Callable[..., AbstractVLM]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

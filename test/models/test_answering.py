@@ -24,9 +24,9 @@ from librobot_vlm_ros.core import (
     VlmError,
 )
 from librobot_vlm_ros.models import VlmBackend, create_vlm
-from librobot_vlm_ros.models.decode import Generated
-from librobot_vlm_ros.models.florence import FlorenceVLM
-from librobot_vlm_ros.models.florence_prompts import FLORENCE_TASKS
+from librobot_vlm_ros.models.families.florence2.model import FlorenceVLM
+from librobot_vlm_ros.models.families.florence2.processor import FLORENCE_TASKS
+from librobot_vlm_ros.models.generation.config import Generated
 
 Ask = Callable[..., InferenceRequest]
 MakeFrame = Callable[..., Frame]

@@ -10,22 +10,22 @@ import pytest
 import torch
 
 from librobot_vlm_ros.core import EngineError, ErrorCode, GenerationParams
-from librobot_vlm_ros.models import conformance_qwen_folder
-from librobot_vlm_ros.models.beam import beam_search
-from librobot_vlm_ros.models.beam_grammar import fits
-from librobot_vlm_ros.models.causal_tokenizer import CausalTokenizer
-from librobot_vlm_ros.models.decode import DecodeRules, Generated, Scale, decode
-from librobot_vlm_ros.models.florence_folder import PUBLISHED
-from librobot_vlm_ros.models.grammar import BoxGrammar
-from librobot_vlm_ros.models.notation import TokenBoxes
-from librobot_vlm_ros.models.notation_grammar import notation_grammar
-from librobot_vlm_ros.models.qwen_prompts import parse_token_boxes
+from librobot_vlm_ros.models.families.florence2.checkpoint import PUBLISHED
+from librobot_vlm_ros.models.families.qwen_vl.processor import parse_token_boxes
+from librobot_vlm_ros.models.generation.beam_search import beam_search, fits
+from librobot_vlm_ros.models.generation.config import CoordinateBins, Generated, GenerationConfig
+from librobot_vlm_ros.models.generation.constraints.box_syntax import TokenBoxes
+from librobot_vlm_ros.models.generation.constraints.location_tokens import BoxGrammar
+from librobot_vlm_ros.models.generation.constraints.token_grammar import notation_grammar
+from librobot_vlm_ros.models.generation.loop import decode
+from librobot_vlm_ros.models.testing import qwen_vl as conformance_qwen_folder
+from librobot_vlm_ros.models.tokenizer import CausalTokenizer
 
 #: Tokens 10 to 15 are the locations; 2 ends an answer, 3 to 9 are words.
 FIRST, COUNT, SIZE = 10, 6, 16
 BOXES = BoxGrammar(FIRST, COUNT)
-RULES = DecodeRules(
-    eos=(2,), pad=1, max_new_tokens=14, num_beams=3, scale=Scale(FIRST, COUNT, 1),
+RULES = GenerationConfig(
+    eos=(2,), pad=1, max_new_tokens=14, num_beams=3, scale=CoordinateBins(FIRST, COUNT, 1),
     early_stopping=True, suppressed=(0, 1),
 )  # fmt: skip
 
@@ -57,7 +57,7 @@ def past(rows: int = 1) -> torch.Tensor:
     return torch.zeros((rows, 1), dtype=torch.int64)
 
 
-def free_answer(seed: int, rules: DecodeRules = RULES) -> Generated:
+def free_answer(seed: int, rules: GenerationConfig = RULES) -> Generated:
     (row,) = beam_search(Chain(seed), rules, past(), stop=lambda row: None, tell=None)
     assert isinstance(row, Generated)
     return row
@@ -87,7 +87,9 @@ def whole(ids: tuple[int, ...], room: int) -> bool:
     ],
     ids=["early", "late", "forced"],
 )
-def test_only_malformed_answers_change_and_no_malformed_box_is_left(rules: DecodeRules) -> None:
+def test_only_malformed_answers_change_and_no_malformed_box_is_left(
+    rules: GenerationConfig,
+) -> None:
     kept = changed = 0
     for seed in range(150):
         free = free_answer(seed, rules)
@@ -134,7 +136,7 @@ def test_boxes_that_are_written_as_text(tmp_path: Path) -> None:
     ids = conformance_qwen_folder.IDS
     eos = ids["<|im_end|>"]
     words = CausalTokenizer.from_folder(tmp_path, hidden=[eos], vocab_size=200)
-    rules = DecodeRules(eos=(eos,), pad=eos, max_new_tokens=40, num_beams=3)
+    rules = GenerationConfig(eos=(eos,), pad=eos, max_new_tokens=40, num_beams=3)
     usual = [*words.words("(),0123456789"), ids["<|box_end|>"], eos]
 
     class Written(Chain):

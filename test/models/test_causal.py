@@ -9,7 +9,7 @@ import torch
 
 from librobot_vlm_ros.core import ErrorCode, ModelError, RequestError
 from librobot_vlm_ros.models import create_vlm, get_vlm
-from librobot_vlm_ros.models.causal_decoder import weave
+from librobot_vlm_ros.models.generation.causal_decoder import weave
 
 _VISION = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
 _VISION |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}

@@ -16,9 +16,9 @@ from transformers import Florence2ForConditionalGeneration
 from librobot_vlm_ros.core import ErrorCode, ModelError, as_vlm_error
 from librobot_vlm_ros.models import create_vlm, load_module
 from librobot_vlm_ros.models.catalog import CATALOG
-from librobot_vlm_ros.models.florence_config import FlorenceConfig, variants
-from librobot_vlm_ros.models.shards import tensor_names
-from librobot_vlm_ros.models.tiny import edit_json
+from librobot_vlm_ros.models.checkpoints.shards import tensor_names
+from librobot_vlm_ros.models.families.florence2.configuration import FlorenceConfig, variants
+from librobot_vlm_ros.models.testing.florence2 import edit_json
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from librobot_vlm_ros.core import ErrorCode, ModelError, RequestError
-from librobot_vlm_ros.models import checkpoint, create_vlm, sha256_list
-from librobot_vlm_ros.models.checksum import weights_sha256
+from librobot_vlm_ros.models import create_vlm, sha256_list
+from librobot_vlm_ros.models.checkpoints import loading as checkpoint
+from librobot_vlm_ros.models.checkpoints.checksum import weights_sha256
 
 
 def sha256(data: bytes) -> str:

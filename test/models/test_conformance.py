@@ -6,8 +6,9 @@ import dataclasses
 
 import pytest
 
-from librobot_vlm_ros.models import conformance, list_vlms, model_info
-from librobot_vlm_ros.models.conformance import CONVERSION_TOLERANCE, check_model
+from librobot_vlm_ros.models import list_vlms, model_info
+from librobot_vlm_ros.models.testing import conformance
+from librobot_vlm_ros.models.testing.conformance import CONVERSION_TOLERANCE, check_model
 
 
 @pytest.mark.parametrize("name", list_vlms())
@@ -24,7 +25,7 @@ def test_every_registered_model_conforms(name: str) -> None:
 
 
 def test_a_converter_that_mixes_up_two_keys_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from librobot_vlm_ros.models import llava_convert
+    from librobot_vlm_ros.models.families.llava import checkpoint as llava_convert
 
     right = llava_convert.renamed
 
@@ -43,7 +44,7 @@ def test_a_converter_that_mixes_up_two_keys_is_found(monkeypatch: pytest.MonkeyP
 
 
 def test_wrong_counts_pixels_and_tasks_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from librobot_vlm_ros.models import conformance_paligemma as hooks
+    from librobot_vlm_ros.models.testing import paligemma as hooks
 
     info = model_info("paligemma-3b")
     strange = dataclasses.replace(
@@ -63,8 +64,8 @@ def test_wrong_counts_pixels_and_tasks_are_found(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_family_without_a_check_is_not_called_ok(monkeypatch: pytest.MonkeyPatch) -> None:
-    strange = dataclasses.replace(model_info("paligemma-3b"), module="nobody")
+    strange = dataclasses.replace(model_info("paligemma-3b"), module="families.nobody.model")
     monkeypatch.setattr(conformance, "model_info", lambda name: strange)
     found = check_model("paligemma-3b")
     assert not found.ok
-    assert "conformance_nobody" in found.error
+    assert "testing.nobody" in found.error

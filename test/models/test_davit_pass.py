@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from librobot_vlm_ros.models import create_vlm, davit_pass
-from librobot_vlm_ros.models.davit_pass import DavitPass, make_pass
-from librobot_vlm_ros.models.step_parts import UnsupportedError
-from librobot_vlm_ros.models.tiny import TINY_VISION
+from librobot_vlm_ros.models import create_vlm
+from librobot_vlm_ros.models.generation.fast import davit as davit_pass
+from librobot_vlm_ros.models.generation.fast.davit import DavitPass, make_pass
+from librobot_vlm_ros.models.generation.fast.weights import UnsupportedError
+from librobot_vlm_ros.models.testing.florence2 import TINY_VISION
 
 VISION = {**TINY_VISION, "drop_path_rate": 0.3}
 

@@ -7,14 +7,15 @@ import math
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig as TransformersGenerationConfig
 
 from librobot_vlm_ros.core import EngineError, ErrorCode, InferenceError, VlmError
-from librobot_vlm_ros.models.beam import _search
-from librobot_vlm_ros.models.choosing import near
-from librobot_vlm_ros.models.decode import DecodeRules, Generated, Scale, _Loop, decode
-from librobot_vlm_ros.models.florence import FlorenceVLM
-from librobot_vlm_ros.models.florence_folder import PUBLISHED, FlorenceSettings
+from librobot_vlm_ros.models.families.florence2.checkpoint import PUBLISHED, FlorenceSettings
+from librobot_vlm_ros.models.families.florence2.model import FlorenceVLM
+from librobot_vlm_ros.models.generation.beam_search import _search
+from librobot_vlm_ros.models.generation.config import CoordinateBins, Generated, GenerationConfig
+from librobot_vlm_ros.models.generation.loop import _Loop, decode
+from librobot_vlm_ros.models.generation.sampler import near
 
 STOPPED = EngineError(ErrorCode.CANCELLED, "enough")
 
@@ -48,10 +49,10 @@ def history(rows: int = 1) -> torch.Tensor:
     return torch.zeros((rows, 1), dtype=torch.int64)
 
 
-RULES = DecodeRules(eos=(2,), pad=1, max_new_tokens=8)
+RULES = GenerationConfig(eos=(2,), pad=1, max_new_tokens=8)
 
 
-def run(decoder: Table, rules: DecodeRules = RULES, rows: int = 1, **options):
+def run(decoder: Table, rules: GenerationConfig = RULES, rows: int = 1, **options):
     return decode(decoder, rules, history(rows), **options)
 
 
@@ -74,12 +75,12 @@ def test_tokens_equal_those_of_generate(vlm: FlorenceVLM, settings: FlorenceSett
     mask = (words != 1).long()
     image = torch.full((3, vlm.image_tokens), vlm.config.image_token_id)
     # Otherwise the model's own settings would fill in what the test leaves open.
-    vlm.module.generation_config = GenerationConfig()
+    vlm.module.generation_config = TransformersGenerationConfig()
     expected = vlm.module.generate(
         input_ids=torch.cat([image, words], dim=1),
         attention_mask=torch.cat([torch.ones_like(image), mask], dim=1),
         pixel_values=pixels,
-        generation_config=GenerationConfig(
+        generation_config=TransformersGenerationConfig(
             do_sample=False,
             max_length=21,
             decoder_start_token_id=2,
@@ -112,7 +113,7 @@ def test_probabilities_are_those_of_the_model_before_any_rule(beams: int) -> Non
     table = torch.log(
         torch.tensor([[0.5, 0.3, 0.2, 0], [0.6, 0.1, 0.3, 0], [0, 0, 1.0, 0], [0] * 4])
     )
-    rules = DecodeRules(eos=(2,), pad=1, max_new_tokens=3, num_beams=beams, no_repeat_ngram=1)
+    rules = GenerationConfig(eos=(2,), pad=1, max_new_tokens=3, num_beams=beams, no_repeat_ngram=1)
     (row,) = run(Table(table.nan_to_num(neginf=-1e4)), rules)
     assert row.ids == (1, 2)  # 0 stands in the history, so it may not come again
     assert [math.exp(v) for v in row.log_probs] == pytest.approx([0.3, 0.3], abs=1e-5)
@@ -122,7 +123,7 @@ def test_probabilities_are_those_of_the_model_before_any_rule(beams: int) -> Non
 def test_a_mark_on_a_scale_counts_with_its_neighbours(beams: int) -> None:
     table = torch.log(torch.tensor([[0.0, 0, 0.1, 0.1, 0.15, 0.3, 0.2, 0.15]] * 8) + 1e-9)
     rules = dataclasses.replace(
-        RULES, max_new_tokens=1, num_beams=beams, scale=Scale(first=4, count=4, radius=1)
+        RULES, max_new_tokens=1, num_beams=beams, scale=CoordinateBins(first=4, count=4, radius=1)
     )
     (row,) = run(Table(table), rules)
     assert row.ids == (5,)
@@ -131,7 +132,7 @@ def test_a_mark_on_a_scale_counts_with_its_neighbours(beams: int) -> None:
 
 def test_at_the_ends_of_a_scale_there_are_fewer_neighbours() -> None:
     blocks = torch.log(torch.tensor([[0.2, 0.3, 0.05]])).expand(3, -1)
-    found = near(blocks, torch.arange(3), Scale(first=1, count=3, radius=1)).exp()
+    found = near(blocks, torch.arange(3), CoordinateBins(first=1, count=3, radius=1)).exp()
     torch.testing.assert_close(found, torch.tensor([0.5, 0.55, 0.35]))
 
 
@@ -240,7 +241,7 @@ def test_numbers_that_are_not_finite_are_an_error_of_their_own(beams: int, value
     assert caught.value.code == ErrorCode.NAN_LOGITS
 
 
-def on_its_way(rules: DecodeRules, *, ahead: bool) -> tuple[list, list[list[int]]]:
+def on_its_way(rules: GenerationConfig, *, ahead: bool) -> tuple[list, list[list[int]]]:
     """Answers of four rows of a random table, and what was told of them; one is stopped."""
     table = torch.randn(9, 9, generator=torch.Generator().manual_seed(8)) * 3
     decoder = Table(table, rows=4)
@@ -259,7 +260,7 @@ def on_its_way(rules: DecodeRules, *, ahead: bool) -> tuple[list, list[list[int]
 def test_a_host_that_runs_a_step_ahead_of_its_reads_finds_the_same(ngram: int) -> None:
     """As on CUDA: the next step is asked for before the token that it takes in has been read."""
     rules = dataclasses.replace(
-        RULES, max_new_tokens=12, no_repeat_ngram=ngram, scale=Scale(5, 3, 1), eos=(2, 8)
+        RULES, max_new_tokens=12, no_repeat_ngram=ngram, scale=CoordinateBins(5, 3, 1), eos=(2, 8)
     )
     found = on_its_way(rules, ahead=False)
     assert found == on_its_way(rules, ahead=True)

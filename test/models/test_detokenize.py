@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from librobot_vlm_ros.models.detokenize import TextStream, TokenSpans, geometric_mean
+from librobot_vlm_ros.models.generation.streaming import TextStream, TokenSpans, geometric_mean
 
 #: Ids 0 to 255 are bytes, 1000 and up control tokens.
 CONTROL = frozenset(range(1000, 1100))

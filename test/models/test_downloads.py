@@ -21,7 +21,7 @@ SCRIPT = """
 import json, logging, sys
 logging.basicConfig(level=logging.INFO, format="%(name)s %(message)s")
 from librobot_vlm_ros.models import model_info, progress
-from librobot_vlm_ros.models.weights import find_weights
+from librobot_vlm_ros.models.checkpoints.hub import find_weights
 progress._PERIOD_S = 0.0
 for source in sys.argv[1:]:
     print("--", source, file=sys.stderr)

@@ -9,7 +9,11 @@ import pytest
 from transformers.models.florence2.processing_florence2 import Florence2PostProcessor
 
 from librobot_vlm_ros.core import Region
-from librobot_vlm_ros.models.florence_parse import NOT_GROUNDED, parse_answer, without_locations
+from librobot_vlm_ros.models.families.florence2.processor import (
+    NOT_GROUNDED,
+    parse_answer,
+    without_locations,
+)
 
 #: A 1000 x 2000 image: bins are 1 pixel wide and 2 pixels high.
 WIDTH, HEIGHT = 1000, 2000

@@ -15,15 +15,16 @@ from transformers import Florence2Processor, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from librobot_vlm_ros.core import TASKS, ErrorCode, InferenceRequest, ModelError, RequestError
-from librobot_vlm_ros.models.florence import FlorenceVLM
-from librobot_vlm_ros.models.florence_config import original_to_native
-from librobot_vlm_ros.models.florence_prompts import (
+from librobot_vlm_ros.models.families.florence2.configuration import original_to_native
+from librobot_vlm_ros.models.families.florence2.model import FlorenceVLM
+from librobot_vlm_ros.models.families.florence2.processor import (
+    ADDED_TOKENS,
     FLORENCE_TASKS,
+    FlorenceTokenizer,
     build_prompt,
     location_bins,
 )
-from librobot_vlm_ros.models.florence_tokenizer import ADDED_TOKENS, FlorenceTokenizer
-from librobot_vlm_ros.models.tiny import edit_json
+from librobot_vlm_ros.models.testing.florence2 import edit_json
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "florence2_tokenizer"
 

@@ -12,12 +12,19 @@ import torch
 
 from librobot_vlm_ros.core import EngineError, ErrorCode, GenerationParams
 from librobot_vlm_ros.models import create_vlm
-from librobot_vlm_ros.models.decode import DecodeRules, Generated, Scale, _Loop, decode, take_in
-from librobot_vlm_ros.models.decode_rules import Except, Some
-from librobot_vlm_ros.models.florence_folder import PUBLISHED
-from librobot_vlm_ros.models.grammar import BoxGrammar
+from librobot_vlm_ros.models.families.florence2.checkpoint import PUBLISHED
+from librobot_vlm_ros.models.generation.config import (
+    CoordinateBins,
+    Except,
+    Generated,
+    GenerationConfig,
+    Some,
+)
+from librobot_vlm_ros.models.generation.constraints.location_tokens import BoxGrammar
+from librobot_vlm_ros.models.generation.decoder import take_in
+from librobot_vlm_ros.models.generation.loop import _Loop, decode
 
-RULES = DecodeRules(eos=(2,), pad=1, max_new_tokens=8)
+RULES = GenerationConfig(eos=(2,), pad=1, max_new_tokens=8)
 
 
 class Counted:
@@ -64,7 +71,9 @@ class Leaves:
         return self.after.get(ids[-1]) if ids else None
 
 
-def run(decoder: Counted, grammar: Any = None, rules: DecodeRules = RULES, **options: Any) -> Any:
+def run(
+    decoder: Counted, grammar: Any = None, rules: GenerationConfig = RULES, **options: Any
+) -> Any:
     rows = len(decoder.start)
     history = torch.zeros((rows, 1), dtype=torch.int64)
     grammars = grammar if isinstance(grammar, list) else [grammar] * rows
@@ -148,7 +157,7 @@ def test_all_but_some() -> None:
 
 
 def test_a_mark_without_a_choice_is_certain() -> None:
-    rules = DecodeRules(eos=(2,), pad=1, max_new_tokens=7, scale=Scale(10, 5, 1))
+    rules = GenerationConfig(eos=(2,), pad=1, max_new_tokens=7, scale=CoordinateBins(10, 5, 1))
     successors = [14, 0, 0, 0, 0, 0, 0, 0, 0, 0, 14, 14, 14, 14, 14]
     (row,) = run(Extending(successors), BoxGrammar(10, 5), rules)
     assert row.ids[:4] == (14, 14, 14, 14)

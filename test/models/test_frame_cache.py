@@ -10,7 +10,7 @@ import torch
 
 from librobot_vlm_ros.core import Frame, ModelAnswer
 from librobot_vlm_ros.models import holding
-from librobot_vlm_ros.models.frame_cache import FrameCache
+from librobot_vlm_ros.models.cache.image_features import FrameCache
 
 
 def test_pixels_are_made_once_though_two_threads_want_them(frame):

@@ -10,13 +10,18 @@ import pytest
 import torch
 
 from librobot_vlm_ros.core import GenerationParams
-from librobot_vlm_ros.models import conformance_paligemma, create_vlm
-from librobot_vlm_ros.models.decode import DecodeRules, Generated, Scale, decode
-from librobot_vlm_ros.models.grammar import BoxGrammar, OutlineGrammar
+from librobot_vlm_ros.models import create_vlm
+from librobot_vlm_ros.models.generation.config import CoordinateBins, Generated, GenerationConfig
+from librobot_vlm_ros.models.generation.constraints.location_tokens import (
+    BoxGrammar,
+    OutlineGrammar,
+)
+from librobot_vlm_ros.models.generation.loop import decode
+from librobot_vlm_ros.models.testing import paligemma as conformance_paligemma
 
 #: Tokens 10 to 19 are the locations; 2 ends an answer, 3 to 9 are words.
 BOXES = BoxGrammar(10, 10)
-RULES = DecodeRules(eos=(2,), pad=1, max_new_tokens=12, scale=Scale(10, 10, 1))
+RULES = GenerationConfig(eos=(2,), pad=1, max_new_tokens=12, scale=CoordinateBins(10, 10, 1))
 
 
 class Script:
@@ -46,7 +51,7 @@ class Script:
         return logits
 
 
-def run(script: Script, grammar: Any, rules: DecodeRules = RULES) -> list[Generated]:
+def run(script: Script, grammar: Any, rules: GenerationConfig = RULES) -> list[Generated]:
     history = torch.zeros((script.rows, 1), dtype=torch.int64)
     found = decode(script, rules, history, grammars=[grammar] * script.rows)
     assert all(isinstance(row, Generated) for row in found)

@@ -19,11 +19,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
-from librobot_vlm_ros.models import conformance_florence, load_module, paligemma_masks
-from librobot_vlm_ros.models import conformance_internvl_folder as internvl
-from librobot_vlm_ros.models import conformance_llava as llava
-from librobot_vlm_ros.models.paligemma_masks import read_mask_decoder
-from librobot_vlm_ros.models.shards import iterate_tensors, read_json, tensor_kinds, weight_files
+from librobot_vlm_ros.models import load_module
+from librobot_vlm_ros.models.checkpoints.shards import (
+    iterate_tensors,
+    read_json,
+    tensor_kinds,
+    weight_files,
+)
+from librobot_vlm_ros.models.families.paligemma import masks as paligemma_masks
+from librobot_vlm_ros.models.families.paligemma.masks import read_mask_decoder
+from librobot_vlm_ros.models.testing import florence2 as conformance_florence
+from librobot_vlm_ros.models.testing import internvl2 as internvl
+from librobot_vlm_ros.models.testing import llava
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 463221266\n"
 GOOD = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -13,10 +12,11 @@ import pytest
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
 from librobot_vlm_ros.models import create_vlm, model_info
-from librobot_vlm_ros.models.florence_folder import FlorenceSettings
-from librobot_vlm_ros.models.internvl_tiles import InternVLImages, internvl_images
-from librobot_vlm_ros.models.preprocess import image_settings
-from librobot_vlm_ros.models.qwen_images import QwenImages, qwen_images
+from librobot_vlm_ros.models.families.florence2.checkpoint import FlorenceSettings
+from librobot_vlm_ros.models.families.internvl2.processor import InternVLImages, internvl_images
+from librobot_vlm_ros.models.families.preprocess import image_settings
+from librobot_vlm_ros.models.families.qwen_vl.processor import QwenImages, qwen_images
+from librobot_vlm_ros.models.testing.conformance import hooks_of
 
 NAN, INF = float("nan"), float("inf")
 
@@ -46,8 +46,7 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def folder(name: str) -> Path:
         if name not in made:
             made[name] = tmp_path_factory.mktemp("official") / name
-            module = f"librobot_vlm_ros.models.conformance_{model_info(name).module}"
-            importlib.import_module(module).write_official(made[name])
+            hooks_of(model_info(name)).write_official(made[name])
         return made[name]
 
     return folder

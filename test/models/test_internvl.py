@@ -17,19 +17,18 @@ from torch.nn import functional as F
 
 from librobot_vlm_ros.core import ErrorCode, Frame, GenerationParams, InferenceRequest, VlmError
 from librobot_vlm_ros.models import create_vlm, load_module
-from librobot_vlm_ros.models.conformance_internvl import (
+from librobot_vlm_ros.models.families.internvl2.model import InternVLVLM
+from librobot_vlm_ros.models.families.internvl2.processor import SYSTEM, float_tiles
+from librobot_vlm_ros.models.families.preprocess import normalise
+from librobot_vlm_ros.models.generation.config import Generated
+from librobot_vlm_ros.models.testing.internvl2 import (
+    TEXT,
     difference,
     image_features,
     original_logits,
     read_official,
     write_official,
 )
-from librobot_vlm_ros.models.conformance_internvl_folder import TEXT
-from librobot_vlm_ros.models.decode import Generated
-from librobot_vlm_ros.models.internvl import InternVLVLM
-from librobot_vlm_ros.models.internvl_prompts import SYSTEM
-from librobot_vlm_ros.models.internvl_tiles import float_tiles
-from librobot_vlm_ros.models.preprocess import normalise
 
 SIDE, TILE = 56, 4
 WIDTH = TEXT["hidden_size"]
@@ -335,7 +334,7 @@ def test_many_tiles_are_looked_at_in_parts(
     images = [noise(30, 130), noise(200, 90, 1)]
     with torch.no_grad():
         together = internvl.encode_image(images)
-        monkeypatch.setattr("librobot_vlm_ros.models.internvl._AT_ONCE", 2)
+        monkeypatch.setattr("librobot_vlm_ros.models.families.internvl2.model._AT_ONCE", 2)
         in_parts = internvl.encode_image(images)
     assert torch.allclose(together, in_parts, atol=1e-5)
 

@@ -15,9 +15,16 @@ from transformers import InternVLForConditionalGeneration
 
 from librobot_vlm_ros.core import ErrorCode, GenerationParams, RequestError, VlmError
 from librobot_vlm_ros.models import create_vlm, get_vlm, model_info
-from librobot_vlm_ros.models.internvl import InternVLConfig
-from librobot_vlm_ros.models.internvl_prompts import INTERNVL_TASKS, parse_boxes, question
-from librobot_vlm_ros.models.internvl_tiles import InternVLImages, float_tiles, grid, tiles
+from librobot_vlm_ros.models.families.internvl2.model import InternVLConfig
+from librobot_vlm_ros.models.families.internvl2.processor import (
+    INTERNVL_TASKS,
+    InternVLImages,
+    float_tiles,
+    grid,
+    parse_boxes,
+    question,
+    tiles,
+)
 
 IMAGES = InternVLImages(448)
 

@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from librobot_vlm_ros.core import ErrorCode, Frame, ModelError, RequestError
 from librobot_vlm_ros.models import AbstractVLM, create_vlm, get_vlm, list_vlms
-from librobot_vlm_ros.models.florence import FlorenceConfig, FlorenceVLM
-from librobot_vlm_ros.models.tiny import TINY_TEXT, TINY_VISION
+from librobot_vlm_ros.models.families.florence2.model import FlorenceConfig, FlorenceVLM
+from librobot_vlm_ros.models.testing.florence2 import TINY_TEXT, TINY_VISION
 
 #: As in the specification's examples: random ids below 1000.
 TINY = {
@@ -309,7 +309,7 @@ def test_saved_and_loaded_it_answers_the_same(
 def test_weights_are_replaced_in_place(
     vlm: FlorenceVLM, tmp_path: Path, ask: Callable[..., object]
 ) -> None:
-    from librobot_vlm_ros.models.tiny import tiny_florence_folder
+    from librobot_vlm_ros.models.testing.florence2 import tiny_florence_folder
 
     other = tiny_florence_folder(tmp_path / "other", seed=5)
     (before,) = vlm.run([ask("detect")])

@@ -23,10 +23,14 @@ from librobot_vlm_ros.core import (
     ModelError,
     VlmError,
 )
-from librobot_vlm_ros.models import create_vlm, llava_convert, load_module
-from librobot_vlm_ros.models.checksum import weights_sha256
-from librobot_vlm_ros.models.confinement import confined_to
-from librobot_vlm_ros.models.conformance_llava import (
+from librobot_vlm_ros.models import create_vlm, load_module
+from librobot_vlm_ros.models.checkpoints.checksum import weights_sha256
+from librobot_vlm_ros.models.checkpoints.path_policy import confined_to
+from librobot_vlm_ros.models.families.llava import checkpoint as llava_convert
+from librobot_vlm_ros.models.families.llava.model import LlavaVLM
+from librobot_vlm_ros.models.families.llava.processor import BEFORE_IMAGE
+from librobot_vlm_ros.models.generation.config import Generated
+from librobot_vlm_ros.models.testing.llava import (
     IDS,
     PATCHES,
     TEXT,
@@ -34,9 +38,6 @@ from librobot_vlm_ros.models.conformance_llava import (
     read_weights,
     write_official,
 )
-from librobot_vlm_ros.models.decode import Generated
-from librobot_vlm_ros.models.llava import LlavaVLM
-from librobot_vlm_ros.models.llava_prompts import BEFORE_IMAGE
 
 
 @pytest.fixture(scope="module")

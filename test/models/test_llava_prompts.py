@@ -11,15 +11,15 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from librobot_vlm_ros.core import ErrorCode, RequestError
 from librobot_vlm_ros.models import model_info
-from librobot_vlm_ros.models.llava import CLIP_MEAN, CLIP_STD, LlavaConfig
-from librobot_vlm_ros.models.llava_prompts import (
+from librobot_vlm_ros.models.families.llava.model import CLIP_MEAN, CLIP_STD, LlavaConfig
+from librobot_vlm_ros.models.families.llava.processor import (
     LLAVA_TASKS,
     pad_to_square,
     parse_boxes,
     question,
     square_numbers,
 )
-from librobot_vlm_ros.models.preprocess import ImageSettings, normalise, squash
+from librobot_vlm_ros.models.families.preprocess import ImageSettings, normalise, squash
 
 
 @pytest.mark.parametrize("size", [(336, 336), (480, 641), (333, 100), (7, 5), (1, 9)])

@@ -14,21 +14,22 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from librobot_vlm_ros.bench.scripted import Scripted
 from librobot_vlm_ros.core import GenerationParams
-from librobot_vlm_ros.models import (
-    conformance_qwen_folder,
-    create_vlm,
-    internvl_prompts,
-    qwen_prompts,
+from librobot_vlm_ros.models import create_vlm
+from librobot_vlm_ros.models.families.internvl2 import processor as internvl_prompts
+from librobot_vlm_ros.models.families.internvl2.processor import parse_boxes
+from librobot_vlm_ros.models.families.qwen_vl import processor as qwen_prompts
+from librobot_vlm_ros.models.families.qwen_vl.processor import parse_json_boxes, parse_token_boxes
+from librobot_vlm_ros.models.generation.config import Except, Some
+from librobot_vlm_ros.models.generation.constraints.box_syntax import (
+    JsonBoxes,
+    ListBoxes,
+    TokenBoxes,
 )
-from librobot_vlm_ros.models.causal_tokenizer import CausalTokenizer, added_tokens
-from librobot_vlm_ros.models.conformance_internvl_folder import write_official
-from librobot_vlm_ros.models.decode import decode
-from librobot_vlm_ros.models.decode_rules import Except, Some
-from librobot_vlm_ros.models.internvl_prompts import parse_boxes
-from librobot_vlm_ros.models.notation import ListBoxes, TokenBoxes
-from librobot_vlm_ros.models.notation_grammar import notation_grammar
-from librobot_vlm_ros.models.notation_json import JsonBoxes
-from librobot_vlm_ros.models.qwen_prompts import parse_json_boxes, parse_token_boxes
+from librobot_vlm_ros.models.generation.constraints.token_grammar import notation_grammar
+from librobot_vlm_ros.models.generation.loop import decode
+from librobot_vlm_ros.models.testing import qwen_vl as conformance_qwen_folder
+from librobot_vlm_ros.models.testing.internvl2 import write_official
+from librobot_vlm_ros.models.tokenizer import CausalTokenizer, added_tokens
 
 NOTATIONS: dict[str, tuple[Any, Callable[..., Any]]] = {
     "qwen2": (TokenBoxes(), parse_token_boxes),
@@ -163,7 +164,7 @@ def test_boxes_of_json_are_four_numbers(text: str, good: bool) -> None:
 
 def letters(*more: str) -> Tokenizer:
     """Every letter a token, and these mergers; blanks as underscores."""
-    from librobot_vlm_ros.models.conformance_qwen_folder import LETTERS, SPECIAL
+    from librobot_vlm_ros.models.testing.qwen_vl import LETTERS, SPECIAL
 
     names = ["<unk>", *LETTERS, "\t", *more]
     made = Tokenizer(models.BPE({t: i for i, t in enumerate(names)}, [], unk_token="<unk>"))
@@ -175,7 +176,7 @@ def letters(*more: str) -> Tokenizer:
 
 def bytewise(*more: str) -> Tokenizer:
     """As the vendor's: bytes, and these mergers."""
-    from librobot_vlm_ros.models.conformance_qwen_folder import SPECIAL
+    from librobot_vlm_ros.models.testing.qwen_vl import SPECIAL
 
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -13,20 +13,18 @@ from torch import Tensor
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
 from librobot_vlm_ros.models import create_vlm, load_module
-from librobot_vlm_ros.models.conformance_davit import (
+from librobot_vlm_ros.models.testing.florence2 import (
     D_MODEL,
     DEPTHS,
     DIMS,
     HEADS,
     LAYERS,
-    WINDOW,
-    Weights,
-    original_logits,
-)
-from librobot_vlm_ros.models.conformance_florence import (
     MAX_POSITIONS,
     POSITIONS,
+    WINDOW,
+    Weights,
     official_config,
+    original_logits,
     random_weights,
     write_official,
 )

@@ -18,21 +18,21 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from librobot_vlm_ros.core import ErrorCode, GenerationParams, ModelError, RequestError, VlmError
 from librobot_vlm_ros.models import create_vlm, load_module, model_info
-from librobot_vlm_ros.models.conformance_paligemma import (
+from librobot_vlm_ros.models.families.paligemma.model import PaliGemmaConfig, PaliGemmaVLM
+from librobot_vlm_ros.models.families.paligemma.processor import (
+    PALIGEMMA_TASKS,
+    parse_locations,
+    question,
+)
+from librobot_vlm_ros.models.families.preprocess import ImageSettings, normalise, squash
+from librobot_vlm_ros.models.generation.config import Generated
+from librobot_vlm_ros.models.testing.paligemma import (
     IDS,
     PATCHES,
     TEXT,
     original_logits,
     write_official,
 )
-from librobot_vlm_ros.models.decode import Generated
-from librobot_vlm_ros.models.paligemma import PaliGemmaConfig, PaliGemmaVLM
-from librobot_vlm_ros.models.paligemma_prompts import (
-    PALIGEMMA_TASKS,
-    parse_locations,
-    question,
-)
-from librobot_vlm_ros.models.preprocess import ImageSettings, normalise, squash
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,11 @@ from safetensors.numpy import load_file, save_file
 
 from librobot_vlm_ros.core import ErrorCode, ModelError, VlmError
 from librobot_vlm_ros.models import create_vlm
-from librobot_vlm_ros.models.conformance_paligemma import mask_decoder_weights, write_official
-from librobot_vlm_ros.models.decode import Generated
-from librobot_vlm_ros.models.paligemma import PaliGemmaVLM
-from librobot_vlm_ros.models.paligemma_masks import draw, outlines, read_mask_decoder
-from librobot_vlm_ros.models.paligemma_prompts import parse_masks
+from librobot_vlm_ros.models.families.paligemma.masks import draw, outlines, read_mask_decoder
+from librobot_vlm_ros.models.families.paligemma.model import PaliGemmaVLM
+from librobot_vlm_ros.models.families.paligemma.processor import parse_masks
+from librobot_vlm_ros.models.generation.config import Generated
+from librobot_vlm_ros.models.testing.paligemma import mask_decoder_weights, write_official
 
 Array = npt.NDArray[np.float32]
 CODES = list(range(5, 125, 8))  # fifteen

@@ -10,27 +10,17 @@ import pytest
 import torch
 
 from librobot_vlm_ros.core import GenerationParams, ModelAnswer
-from librobot_vlm_ros.models import (
-    conformance_internvl,
-    conformance_llava,
-    conformance_qwen2,
-    conformance_qwen3,
-)
-from librobot_vlm_ros.models.registry import create_vlm
+from librobot_vlm_ros.models.registry import create_vlm, model_info
+from librobot_vlm_ros.models.testing.conformance import hooks_of
 
-FAMILIES = {
-    "internvl2-2b": conformance_internvl,
-    "llava-v1.5-7b": conformance_llava,
-    "qwen2-vl-2b": conformance_qwen2,
-    "qwen3-vl-4b": conformance_qwen3,
-}
+MODELS = ["internvl2-2b", "llava-v1.5-7b", "qwen2-vl-2b", "qwen3-vl-4b"]
 SHORT = GenerationParams(max_new_tokens=6)
 
 
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
+@pytest.fixture(scope="module", params=MODELS)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     path = tmp_path_factory.mktemp(request.param) / "tiny"
-    FAMILIES[request.param].write_official(path)
+    hooks_of(model_info(request.param)).write_official(path)
     return request.param, path
 
 

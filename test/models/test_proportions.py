@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from librobot_vlm_ros.core import ErrorCode, ModelError, VlmError
-from librobot_vlm_ros.models import create_vlm, proportions
+from librobot_vlm_ros.models import create_vlm
+from librobot_vlm_ros.models.checkpoints import size_limits as proportions
+from librobot_vlm_ros.models.checkpoints.shards import read_config
+from librobot_vlm_ros.models.checkpoints.size_limits import refuse_endless, refuse_oversized
 from librobot_vlm_ros.models.placement import place
-from librobot_vlm_ros.models.proportions import refuse_endless, refuse_oversized
-from librobot_vlm_ros.models.shards import read_config
 
 MANY = 10**9
 

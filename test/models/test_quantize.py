@@ -13,8 +13,8 @@ import torch
 
 from librobot_vlm_ros.core import ErrorCode, GenerationParams, ModelAnswer, ModelError
 from librobot_vlm_ros.models import AbstractVLM, create_vlm
-from librobot_vlm_ros.models.adapters import adapter_parameters, linear_layers
-from librobot_vlm_ros.models.tiny import tiny_florence_folder
+from librobot_vlm_ros.models.testing.florence2 import tiny_florence_folder
+from librobot_vlm_ros.models.training.lora import adapter_parameters, linear_layers
 
 HERE = importlib.util.find_spec("bitsandbytes") is not None
 needs_bitsandbytes = pytest.mark.skipif(not HERE, reason="bitsandbytes is not installed")

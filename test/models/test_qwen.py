@@ -16,13 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from librobot_vlm_ros.core import ErrorCode, Frame, GenerationParams, InferenceRequest, VlmError
-from librobot_vlm_ros.models import conformance_qwen_folder as original
 from librobot_vlm_ros.models import create_vlm, load_module, model_info
-from librobot_vlm_ros.models.causal_images import Seen
-from librobot_vlm_ros.models.conformance_qwen import original_logits, pixels
-from librobot_vlm_ros.models.conformance_qwen_folder import IDS, SECOND, THIRD
-from librobot_vlm_ros.models.qwen_images import QwenImages, patches, smart_size
-from librobot_vlm_ros.models.qwen_vl import QwenVLM
+from librobot_vlm_ros.models.cache.image_features import ImageFeatures
+from librobot_vlm_ros.models.families.qwen_vl.model import QwenVLM
+from librobot_vlm_ros.models.families.qwen_vl.processor import QwenImages, patches, smart_size
+from librobot_vlm_ros.models.testing import qwen_vl as original
+from librobot_vlm_ros.models.testing.qwen_vl import IDS, SECOND, THIRD, original_logits, pixels
 
 GENERATIONS = {"qwen2-vl-2b": SECOND, "qwen3-vl-4b": THIRD}
 TEXT: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -215,7 +214,7 @@ def test_images_of_any_size_and_several_views(qwen: QwenVLM) -> None:
 def test_each_view_stands_between_its_own_marks_and_has_its_own_places(qwen: QwenVLM) -> None:
     start, image, end = (IDS[f"<|{n}|>"] for n in ("vision_start", "image_pad", "vision_end"))
     row = [5, start, image, end, 6]
-    seen = Seen(torch.zeros(5, 32), (3, 2), ((1, 3), (2, 1)))
+    seen = ImageFeatures(torch.zeros(5, 32), (3, 2), ((1, 3), (2, 1)))
     order = qwen._order(row, seen.counts)
     assert order == [0, 1, -1, -1, -1, 3, 1, -1, -1, 3, 4]
     assert qwen._places(order, seen).tolist() == [

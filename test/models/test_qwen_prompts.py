@@ -7,8 +7,8 @@ import json
 import pytest
 
 from librobot_vlm_ros.core import ErrorCode, RequestError
-from librobot_vlm_ros.models.questions import question
-from librobot_vlm_ros.models.qwen_prompts import (
+from librobot_vlm_ros.models.families.prompts import question
+from librobot_vlm_ros.models.families.qwen_vl.processor import (
     QWEN2_TASKS,
     QWEN3_TASKS,
     parse_json_boxes,

@@ -11,8 +11,16 @@ from PIL import Image
 
 from librobot_vlm_ros.core import ErrorCode, RequestError
 from librobot_vlm_ros.models import create_vlm
-from librobot_vlm_ros.models.preprocess import ImageSettings, normalise, squash
-from librobot_vlm_ros.models.resize import EXACT, Resizing, on_device, resize, resizing
+from librobot_vlm_ros.models.families.preprocess import (
+    EXACT,
+    ImageSettings,
+    Resizing,
+    normalise,
+    on_device,
+    resize,
+    resizing,
+    squash,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 FAST = Resizing(fast=True)

@@ -10,15 +10,20 @@ import torch
 
 from librobot_vlm_ros.core import EngineError, ErrorCode
 from librobot_vlm_ros.models import create_vlm
-from librobot_vlm_ros.models.decode import DecodeRules, Generated, Scale, decode
+from librobot_vlm_ros.models.generation.config import CoordinateBins, Generated, GenerationConfig
+from librobot_vlm_ros.models.generation.loop import decode
 
 _TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 1200}
 _TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
 _VISION = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1}
 _VISION |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
 ROWS = [[5, 6, 7, 8], [9], [10, 11, 12, 13, 14, 15]]
-RULES = DecodeRules(
-    eos=(), pad=1, max_new_tokens=24, no_repeat_ngram=3, scale=Scale(first=0, count=1000, radius=9)
+RULES = GenerationConfig(
+    eos=(),
+    pad=1,
+    max_new_tokens=24,
+    no_repeat_ngram=3,
+    scale=CoordinateBins(first=0, count=1000, radius=9),
 )
 
 
@@ -44,7 +49,7 @@ class Counted:
         return self._decoder.next(tokens, *allowed)
 
 
-def answers(model: Any, kind: str, rules: DecodeRules, rows: list[int], **options: Any) -> Any:
+def answers(model: Any, kind: str, rules: GenerationConfig, rows: list[int], **options: Any) -> Any:
     """What each of those rows of ROWS gives, and how many rows each step had."""
     model.decoder = kind
     with model._answering():

@@ -12,10 +12,11 @@ from torch import nn
 
 from librobot_vlm_ros.core import ErrorCode, GenerationParams, ModelAnswer, ModelError
 from librobot_vlm_ros.models import create_vlm
-from librobot_vlm_ros.models.decode import Generated, decode
-from librobot_vlm_ros.models.step_decoder import BartStepDecoder, CausalStepDecoder
-from librobot_vlm_ros.models.step_llama import LlamaStep
-from librobot_vlm_ros.models.step_pool import StepPool, bucket
+from librobot_vlm_ros.models.generation.config import Generated
+from librobot_vlm_ros.models.generation.fast.graph_runner import StepPool, bucket
+from librobot_vlm_ros.models.generation.fast.llama import LlamaStep
+from librobot_vlm_ros.models.generation.fast.step_decoders import BartStepDecoder, CausalStepDecoder
+from librobot_vlm_ros.models.generation.loop import decode
 
 _VISION = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1}
 _VISION |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from librobot_vlm_ros.core import EngineError, ErrorCode, GenerationParams
-from librobot_vlm_ros.models import threads
-from librobot_vlm_ros.models.decode import decode
+from librobot_vlm_ros.models import placement as threads
+from librobot_vlm_ros.models.generation.loop import decode
 
 
 @pytest.fixture

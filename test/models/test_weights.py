@@ -14,8 +14,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from librobot_vlm_ros.core import ErrorCode, ModelError, as_vlm_error
 from librobot_vlm_ros.models import create_vlm, model_info
-from librobot_vlm_ros.models import weights as weights_module
-from librobot_vlm_ros.models.weights import find_weights, folder_digest
+from librobot_vlm_ros.models.checkpoints import hub as weights_module
+from librobot_vlm_ros.models.checkpoints.hub import find_weights, folder_digest
 
 BASE = model_info("florence-2-base")
 TABLETOP = model_info("florence-2-tabletop")

@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 from librobot_vlm_ros.models import list_vlms, model_info
-from librobot_vlm_ros.ros.weights_here import downloaded, hub_cache, shipped_folder, weights_present
+from librobot_vlm_ros.models.checkpoints.local_weights import (
+    downloaded,
+    hub_cache,
+    shipped_folder,
+    weights_present,
+)
 
 
 @pytest.fixture

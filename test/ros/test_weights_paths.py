@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from librobot_vlm_ros.core import BagError, ErrorCode, VlmError
+from librobot_vlm_ros.models.checkpoints.local_weights import hub_cache, shipped_folder
 from librobot_vlm_ros.ros.settings import Settings
-from librobot_vlm_ros.ros.weights_here import hub_cache, shipped_folder
 from librobot_vlm_ros.ros.weights_paths import allowed_folders, confined, open_to_clients
 
 
@@ -145,7 +145,7 @@ def test_a_client_cannot_lead_the_node_out_of_the_folders(start_vlm: Any, models
 def test_weights_of_another_digest_are_not_loaded_and_not_switched_to(start_vlm: Any) -> None:
     from librobot_vlm_ros.srv import SwitchModel
 
-    from librobot_vlm_ros.models.checksum import weights_sha256
+    from librobot_vlm_ros.models.checkpoints.checksum import weights_sha256
 
     vlm = start_vlm(model="florence-2-tabletop", device="cpu", weights_sha256=["0" * 64])
     assert not vlm.change_state("configure", 60.0)

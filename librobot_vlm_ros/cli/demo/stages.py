@@ -18,7 +18,7 @@ from librobot_vlm_ros.cli.demo.scores import Summary, answer_is_right, summarize
 from librobot_vlm_ros.cli.isolation import isolated_ros
 from librobot_vlm_ros.core import BagError, ErrorCode, ModelError, as_vlm_error
 from librobot_vlm_ros.models import model_info
-from librobot_vlm_ros.models.base import ModelInfo
+from librobot_vlm_ros.models.backend import ModelInfo
 
 __all__ = ["TARGETS", "run_demo"]
 
@@ -68,7 +68,7 @@ def run_demo(model: str, bag: Path | None, image_topic: str, rate: float, out: P
 
 
 def _require_weights(info: ModelInfo) -> None:
-    from librobot_vlm_ros.ros.weights_here import weights_present
+    from librobot_vlm_ros.models.checkpoints.local_weights import weights_present
 
     if weights_present(info):
         return
