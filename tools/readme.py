@@ -24,8 +24,8 @@ _PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.S)
 
 def parameters() -> str:
     """The node's parameters."""
-    from librobot_vlm_ros.ros.parameter import parameter_table
-    from librobot_vlm_ros.ros.settings import PARAMETERS
+    from librobot_vlm_ros.ros.parameters.declaration import parameter_table
+    from librobot_vlm_ros.ros.parameters.settings import PARAMETERS
 
     return parameter_table(PARAMETERS)
 

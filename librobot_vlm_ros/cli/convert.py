@@ -40,7 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Convert and say what came of it."""
-    from librobot_vlm_ros.cli.log_lines import log_on_stderr
+    from librobot_vlm_ros.console import log_on_stderr
     from librobot_vlm_ros.models import get_vlm
     from librobot_vlm_ros.models.checkpoints.conversion import convert_folder
 

@@ -64,7 +64,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _sha256(folder: Path) -> int:
     """Print the digest of a folder's weights, as `weights_sha256` takes it."""
-    from librobot_vlm_ros.cli.log_lines import log_on_stderr
+    from librobot_vlm_ros.console import log_on_stderr
     from librobot_vlm_ros.models import get_vlm
 
     get_vlm("florence-2-base")  # names a package that is missing
@@ -76,7 +76,7 @@ def _sha256(folder: Path) -> int:
 
 
 def _list(infos: list[ModelInfo], as_json: bool, asked: list[str]) -> int:
-    from librobot_vlm_ros.cli.console import table
+    from librobot_vlm_ros.console import table
     from librobot_vlm_ros.models.checkpoints.local_weights import weights_present
 
     if as_json:
@@ -129,7 +129,7 @@ def _as_dict(info: ModelInfo, here: bool) -> dict[str, Any]:
 
 
 def _check(infos: list[ModelInfo], as_json: bool) -> int:
-    from librobot_vlm_ros.cli.console import table
+    from librobot_vlm_ros.console import table
     from librobot_vlm_ros.models.testing.conformance import check_model
 
     found: list[Conformance] = []

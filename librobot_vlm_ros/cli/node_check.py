@@ -19,9 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from librobot_vlm_ros.cli.argument_types import positive
-from librobot_vlm_ros.cli.isolation import isolated_ros
-from librobot_vlm_ros.cli.node_check_report import (
+from librobot_vlm_ros.bench.node_check.report import (
     SLOWER,
     Answer,
     Ask,
@@ -31,9 +29,11 @@ from librobot_vlm_ros.cli.node_check_report import (
     single_summary,
     summary,
 )
-from librobot_vlm_ros.cli.node_check_robot import NODE, Robot, camera_process, said, say
-from librobot_vlm_ros.cli.node_process import NodeProcess
-from librobot_vlm_ros.cli.spinning import Session
+from librobot_vlm_ros.bench.node_check.robot import NODE, Robot, camera_process, said, say
+from librobot_vlm_ros.cli.argument_types import positive
+from librobot_vlm_ros.client.node_process import NodeProcess
+from librobot_vlm_ros.client.ros_domain import isolated_ros
+from librobot_vlm_ros.client.session import Session
 from librobot_vlm_ros.runtime.stats import percentile
 
 __all__ = ["check", "main"]

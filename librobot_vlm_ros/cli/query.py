@@ -56,7 +56,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Ask and print; 1 when the node answers with an error."""
-    from librobot_vlm_ros.cli.spinning import Session
+    from librobot_vlm_ros.client.session import Session
     from librobot_vlm_ros.core import make_error
     from librobot_vlm_ros.srv import Query
 
@@ -94,7 +94,7 @@ def _image_message(path: Path) -> Any:
 
     from sensor_msgs.msg import Image
 
-    from librobot_vlm_ros.cli.picture_file import read_picture
+    from librobot_vlm_ros.core.images.picture_files import read_picture
 
     pixels = read_picture(path)
     height, width = pixels.shape[:2]
@@ -105,7 +105,7 @@ def _image_message(path: Path) -> Any:
 
 
 def _as_dict(answer: Any) -> dict[str, Any]:
-    from librobot_vlm_ros.cli.answers import number_or_none
+    from librobot_vlm_ros.console import number_or_none
 
     info = answer.info
     regions = [
@@ -138,7 +138,7 @@ def _as_dict(answer: Any) -> dict[str, Any]:
 
 
 def _print(answer: Any) -> None:
-    from librobot_vlm_ros.cli.answers import embedding_words, print_answer
+    from librobot_vlm_ros.console import embedding_words, print_answer
 
     shape, info = list(answer.embedding.shape), answer.info
     regions = [

@@ -29,32 +29,37 @@ from librobot_vlm_ros.core import (
     VlmError,
     escape_for_log,
 )
-from librobot_vlm_ros.ros.annotate import Annotator
-from librobot_vlm_ros.ros.camera import Camera
-from librobot_vlm_ros.ros.caught_up import CaughtUp
-from librobot_vlm_ros.ros.decoder import Decoder
-from librobot_vlm_ros.ros.diagnostics import camera_status, diagnostics, engine_status, model_status
-from librobot_vlm_ros.ros.generate import GenerateAction
-from librobot_vlm_ros.ros.instruction import Instruction
-from librobot_vlm_ros.ros.lifecycle import GuardedLifecycleNode
-from librobot_vlm_ros.ros.live_parameters import LiveParameters
-from librobot_vlm_ros.ros.loading import create_backend, load_model, loaded_text, switch_model
-from librobot_vlm_ros.ros.matching import MatchedSubscription
-from librobot_vlm_ros.ros.namesakes import Namesakes
-from librobot_vlm_ros.ros.on_demand import Served, not_active, timeout_of
-from librobot_vlm_ros.ros.parameter_requests import guard_parameter_services
-from librobot_vlm_ros.ros.publishing import ResultPublisher
-from librobot_vlm_ros.ros.refusals import known_refusal
-from librobot_vlm_ros.ros.reporting import Throttled, guarded, result_text
-from librobot_vlm_ros.ros.services import Services
-from librobot_vlm_ros.ros.settings import Settings
-from librobot_vlm_ros.ros.standing import (
+from librobot_vlm_ros.ros.dds import give_back_memory
+from librobot_vlm_ros.ros.engine_config import (
     camera_configs,
     engine_config,
     standing_tasks,
     waiting_tasks,
 )
-from librobot_vlm_ros.ros.transport import give_back_memory
+from librobot_vlm_ros.ros.inputs.camera import Camera
+from librobot_vlm_ros.ros.inputs.image_decoder import Decoder
+from librobot_vlm_ros.ros.inputs.instruction import Instruction
+from librobot_vlm_ros.ros.inputs.qos import MatchedSubscription
+from librobot_vlm_ros.ros.lifecycle import GuardedLifecycleNode
+from librobot_vlm_ros.ros.model_loading import create_backend, load_model, loaded_text, switch_model
+from librobot_vlm_ros.ros.monitoring.diagnostics import (
+    camera_status,
+    diagnostics,
+    engine_status,
+    model_status,
+)
+from librobot_vlm_ros.ros.monitoring.duplicate_node import Namesakes
+from librobot_vlm_ros.ros.monitoring.log_throttle import Throttled, guarded, result_text
+from librobot_vlm_ros.ros.outputs.annotated import Annotator
+from librobot_vlm_ros.ros.outputs.publishing import ResultPublisher
+from librobot_vlm_ros.ros.parameters.live_parameters import LiveParameters
+from librobot_vlm_ros.ros.parameters.parameter_requests import guard_parameter_services
+from librobot_vlm_ros.ros.parameters.settings import Settings
+from librobot_vlm_ros.ros.rcl_errors import known_refusal
+from librobot_vlm_ros.ros.services.executor_barrier import CaughtUp
+from librobot_vlm_ros.ros.services.generate import GenerateAction
+from librobot_vlm_ros.ros.services.query import Services
+from librobot_vlm_ros.ros.services.request_conversion import Served, not_active, timeout_of
 from librobot_vlm_ros.runtime import CameraEvent, Engine, LoadReport, settle
 
 __all__ = ["VlmNode"]

@@ -22,12 +22,13 @@ from librobot_vlm_ros.core import (
     Result,
     VlmError,
 )
-from librobot_vlm_ros.runtime.ahead import AheadThread
 from librobot_vlm_ros.runtime.config import CameraConfig, DropReason, EngineConfig, EngineState
+from librobot_vlm_ros.runtime.engine_state import OnCamera, OnFatal, OnResult, Shared
 from librobot_vlm_ros.runtime.health import take_stats
 from librobot_vlm_ros.runtime.life import EngineLife
 from librobot_vlm_ros.runtime.loader import BackendFactory, Loader, LoadReport
 from librobot_vlm_ros.runtime.model_thread import ModelThread
+from librobot_vlm_ros.runtime.prefetch import AheadThread
 from librobot_vlm_ros.runtime.requests import (
     OnText,
     Ticket,
@@ -37,7 +38,6 @@ from librobot_vlm_ros.runtime.requests import (
     shutting_down,
     too_late,
 )
-from librobot_vlm_ros.runtime.shared import OnCamera, OnFatal, OnResult, Shared
 from librobot_vlm_ros.runtime.standing import StandingTask
 from librobot_vlm_ros.runtime.stats import EngineStats
 from librobot_vlm_ros.runtime.timer_thread import TimerThread

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from librobot_vlm_ros.runtime.config import to_s
+from librobot_vlm_ros.runtime.engine_state import Shared
 from librobot_vlm_ros.runtime.scheduler import drops
-from librobot_vlm_ros.runtime.shared import Shared
 from librobot_vlm_ros.runtime.stats import CameraStats, EngineStats, percentile
 
 

@@ -21,8 +21,8 @@ from librobot_vlm_ros.core import (
     as_vlm_error,
 )
 from librobot_vlm_ros.models.backend import VlmBackend
+from librobot_vlm_ros.runtime.batch_executor import forget_frames
 from librobot_vlm_ros.runtime.garbage import collect
-from librobot_vlm_ros.runtime.runner import forget_frames
 
 logger = logging.getLogger("librobot_vlm_ros.runtime")
 

@@ -15,14 +15,14 @@ from librobot_vlm_ros.core import (
     as_vlm_error,
 )
 from librobot_vlm_ros.models.backend import VlmBackend
-from librobot_vlm_ros.runtime.ahead import CountsFrames, KnowsInputSize, PreparesFrames
+from librobot_vlm_ros.runtime.batch_executor import Run, run_batch
 from librobot_vlm_ros.runtime.batching import BatchPlanner
 from librobot_vlm_ros.runtime.config import to_ns
+from librobot_vlm_ros.runtime.engine_state import Ended, Shared, no_model
 from librobot_vlm_ros.runtime.loader import Loader, LoadJob, UnloadJob, free_memory_of
+from librobot_vlm_ros.runtime.prefetch import CountsFrames, KnowsInputSize, PreparesFrames
 from librobot_vlm_ros.runtime.requests import Ticket
-from librobot_vlm_ros.runtime.runner import Run, run_batch
 from librobot_vlm_ros.runtime.selection import Batch, Selector
-from librobot_vlm_ros.runtime.shared import Ended, Shared, no_model
 
 logger = logging.getLogger("librobot_vlm_ros.runtime")
 
