@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+from hypothesis import given
 from hypothesis import strategies as st
 
 from librobot_vlm_ros.evaluation.metrics import iou, iou_matrix

@@ -38,7 +38,7 @@ def _options(case: Case, good: Path) -> dict[str, Any]:
 def _hub(good: Path) -> Iterator[Any]:
     """A hub of our own that serves the whole checkpoint."""
     files = {file.name: file.read_bytes() for file in good.iterdir() if file.is_file()}
-    hub = borrowed("models/test_downloads.py").Hub(files)
+    hub = borrowed("models/checkpoints/test_downloads.py").Hub(files)
     try:
         yield hub
     finally:
