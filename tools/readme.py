@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-FIGURES = ROOT / "librobot_vlm_ros/models/weights/florence_2_tabletop/evaluation.json"
+FIGURES = ROOT / "librobot_vlm_ros/models/checkpoints/shipped/florence_2_tabletop/evaluation.json"
 TORTURE = ROOT / "docs/torture.json"
 BENCHES = [ROOT / "docs/bench.json", ROOT / "docs/bench_gpu.json"]
 _PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.S)

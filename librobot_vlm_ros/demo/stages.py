@@ -76,7 +76,7 @@ def _require_weights(info: ModelInfo) -> None:
         raise ModelError(
             ErrorCode.WEIGHTS_NOT_FOUND,
             f"the weights of {info.name} are not in this installation "
-            f"(models/weights/{info.shipped_folder}/model.safetensors)",
+            f"(models/checkpoints/shipped/{info.shipped_folder}/model.safetensors)",
             "Use a complete checkout or installation; or name another model with --model.",
         )
     raise ModelError(

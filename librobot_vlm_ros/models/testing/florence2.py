@@ -153,7 +153,7 @@ def tiny_florence_folder(
     settings: FlorenceSettings | None = None,
     **text: Any,
 ) -> Path:
-    """Write a folder laid out as models/weights/florence_2_tabletop is; gives its path.
+    """Write a folder laid out as models/checkpoints/shipped/florence_2_tabletop is; gives its path.
 
     `settings` default to greedy decoding of 24 tokens; `text` overrides `TINY_TEXT`.
     """
