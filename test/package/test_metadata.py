@@ -26,12 +26,16 @@ KEYS = {
     "cv2": "python3-opencv",
     "cv_bridge": "cv_bridge",
     "huggingface_hub": "python3-transformers-pip",
+    "jinja2": "python3-jinja2",
     "launch": "launch",
     "launch_ros": "launch_ros",
+    "mcap": "mcap-ros2-support",
     "numpy": "python3-numpy",
     "rclpy": "rclpy",
+    "rich": "python3-rich",
     "rosbags": "python3-rosbags-pip",
     "safetensors": "python3-transformers-pip",
+    "scipy": "python3-scipy",
     "tokenizers": "python3-transformers-pip",
     "torch": "python3-pytorch-pip",
     "tqdm": "python3-transformers-pip",
@@ -40,7 +44,7 @@ KEYS = {
 }
 
 #: Imported where it is there, done without where it is not; each use says so.
-OPTIONAL = {"accelerate", "bitsandbytes", "peft", "sentencepiece"}
+OPTIONAL = {"accelerate", "bitsandbytes", "faster_coco_eval", "peft", "sentencepiece"}
 OPTIONAL |= {"pybullet", "pybullet_data", "pybullet_utils"}
 
 
