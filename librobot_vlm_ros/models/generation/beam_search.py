@@ -26,11 +26,11 @@ from librobot_vlm_ros.models.generation.sampler import (
     Choices,
     Sent,
     apply_rules,
-    near,
     not_finite,
     suppressed,
     token_log_probs,
 )
+from librobot_vlm_ros.models.generation.scores import CoordinateRecord
 from librobot_vlm_ros.models.placement import threads_for
 
 __all__ = ["Again", "beam_search", "fits", "search_in_notation"]
@@ -64,19 +64,19 @@ class _Diary:
     """What the model gave each token, step by step, to be read for the answers alone."""
 
     def __init__(self, rules: GenerationConfig) -> None:
-        self._scale = rules.scale
-        #: Places [B, keep] and their log-probabilities, NaN where the token was forced.
+        #: Places [B, keep] and their log-probabilities, NaN where there was no choice.
         self._steps: list[tuple[Tensor, Tensor]] = []
-        #: Log-probabilities of the scale's marks, [B, beams, count].
-        self._marks: list[Tensor] = []
+        self._record = CoordinateRecord(rules.coordinates)
 
-    def write(self, raw: Tensor, place: Tensor, *, forced: bool) -> None:
-        """`raw` [B, beams, V], of which `place` [B, keep] were chosen."""
-        chosen = raw.flatten(1).gather(1, place)
-        self._steps.append((place, torch.full_like(chosen, math.nan) if forced else chosen))
-        if self._scale is not None:
-            begin = self._scale.first
-            self._marks.append(raw[:, :, begin : begin + self._scale.count].clone())
+    def write(self, raw: Tensor, place: Tensor, no_choice: Tensor) -> None:
+        """`raw` [B, beams, V], of which `place` [B, keep] were taken.
+
+        `no_choice`: bool [B, beams], hypotheses that one token only could follow.
+        """
+        taken = raw.flatten(1).gather(1, place)
+        bound = no_choice.gather(1, place // raw.shape[-1])
+        self._record.keep(len(self._steps), raw)
+        self._steps.append((place, taken.masked_fill(bound, math.nan)))
 
     def read(self, row: int, places: Sequence[int], vocabulary: int) -> Generated:
         """The answer that was written at these places."""
@@ -88,21 +88,9 @@ class _Diary:
             values = torch.stack([value[row] for _, value in steps]).tolist()
             for place, some, of_those in zip(places, known, values, strict=True):
                 log_probs.append(of_those[some.index(place)])
-        scale = self._scale
-        found = [
-            step
-            for step, token in enumerate(ids)
-            if scale is not None
-            and 0 <= token - scale.first < scale.count
-            and not math.isnan(log_probs[step])
-        ]
-        if scale is not None and found:
-            blocks = [self._marks[step][row, places[step] // vocabulary] for step in found]
-            marks = torch.tensor([ids[step] - scale.first for step in found])
-            counted = near(torch.stack(blocks), marks.to(blocks[0].device), scale)
-            for step, value in zip(found, counted.tolist(), strict=True):
-                log_probs[step] = value
-        return Generated(tuple(ids), tuple(log_probs))
+        return self._record.generated(
+            ids, log_probs, lambda step: (row, places[step] // vocabulary)
+        )
 
 
 def beam_search(
@@ -176,12 +164,19 @@ def _search(
             before = running.places[:, :, :step].flatten(0, 1) % vocabulary
             written = torch.cat([past, before], dim=1)
         scores = apply_rules(raw, written, rules, step)
-        if any(grammars) and rules.forced(step) is None:
+        forced = rules.forced(step) is not None
+        no_choice = torch.full((batch, beams), forced, device=device)
+        if any(grammars) and not forced:
             allowed = _allowed(running.places[:, :, :step] % vocabulary, grammars)
             choices.bar(logits, allowed)
             # The search goes by the model's own numbers; told are those among what may follow.
             raw = choices.restrict(token_log_probs(logits, unused), allowed)
             scores = scores.masked_fill(raw.isneginf(), -math.inf)
+            single = [
+                some is not None and not isinstance(some, Except) and len(some) == 1
+                for some in allowed
+            ]
+            no_choice = torch.tensor(single, device=device).view(batch, beams)
         total = scores.view(batch, beams, vocabulary) + running.scores[:, :, None]
         best, place = total.flatten(1).topk(keep, dim=1)
         parent, token = place // vocabulary, place % vocabulary
@@ -189,8 +184,7 @@ def _search(
         grown = running.pick(parent)
         grown.scores = best
         grown.places[:, :, step] = place
-        forced = rules.forced(step) is not None
-        diary.write(raw.view(batch, beams, vocabulary), place, forced=forced)
+        diary.write(raw.view(batch, beams, vocabulary), place, no_choice)
 
         ended = torch.isin(token, eos) | (step == rules.max_new_tokens - 1)
         next_index = (best + ended * _WORST).topk(beams, dim=1).indices

@@ -1,9 +1,10 @@
-"""How tokens are chosen, as data: rules, scales, grammars, and what comes of them."""
+"""How tokens are chosen, as data: generation config, coordinates, constraints, and results."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import bisect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Except",
     "Generated",
     "Grammar",
+    "NumberTokens",
     "CoordinateBins",
     "Some",
     "permits",
@@ -50,16 +52,34 @@ class Grammar(Protocol):
 
 @dataclass(frozen=True)
 class CoordinateBins:
-    """Tokens `first` to `first + count - 1`: marks in order, neighbours mean nearly the same.
+    """Location tokens `first` to `first + count - 1`: bins in order along a side of the image.
 
-    What is asked of such a token is not whether it is this very mark but whether it is about right:
-    its probability is that of all marks at most `radius` away. (The mass of a sharp but smooth
-    answer lies on several marks, so that a single one of them never has much.)
+    A coordinate's probability is that of all bins at most `radius` away from the one written: what
+    is asked is not whether it is this very bin but whether it is about right. (The mass of a sharp
+    but smooth answer lies on several bins, so that a single one of them never has much.)
     """
 
     first: int
     count: int
     radius: int
+
+    def __contains__(self, token: object) -> bool:
+        return isinstance(token, int) and 0 <= token - self.first < self.count
+
+
+@dataclass(frozen=True)
+class NumberTokens:
+    """Tokens that coordinates are written with as text: digits, points, and what merges with them.
+
+    Their log-probabilities are kept wherever a number is written, to be read by `scores`.
+    """
+
+    #: Sorted.
+    tokens: tuple[int, ...]
+
+    def __contains__(self, token: object) -> bool:
+        at = bisect.bisect_left(self.tokens, token)  # type: ignore[type-var]
+        return at < len(self.tokens) and self.tokens[at] == token
 
 
 @dataclass(frozen=True)
@@ -79,8 +99,8 @@ class GenerationConfig:
     forced_last: int | None = None
     #: Tokens that are no part of the language (image placeholders): never chosen, probability 0.
     suppressed: tuple[int, ...] = ()
-    #: Tokens that are marks on a scale, such as locations.
-    scale: CoordinateBins | None = None
+    #: The tokens that coordinates are written with.
+    coordinates: CoordinateBins | NumberTokens | None = None
     length_penalty: float = 1.0
     early_stopping: bool = False
 
@@ -93,13 +113,14 @@ class GenerationConfig:
 
 @dataclass(frozen=True)
 class Generated:
-    """What a row gave, with each token's log-probability; marks on a scale as `near` counts them.
+    """What a row gave, with each token's log-probability; that of a location token counts all bins
+    near it (`CoordinateBins`).
 
-    A token that the rules force has NaN: the model did not choose it, and no mean counts it. Where
-    a grammar allowed some tokens only, the probability is that among those: 0.0 of the only one,
-    which a mean counts as certain. In a well-formed answer it is: what the notation decides has a
-    probability near 1 without a grammar, too.
+    A token without a choice has NaN, and no mean counts it: the config forces it, or a constraint
+    leaves no other. Where a constraint leaves some tokens, the probability is that among those.
     """
 
     ids: tuple[int, ...]
     log_probs: tuple[float, ...]
+    #: Log-probabilities of the config's `NumberTokens` at the steps around numbers.
+    numbers: Mapping[int, Sequence[float]] = field(default_factory=dict)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from torch import Tensor
 from librobot_vlm_ros.core import VlmError
 from librobot_vlm_ros.models.generation.beam_search import beam_search, search_in_notation
 from librobot_vlm_ros.models.generation.config import (
+    CoordinateBins,
     Except,
     Generated,
     GenerationConfig,
@@ -76,7 +77,7 @@ class _Loop:
         grammars: Sequence[Grammar | None] = (),
     ) -> None:
         self._decoder, self._rules = decoder, rules
-        self._chooser = Sampler(rules, history, seeds)
+        self._sampler = Sampler(rules, history, seeds)
         rows = history.shape[0]
         self._ids: list[list[int]] = [[] for _ in range(rows)]
         self._log_probs: list[list[float]] = [[] for _ in range(rows)]
@@ -123,14 +124,15 @@ class _Loop:
             forced, early = rules.forced(step) is not None, False
             if known is not None:
                 self._note(torch.tensor(known, device=self._device), step)
-                self._take(known, [0.0] * len(known), step, forced=forced, tell=tell)
+                self._take(known, None, step, chosen=(), tell=tell)
             else:
-                picked = self._chooser.pick(logits, step, allowed, only)
+                chosen = set() if forced else self._with_choice(allowed)
+                picked = self._sampler.pick(logits, step, allowed, only)
                 self._note(picked.tokens, step)
                 early = self._ahead and not last and rules.forced(step + 1) is None
                 if early:
                     logits = self._ask()
-                self._take(*picked.read(), step, forced=forced, tell=tell)
+                self._take(*picked.read(), step, chosen=chosen, tell=tell)
             if not self._open or last:
                 break
             self._shrink()
@@ -141,9 +143,8 @@ class _Loop:
             if known is None:
                 only = self._common(step + 1, allowed)
                 logits = self._ask(only)
-        self._chooser.credit(self._ids, self._log_probs)
         return [
-            errors[row] if row in errors else Generated(tuple(ids), tuple(log_probs))
+            errors[row] if row in errors else self._sampler.generated(row, ids, log_probs)
             for row, (ids, log_probs) in enumerate(zip(self._ids, self._log_probs, strict=True))
         ]
 
@@ -161,14 +162,14 @@ class _Loop:
         self._ended = self._ended[rows]
         self._unread = [tokens[rows] for tokens in self._unread]
         self._decoder.reorder(rows)
-        self._chooser.keep(rows)
+        self._sampler.keep(rows)
 
     def _note(self, tokens: Tensor, step: int) -> None:
         """Tokens to be taken in; for rows that have ended it is the pad token."""
         if len(self._written_by) > 1:
             tokens = torch.where(self._ended, self._rules.pad, tokens)
             self._ended |= torch.isin(tokens, self._eos)
-        self._chooser.wrote(tokens, step)
+        self._sampler.wrote(tokens, step)
         self._unread.append(tokens)
 
     def _ask(self, only: range | Tensor | None = None) -> Tensor:
@@ -185,29 +186,44 @@ class _Loop:
     def _take(
         self,
         tokens: list[int],
-        log_probs: list[float],
+        log_probs: list[float] | None,
         step: int,
         *,
-        forced: bool,
+        chosen: Collection[int],
         tell: TellIds | None,
     ) -> None:
-        """Write down what was chosen. Raises InferenceError NAN_LOGITS."""
-        scale, marks = self._rules.scale, 0
+        """Write down what was taken; rows that have not `chosen` had no choice.
+
+        `log_probs`: None where the model was not asked. Raises InferenceError NAN_LOGITS.
+        """
+        coordinates, marks = self._rules.coordinates, False
         still = set(self._open)
-        for row, token, log_prob in zip(self._written_by, tokens, log_probs, strict=True):
+        for at, (row, token) in enumerate(zip(self._written_by, tokens, strict=True)):
             if row not in still:
                 continue
+            log_prob = 0.0 if log_probs is None else log_probs[at]
             if math.isnan(log_prob) or log_prob == math.inf:
                 raise not_finite()
             self._ids[row].append(token)
-            self._log_probs[row].append(math.nan if forced else log_prob)
-            marks += scale is not None and 0 <= token - scale.first < scale.count
+            self._log_probs[row].append(log_prob if row in chosen else math.nan)
+            if coordinates is not None:  # a number's end says how large it is
+                marks = marks or any(t in coordinates for t in self._ids[row][-2:])
             if tell is not None:
                 tell(row, [token])
             if token in self._rules.eos:
                 self._open.remove(row)
         if not marks:
-            self._chooser.forget(step)
+            self._sampler.forget(step)
+
+    def _with_choice(self, allowed: list[Some] | None) -> set[int]:
+        """Rows that can choose from more than one token."""
+        if allowed is None:
+            return set(self._written_by)
+        return {
+            row
+            for row, some in zip(self._written_by, allowed, strict=True)
+            if some is None or isinstance(some, Except) or len(some) > 1
+        }
 
     def _allowed(self) -> list[Some] | None:
         """What the grammars let each row choose from now; None where there are none."""
@@ -248,6 +264,7 @@ class _Loop:
             return None
         # Gathering the weights of many tokens is no cheaper than the whole layer.
         scattered = not isinstance(first, range)
-        if scattered and (self._rules.scale is not None or len(first) * 4 > self._vocabulary):
+        bins = isinstance(self._rules.coordinates, CoordinateBins)
+        if scattered and (bins or len(first) * 4 > self._vocabulary):
             return None
-        return self._chooser.choices.reach(first)
+        return self._sampler.choices.reach(first)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from librobot_vlm_ros.core import ErrorCode, InferenceError
-from librobot_vlm_ros.models.generation.config import CoordinateBins, Except, GenerationConfig, Some
+from librobot_vlm_ros.models.generation.config import Except, Generated, GenerationConfig, Some
+from librobot_vlm_ros.models.generation.scores import CoordinateRecord
 
 __all__ = [
     "Choices",
@@ -20,7 +20,6 @@ __all__ = [
     "Sent",
     "apply_rules",
     "columns",
-    "near",
     "not_finite",
     "suppressed",
     "token_log_probs",
@@ -144,8 +143,9 @@ class Sampler:
             self._written[:, :before] = history
         #: The rows of the batch that are still there.
         self._rows = list(range(rows))
-        #: Log-probabilities of the scale's marks by step, [rows, count], and what `_rows` was then.
-        self._marks: dict[int, tuple[Tensor, list[int]]] = {}
+        self._record = CoordinateRecord(rules.coordinates)
+        #: What `_rows` was at each step that the record keeps.
+        self._rows_at: dict[int, list[int]] = {}
 
     def pick(
         self, logits: Tensor, step: int, allowed: Allowed | None = None, only: Only | None = None
@@ -160,9 +160,8 @@ class Sampler:
         raw = token_log_probs(logits, None if only is not None else self._suppressed)
         if allowed is not None and only is None:
             raw = self.choices.restrict(raw, allowed)
-        if rules.scale is not None:
-            assert not isinstance(only, Tensor)  # locations stand in a row
-            self._marks[step] = _block(raw, rules.scale, only), self._rows
+        self._record.keep(step, raw, only)
+        self._rows_at[step] = self._rows
         forced = rules.forced(step)
         if forced is not None:
             tokens = torch.full_like(raw[:, 0], forced, dtype=torch.int64)
@@ -193,37 +192,12 @@ class Sampler:
             self._generators = [self._generators[at] for at in kept]
 
     def forget(self, step: int) -> None:
-        """No mark was chosen at that step."""
-        self._marks.pop(step, None)
+        """No coordinate is written at that step."""
+        self._record.forget(step)
 
-    def credit(self, ids: Sequence[Sequence[int]], log_probs: Sequence[list[float]]) -> None:
-        """Count the marks on a scale, in place, as `near` does."""
-        scale = self._rules.scale
-        if scale is None or not self._marks:
-            return
-        found = [
-            (row, step, token - scale.first)
-            for row, tokens in enumerate(ids)
-            for step, token in enumerate(tokens)
-            if 0 <= token - scale.first < scale.count
-            and step in self._marks
-            and not math.isnan(log_probs[row][step])
-        ]
-        if not found:
-            return
-        at = [(self._marks[step], row) for row, step, _ in found]
-        blocks = torch.stack([block[rows.index(row)] for (block, rows), row in at])
-        marks = torch.tensor([mark for _, _, mark in found], device=blocks.device)
-        for (row, step, _), value in zip(found, near(blocks, marks, scale).tolist(), strict=True):
-            log_probs[row][step] = value
-
-
-def _block(raw: Tensor, scale: CoordinateBins, only: range | None) -> Tensor:
-    """Log-probabilities of the scale's marks [rows, count] among those of the tokens `only`."""
-    if only is None:
-        return raw[:, scale.first : scale.first + scale.count].clone()
-    before, behind = only.start - scale.first, scale.first + scale.count - only.stop
-    return functional.pad(raw, (before, behind), value=-math.inf)
+    def generated(self, row: int, ids: Sequence[int], log_probs: Sequence[float]) -> Generated:
+        """The answer of a row, its coordinates counted as `CoordinateRecord` does."""
+        return self._record.generated(ids, log_probs, lambda step: self._rows_at[step].index(row))
 
 
 def suppressed(rules: GenerationConfig, device: torch.device) -> Tensor | None:
@@ -249,19 +223,6 @@ def not_finite() -> InferenceError:
         "the model gave numbers that are not finite (NaN or infinity)",
         "load it with dtype float32 or bfloat16",
     )
-
-
-def near(blocks: Tensor, marks: Tensor, scale: CoordinateBins) -> Tensor:
-    """Log-probability of being about right, [n], of the mark marks[i] on the scale blocks[i].
-
-    `blocks`: float32 [n, scale.count], log-probabilities of all marks; `marks`: int64 [n].
-    """
-    offsets = torch.arange(-scale.radius, scale.radius + 1, device=blocks.device)
-    places = marks[:, None] + offsets
-    outside = (places < 0) | (places >= scale.count)
-    window = blocks.gather(1, places.clamp(0, scale.count - 1)).masked_fill(outside, -math.inf)
-    tiny = math.log(torch.finfo(torch.float32).tiny)
-    return window.logsumexp(dim=1).clamp(min=tiny, max=0.0)
 
 
 def apply_rules(log_probs: Tensor, tokens: Tensor, rules: GenerationConfig, step: int) -> Tensor:

@@ -7,10 +7,9 @@ text is always taken from a decoded run, never glued together from single tokens
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
-__all__ = ["TextStream", "TokenSpans", "geometric_mean"]
+__all__ = ["Decode", "TextStream", "token_spans"]
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -47,58 +46,32 @@ class TextStream:
         return text[len(known) :]
 
 
-class TokenSpans:
-    """Decoded text of an answer, and the score of any stretch of it.
+def token_spans(
+    ids: Sequence[int], decode: Decode, control_ids: frozenset[int]
+) -> tuple[str, list[tuple[int, int]]]:
+    """Decoded text of an answer, and (begin, end) of each token in it, in characters.
 
     `control_ids` are decoded one by one (each is a word of its own); the ids between two of them
     are decoded as one run.
     """
+    text, spans = "", []
+    run: list[int] = []
 
-    def __init__(
-        self,
-        ids: Sequence[int],
-        log_probs: Sequence[float],
-        decode: Decode,
-        control_ids: frozenset[int],
-    ) -> None:
-        self.text = ""
-        self._log_probs = list(log_probs)
-        #: (begin, end) of each token in `text`, in characters.
-        self.spans: list[tuple[int, int]] = []
-        run: list[int] = []
-        for token in [*ids, None]:
-            if token is not None and token not in control_ids:
-                run.append(token)
-                continue
-            self._add_run(run, decode)
-            run = []
-            if token is not None:
-                self._add_run([token], decode)
+    def add(ids: Sequence[int]) -> None:
+        nonlocal text
+        begin = place = 0
+        for count in range(1, len(ids) + 1):
+            end = len(decode(ids[:count]).rstrip(_INCOMPLETE))
+            begin, place = place, max(place, end)
+            spans.append((len(text) + begin, len(text) + place))
+        text += decode(ids) if ids else ""
 
-    def _add_run(self, run: Sequence[int], decode: Decode) -> None:
-        begin = len(self.text)
-        place = 0
-        for count in range(1, len(run) + 1):
-            end = len(decode(run[:count]).rstrip(_INCOMPLETE))
-            self.spans.append((begin + place, begin + max(place, end)))
-            place = max(place, end)
-        self.text += decode(run) if run else ""
-
-    def score(self, stretches: Sequence[tuple[int, int]]) -> float:
-        """Geometric mean of the probabilities of the tokens that meet the stretches of text.
-
-        NaN when no token with a known probability does.
-        """
-        return geometric_mean(
-            [
-                value
-                for (begin, end), value in zip(self.spans, self._log_probs, strict=True)
-                if any(begin < last and end > first for first, last in stretches)
-            ]
-        )
-
-
-def geometric_mean(log_probs: Sequence[float]) -> float:
-    """exp of the mean; forced tokens (NaN) are left out; NaN when nothing is left."""
-    known = [value for value in log_probs if not math.isnan(value)]
-    return math.exp(sum(known) / len(known)) if known else math.nan
+    for token in ids:
+        if token not in control_ids:
+            run.append(token)
+            continue
+        add(run)
+        run = []
+        add([token])
+    add(run)
+    return text, spans
