@@ -186,7 +186,7 @@ class BagReader:
         if topic.type not in _recorded_types(connections):
             return ""
         try:
-            return self.typestore.hash_rihs01(topic.type)
+            return str(self.typestore.hash_rihs01(topic.type))
         except Exception:  # wide strings and the like have no hash in rosbags
             return ""
 
