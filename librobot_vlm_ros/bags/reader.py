@@ -19,7 +19,7 @@ from rosbags.typesys import get_types_from_idl, get_types_from_msg
 from rosbags.typesys.store import Typestore
 
 from librobot_vlm_ros.bags.faults import check_kinds, check_path, explain
-from librobot_vlm_ros.bags.quality import BagQos, from_recorded
+from librobot_vlm_ros.bags.qos import BagQos, from_recorded
 from librobot_vlm_ros.bags.salvage import SalvageReader
 from librobot_vlm_ros.bags.typestore import extended_typestore
 from librobot_vlm_ros.core import BagError, ErrorCode, VlmError
