@@ -12,7 +12,7 @@ from librobot_vlm_ros.bench.scripted import Scripted
 from librobot_vlm_ros.bench.tabletop import ask
 from librobot_vlm_ros.models import create_vlm
 from librobot_vlm_ros.models.generation.config import Generated
-from librobot_vlm_ros.models.generation.loop import decode
+from librobot_vlm_ros.models.generation.loop import generate
 
 __all__ = ["structured"]
 
@@ -63,9 +63,9 @@ def structured(bench: Bench) -> None:
             counted[bound] = scripted = Scripted(decoder, [script])
             rules = vlm.rules(request.params)
             grammars = [vlm.grammar(request)] if bound else []
-            scripted.first = _held(scripted.first())  # type: ignore[method-assign]
+            scripted.prefill = _held(scripted.prefill())  # type: ignore[method-assign]
             spent, (row,) = bench.seconds(
-                lambda: decode(scripted, rules, history, grammars=grammars)
+                lambda: generate(scripted, rules, history, grammars=grammars)
             )
         assert isinstance(row, Generated)
         return spent, row.ids

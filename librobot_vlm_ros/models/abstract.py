@@ -32,7 +32,7 @@ from librobot_vlm_ros.models.generation.config import Generated, GenerationConfi
 from librobot_vlm_ros.models.generation.decoder import Decoder
 from librobot_vlm_ros.models.generation.fast.graph_runner import StepPool
 from librobot_vlm_ros.models.generation.fast.weights import DECODERS, make_step
-from librobot_vlm_ros.models.generation.loop import decode
+from librobot_vlm_ros.models.generation.loop import generate
 from librobot_vlm_ros.models.registry import model_info
 from librobot_vlm_ros.models.training.lora import adapter_parameters
 
@@ -177,7 +177,7 @@ class AbstractVLM(Adapting):
     ) -> Tensor:
         """Token ids [B, L] of the answers; each row samples from a seed of its own."""
         seeds = [None if seed is None else seed + row for row in range(len(history))]
-        generated = decode(decoder, rules, history, seeds=seeds)
+        generated = generate(decoder, rules, history, seeds=seeds)
         ids = [torch.tensor(row.ids) for row in generated if isinstance(row, Generated)]
         return pad_sequence(ids, batch_first=True, padding_value=rules.pad).to(self.torch_device)
 

@@ -36,7 +36,7 @@ from librobot_vlm_ros.models.backend import OnToken, ShouldStop, stop_reason
 from librobot_vlm_ros.models.cache.image_features import FrameEntry
 from librobot_vlm_ros.models.generation.config import Generated, GenerationConfig, Grammar
 from librobot_vlm_ros.models.generation.decoder import Decoder
-from librobot_vlm_ros.models.generation.loop import decode
+from librobot_vlm_ros.models.generation.loop import generate
 from librobot_vlm_ros.models.generation.streaming import TextStream
 from librobot_vlm_ros.models.holding import Holding
 from librobot_vlm_ros.models.registry import models_with_task
@@ -249,7 +249,7 @@ class Answering(Holding):
             if text and on_token is not None:
                 on_token(jobs[row].index, text)
 
-        generated = decode(
+        generated = generate(
             decoder,
             rules,
             history,

@@ -114,13 +114,13 @@ def beam_search(
     tell: TellIds | None,
     grammars: Sequence[Grammar | None] = (),
 ) -> list[Generated | VlmError]:
-    """See `decode.decode`; `history` is int64 [B, H].
+    """See `generate`; `history` is int64 [B, H].
 
     `grammars`: hypotheses that break them are left out of the search. It may end at another answer
     than without them, also where that is well formed (see `beam_grammar`).
     """
     first = rules.forced(0)
-    logits = decoder.first() if first is None else _behind(decoder, first, history)
+    logits = decoder.prefill() if first is None else _behind(decoder, first, history)
     with threads_for(decoder):
         return _search(decoder, logits, rules, history, stop, tell, grammars, ahead=history.is_cuda)
 
@@ -253,7 +253,7 @@ def _following(
     decoder.reorder(parents, within=step > 0)
     if step == 0 and behind is not None:
         return behind.index_select(0, parents)
-    return decoder.next(tokens)
+    return decoder.decode(tokens)
 
 
 def _allowed(ids: Tensor, grammars: Sequence[Grammar | None]) -> list[Some]:
@@ -333,7 +333,7 @@ def search_in_notation(
     stop: StopRow,
     tell: TellIds | None,
 ) -> list[Generated | VlmError]:
-    """See `decode.decode`; one grammar a row."""
+    """See `generate`; one grammar a row."""
 
     def tell_free(row: int, ids: list[int]) -> None:
         if tell is not None and grammars[row] is None:

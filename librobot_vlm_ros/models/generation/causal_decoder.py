@@ -111,7 +111,7 @@ def deep_inputs(
 
 
 class CausalDecoder:
-    """A `decode.Decoder` over prompts as rows of vectors [T, D], padded on the left.
+    """A `Decoder` over prompts as rows of vectors [T, D], padded on the left.
 
     `first_place`: number of the first position. `prefix`: every place of a prompt sees all of it,
     and the model is told so by `token_type_ids`. `places`: numbers int64 [T, A] of a row's places
@@ -161,8 +161,8 @@ class CausalDecoder:
         #: int64 [rows], position of each row's next token; `mask` [rows, T] is of those before.
         self.place = place + first_place
 
-    def first(self) -> Tensor:
-        """See `decode.Decoder`."""
+    def prefill(self) -> Tensor:
+        """See `Decoder`."""
         logits: Tensor = self._head(self.read()[:, -1])
         return logits
 
@@ -176,12 +176,12 @@ class CausalDecoder:
         self._then(self.cache)
         return hidden
 
-    def next(self, tokens: Tensor, allowed: range | Tensor | None = None) -> Tensor:
-        """See `decode.Decoder`."""
-        return self.extend(tokens[:, None], allowed)
+    def decode(self, tokens: Tensor, allowed: range | Tensor | None = None) -> Tensor:
+        """See `Decoder`."""
+        return self.append(tokens[:, None], allowed)
 
-    def extend(self, tokens: Tensor, allowed: range | Tensor | None = None) -> Tensor:
-        """See `decode.ExtendingDecoder`."""
+    def append(self, tokens: Tensor, allowed: range | Tensor | None = None) -> Tensor:
+        """See `AppendingDecoder`."""
         if self._inputs.shape[1]:
             self.read()
         count = tokens.shape[1]
@@ -194,7 +194,7 @@ class CausalDecoder:
         return columns(logits, allowed)
 
     def reorder(self, rows: Tensor, within: bool = False) -> None:
-        """See `decode.Decoder`."""
+        """See `Decoder`."""
         self.cache.reorder_cache(rows)
         self.mask = self.mask.index_select(0, rows)
         self.place = self.place.index_select(0, rows)

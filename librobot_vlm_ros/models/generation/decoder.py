@@ -10,7 +10,7 @@ from torch import Tensor
 
 from librobot_vlm_ros.core import VlmError
 
-__all__ = ["Decoder", "ExtendingDecoder", "StopRow", "TellIds", "take_in"]
+__all__ = ["Decoder", "AppendingDecoder", "StopRow", "TellIds", "take_in"]
 
 #: Asked before each token: why row r must stop, or None.
 StopRow = Callable[[int], VlmError | None]
@@ -22,13 +22,13 @@ class Decoder(Protocol):
     """A batch of prompts inside a model. Rows are numbered from 0; logits are [rows, V].
 
     Logits are the caller's to overwrite, until it asks for the next ones. Where tokens are known
-    before they are chosen, an `ExtendingDecoder` takes them in together.
+    before they are chosen, an `AppendingDecoder` takes them in together.
     """
 
-    def first(self) -> Tensor:
+    def prefill(self) -> Tensor:
         """Logits of the first token, one row a prompt."""
 
-    def next(self, tokens: Tensor, allowed: range | Tensor | None = None) -> Tensor:
+    def decode(self, tokens: Tensor, allowed: range | Tensor | None = None) -> Tensor:
         """Take one token a row (int64 [rows]) and give the logits of the one after it.
 
         `allowed`: only the logits of these tokens, [rows, len(allowed)]; int64 [n] where they do
@@ -43,10 +43,10 @@ class Decoder(Protocol):
         """
 
 
-class ExtendingDecoder(Decoder, Protocol):
+class AppendingDecoder(Decoder, Protocol):
     """One that takes in several tokens at less cost than one by one."""
 
-    def extend(self, tokens: Tensor, allowed: range | Tensor | None = None) -> Tensor:
+    def append(self, tokens: Tensor, allowed: range | Tensor | None = None) -> Tensor:
         """Take int64 [rows, n] and give the logits behind the last. It may be the first call of
         all: then the tokens stand behind the prompts.
         """
@@ -64,13 +64,13 @@ def take_in(
     `begun`: whether the decoder has taken in the prompts.
     """
     if not tokens:
-        return decoder.first()
-    extend = getattr(decoder, "extend", None)
-    if extend is not None and (len(tokens) > 1 or not begun):
-        logits: Tensor = extend(torch.stack(list(tokens), dim=1), allowed)
+        return decoder.prefill()
+    append = getattr(decoder, "append", None)
+    if append is not None and (len(tokens) > 1 or not begun):
+        logits: Tensor = append(torch.stack(list(tokens), dim=1), allowed)
         return logits
     if not begun:
-        decoder.first()
+        decoder.prefill()
     for known in tokens[:-1]:
-        decoder.next(known)
-    return decoder.next(tokens[-1]) if allowed is None else decoder.next(tokens[-1], allowed)
+        decoder.decode(known)
+    return decoder.decode(tokens[-1]) if allowed is None else decoder.decode(tokens[-1], allowed)

@@ -33,10 +33,10 @@ from librobot_vlm_ros.models.generation.decoder import Decoder, StopRow, TellIds
 from librobot_vlm_ros.models.generation.sampler import Sampler, not_finite
 from librobot_vlm_ros.models.placement import threads_for
 
-__all__ = ["decode"]
+__all__ = ["generate"]
 
 
-def decode(
+def generate(
     decoder: Decoder,
     rules: GenerationConfig,
     history: Tensor,
@@ -65,7 +65,7 @@ def decode(
 
 
 class _Loop:
-    """One batch on its way through `decode`, without beams."""
+    """One batch on its way through `generate`, without beams."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class _Loop:
         self._grammars = () if free else tuple(grammars)
 
     def run(self, stop: StopRow, tell: TellIds | None) -> list[Generated | VlmError]:
-        """See `decode`."""
+        """See `generate`."""
         with self._at_end:
             return self._run(stop, tell)
 

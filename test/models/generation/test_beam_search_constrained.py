@@ -17,7 +17,7 @@ from librobot_vlm_ros.models.generation.config import CoordinateBins, Generated,
 from librobot_vlm_ros.models.generation.constraints.box_syntax import TokenBoxes
 from librobot_vlm_ros.models.generation.constraints.location_tokens import BoxGrammar
 from librobot_vlm_ros.models.generation.constraints.token_grammar import notation_grammar
-from librobot_vlm_ros.models.generation.loop import decode
+from librobot_vlm_ros.models.generation.loop import generate
 from librobot_vlm_ros.models.testing import qwen_vl as conformance_qwen_folder
 from librobot_vlm_ros.models.tokenizer import CausalTokenizer
 
@@ -41,10 +41,10 @@ class Chain:
         self.table[2:, :, 2] += 1.5
         self.rows, self.place = rows, 0
 
-    def first(self) -> torch.Tensor:
+    def prefill(self) -> torch.Tensor:
         return self.table[0, torch.zeros(self.rows, dtype=torch.int64)].clone()
 
-    def next(self, tokens: torch.Tensor, allowed: Any = None) -> torch.Tensor:
+    def decode(self, tokens: torch.Tensor, allowed: Any = None) -> torch.Tensor:
         assert allowed is None
         self.place += 1
         return self.table[self.place, tokens].clone()
@@ -99,7 +99,7 @@ def test_only_malformed_answers_change_and_no_malformed_box_is_left(
             calls.append(list(rows))
             return Chain(seed), past()
 
-        (row,) = decode(Chain(seed), rules, past(), grammars=[BOXES], again=again)
+        (row,) = generate(Chain(seed), rules, past(), grammars=[BOXES], again=again)
         assert isinstance(row, Generated)
         assert fits(BOXES, free, rules) == whole(free.ids, rules.max_new_tokens)
         assert whole(row.ids, rules.max_new_tokens), (seed, row.ids)
@@ -154,7 +154,7 @@ def test_boxes_that_are_written_as_text(tmp_path: Path) -> None:
 
     def answer(seed: int, *, bound: bool) -> Generated:
         grammars = [notation_grammar(words, TokenBoxes(), [eos])] if bound else []
-        (row,) = decode(
+        (row,) = generate(
             Written(seed), rules, past(), grammars=grammars, again=lambda _: (Written(seed), past())
         )
         assert isinstance(row, Generated)
@@ -174,10 +174,10 @@ def test_boxes_that_are_written_as_text(tmp_path: Path) -> None:
 def test_rows_of_a_batch_are_searched_again_on_their_own() -> None:
     seed = next(s for s in range(150) if not whole(free_answer(s).ids, RULES.max_new_tokens))
     told: list[list[list[int]]] = [[], []]
-    (alone,) = decode(
+    (alone,) = generate(
         Chain(seed), RULES, past(), grammars=[BOXES], again=lambda rows: (Chain(seed), past())
     )
-    first, second = decode(
+    first, second = generate(
         Chain(seed, 2),
         RULES,
         past(2),
@@ -200,7 +200,7 @@ def test_the_second_search_can_be_stopped() -> None:
         second.append(Chain(seed))
         return second[0], past()
 
-    (row,) = decode(
+    (row,) = generate(
         Chain(seed), RULES, past(), grammars=[BOXES], again=again,
         stop=lambda row: stopped if second and second[0].place == 2 else None,
     )  # fmt: skip

@@ -26,7 +26,7 @@ from librobot_vlm_ros.models.generation.constraints.box_syntax import (
     TokenBoxes,
 )
 from librobot_vlm_ros.models.generation.constraints.token_grammar import notation_grammar
-from librobot_vlm_ros.models.generation.loop import decode
+from librobot_vlm_ros.models.generation.loop import generate
 from librobot_vlm_ros.models.testing import qwen_vl as conformance_qwen_folder
 from librobot_vlm_ros.models.testing.internvl2 import write_official
 from librobot_vlm_ros.models.tokenizer import CausalTokenizer, added_tokens
@@ -373,7 +373,7 @@ def written(vlm: Any, ask: Any, scripts: list[str], *, bound: bool, **params: An
         rules = vlm.rules(GenerationParams(**{"max_new_tokens": 120, **params}))
         grammars = [vlm.grammar(r) if bound else None for r in requests]
         assert all((grammar is not None) == bound for grammar in grammars)
-        return decode(Scripted(made, ids), rules, history, grammars=grammars)
+        return generate(Scripted(made, ids), rules, history, grammars=grammars)
 
 
 def _spelt(tokenizer: CausalTokenizer, text: str) -> list[int]:

@@ -16,7 +16,7 @@ from librobot_vlm_ros.models.generation.config import Generated
 from librobot_vlm_ros.models.generation.fast.graph_runner import StepPool, bucket
 from librobot_vlm_ros.models.generation.fast.llama import LlamaStep
 from librobot_vlm_ros.models.generation.fast.step_decoders import BartStepDecoder, CausalStepDecoder
-from librobot_vlm_ros.models.generation.loop import decode
+from librobot_vlm_ros.models.generation.loop import generate
 
 _VISION = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1}
 _VISION |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
@@ -79,7 +79,7 @@ def generated(vlm: Any, decoder: str, rows: list[list[int]], params: GenerationP
         made, history = vlm._start(None, rows)
         kind = (CausalStepDecoder, BartStepDecoder)
         assert isinstance(made, kind) == (decoder == "functional")
-        found = decode(made, vlm.rules(params), history, seeds=[4, 5, 6][: len(rows)])
+        found = generate(made, vlm.rules(params), history, seeds=[4, 5, 6][: len(rows)])
     assert all(isinstance(row, Generated) for row in found)
     return found
 
@@ -135,12 +135,12 @@ def moved_about(vlm: Any, decoder: str, rows: list[list[int]]) -> torch.Tensor:
     vlm.decoder = decoder
     with vlm._answering():
         made, _ = vlm._start(None, rows)
-        made.first()
+        made.prefill()
         for order in (None, [1, 0], [0, 0, 1, 1], [3, 1, 0, 2], [2, 0]):
             if order is not None:
                 made.reorder(torch.tensor(order))
             count = 2 if order is None else len(order)
-            logits = made.next(torch.arange(20, 20 + count))
+            logits = made.decode(torch.arange(20, 20 + count))
         return logits
 
 
@@ -161,8 +161,8 @@ def test_half_precision_stays_close_to_the_module(name: str) -> None:
         for decoder in ("module", "functional"):
             vlm.decoder = decoder
             made, _ = vlm._start(None, [[5, 6, 7]])
-            made.first()
-            logits.append(made.next(torch.tensor([8])).float())
+            made.prefill()
+            logits.append(made.decode(torch.tensor([8])).float())
     assert logits[1].dtype == torch.float32
     assert (logits[0] - logits[1]).abs().max() < 0.05 * logits[0].abs().max()
 
@@ -263,7 +263,7 @@ def test_padded_rows_of_a_pool_do_not_change_the_answers(causal) -> None:
     with causal._answering():
         made, history = causal._start(None, rows)
         made._pool.cuda, made._pool.refused = True, "not here"
-        found = decode(made, causal.rules(params), history)
+        found = generate(made, causal.rules(params), history)
         assert [row.ids for row in found] == [row.ids for row in expected]
         assert made._buffers.rows == 4
 

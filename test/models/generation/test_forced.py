@@ -22,7 +22,7 @@ from librobot_vlm_ros.models.generation.config import (
 )
 from librobot_vlm_ros.models.generation.constraints.location_tokens import BoxGrammar
 from librobot_vlm_ros.models.generation.decoder import take_in
-from librobot_vlm_ros.models.generation.loop import _Loop, decode
+from librobot_vlm_ros.models.generation.loop import _Loop, generate
 
 RULES = GenerationConfig(eos=(2,), pad=1, max_new_tokens=8)
 
@@ -35,10 +35,10 @@ class Counted:
         self.start = torch.full((rows,), start)
         self.asked: list[list[int]] = []
 
-    def first(self) -> torch.Tensor:
-        return self.next(self.start)
+    def prefill(self) -> torch.Tensor:
+        return self.decode(self.start)
 
-    def next(
+    def decode(
         self, tokens: torch.Tensor, allowed: range | torch.Tensor | None = None
     ) -> torch.Tensor:
         self.asked.append(tokens.tolist())
@@ -53,10 +53,10 @@ class Counted:
 class Extending(Counted):
     """Takes several tokens at once."""
 
-    def extend(self, tokens: torch.Tensor, allowed: Any = None) -> torch.Tensor:
+    def append(self, tokens: torch.Tensor, allowed: Any = None) -> torch.Tensor:
         for column in tokens[:, :-1].unbind(1):
             self.asked.append(column.tolist())
-        found = self.next(tokens[:, -1], allowed)
+        found = self.decode(tokens[:, -1], allowed)
         self.asked[-tokens.shape[1] :] = [tokens.tolist()]
         return found
 
@@ -77,7 +77,7 @@ def run(
     rows = len(decoder.start)
     history = torch.zeros((rows, 1), dtype=torch.int64)
     grammars = grammar if isinstance(grammar, list) else [grammar] * rows
-    return decode(decoder, rules, history, grammars=grammars, **options)
+    return generate(decoder, rules, history, grammars=grammars, **options)
 
 
 #: 3 -> 4 -> 5 -> 6 -> 2
@@ -176,7 +176,7 @@ def test_florence_takes_the_forced_token_in_with_the_start(
     def answers() -> Any:
         with vlm._answering():
             made, history = vlm._start(None, [[0, 5, 9, 2], [0, 7, 2]])
-            return decode(made, rules, history)
+            return generate(made, rules, history)
 
     found = answers()
     monkeypatch.setattr(_Loop, "_known", lambda self, step, allowed: None)
@@ -209,13 +209,13 @@ def test_several_tokens_at_once_are_taken_in_as_one_by_one(vlm, decoder: str, be
         model.decoder = decoder
         with model._answering():
             one, _ = model._start(None, rows)
-            one.first()
+            one.prefill()
             for token in tokens:
-                expected = one.next(token)
-            after = one.next(tokens[0])
+                expected = one.decode(token)
+            after = one.decode(tokens[0])
             many, _ = model._start(None, rows)
             if begun:
-                many.first()
+                many.prefill()
             found = take_in(many, tokens, only, begun=begun)
             torch.testing.assert_close(found, expected[:, only], atol=1e-4, rtol=1e-4)
-            torch.testing.assert_close(many.next(tokens[0]), after, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(many.decode(tokens[0]), after, atol=1e-4, rtol=1e-4)

@@ -16,7 +16,7 @@ from librobot_vlm_ros.models.generation.constraints.location_tokens import (
     BoxGrammar,
     OutlineGrammar,
 )
-from librobot_vlm_ros.models.generation.loop import decode
+from librobot_vlm_ros.models.generation.loop import generate
 from librobot_vlm_ros.models.testing import paligemma as conformance_paligemma
 
 #: Tokens 10 to 19 are the locations; 2 ends an answer, 3 to 9 are words.
@@ -32,10 +32,10 @@ class Script:
         self.place = 0
         self.asked: list[range | None] = []
 
-    def first(self) -> torch.Tensor:
+    def prefill(self) -> torch.Tensor:
         return self._logits()
 
-    def next(self, tokens: torch.Tensor, allowed: range | None = None) -> torch.Tensor:
+    def decode(self, tokens: torch.Tensor, allowed: range | None = None) -> torch.Tensor:
         self.asked.append(allowed)
         self.place += 1
         logits = self._logits()
@@ -53,7 +53,7 @@ class Script:
 
 def run(script: Script, grammar: Any, rules: GenerationConfig = RULES) -> list[Generated]:
     history = torch.zeros((script.rows, 1), dtype=torch.int64)
-    found = decode(script, rules, history, grammars=[grammar] * script.rows)
+    found = generate(script, rules, history, grammars=[grammar] * script.rows)
     assert all(isinstance(row, Generated) for row in found)
     return found
 
@@ -119,7 +119,7 @@ def test_a_malformed_box_becomes_a_box(script: tuple[int, ...], expected: tuple[
 def test_rows_of_a_batch_have_grammars_of_their_own() -> None:
     script = Script(5, 12, 6, 2, rows=2)
     history = torch.zeros((2, 1), dtype=torch.int64)
-    free, bound = decode(script, RULES, history, grammars=[None, BOXES])
+    free, bound = generate(script, RULES, history, grammars=[None, BOXES])
     assert free.ids == (5, 12, 6, 2)
     assert bound.ids[:4] == (5, 12, 15, 15)
     # While both rows are there, neither's range is that of all; then the one left has its own.

@@ -14,7 +14,7 @@ from librobot_vlm_ros.models.families.florence2.checkpoint import PUBLISHED, Flo
 from librobot_vlm_ros.models.families.florence2.model import FlorenceVLM
 from librobot_vlm_ros.models.generation.beam_search import _search
 from librobot_vlm_ros.models.generation.config import CoordinateBins, Generated, GenerationConfig
-from librobot_vlm_ros.models.generation.loop import _Loop, decode
+from librobot_vlm_ros.models.generation.loop import _Loop, generate
 from librobot_vlm_ros.models.generation.sampler import near
 
 STOPPED = EngineError(ErrorCode.CANCELLED, "enough")
@@ -28,10 +28,10 @@ class Table:
         self.start = torch.full((rows,), start)
         self.steps = 0
 
-    def first(self) -> torch.Tensor:
-        return self.next(self.start)
+    def prefill(self) -> torch.Tensor:
+        return self.decode(self.start)
 
-    def next(self, tokens: torch.Tensor, allowed: range | None = None) -> torch.Tensor:
+    def decode(self, tokens: torch.Tensor, allowed: range | None = None) -> torch.Tensor:
         self.steps += 1
         logits = self.table[tokens]
         return logits if allowed is None else logits[:, allowed.start : allowed.stop]
@@ -53,7 +53,7 @@ RULES = GenerationConfig(eos=(2,), pad=1, max_new_tokens=8)
 
 
 def run(decoder: Table, rules: GenerationConfig = RULES, rows: int = 1, **options):
-    return decode(decoder, rules, history(rows), **options)
+    return generate(decoder, rules, history(rows), **options)
 
 
 SETTINGS = [
@@ -192,7 +192,7 @@ def test_what_is_told_while_searching_is_the_beginning_of_the_answer(
     with torch.inference_mode():
         decoder, start = vlm.start(jobs)
         told: list[list[list[int]]] = [[], []]
-        rows = decode(
+        rows = generate(
             decoder,
             vlm.rules(jobs[0].request.params),
             start,
@@ -287,7 +287,7 @@ def test_a_search_over_beams_that_runs_a_step_ahead_finds_the_same(early_stoppin
             def tell(row: int, ids: list[int], told: list[list[int]] = told) -> None:
                 told[row].extend(ids)
 
-            rows = _search(decoder, decoder.first(), rules, history(3), stop, tell, ahead=ahead)
+            rows = _search(decoder, decoder.prefill(), rules, history(3), stop, tell, ahead=ahead)
             answers.append((rows, told, decoder.steps))
         found[ahead] = answers
     for (rows, told, steps), (other, heard, more) in zip(found[False], found[True], strict=True):

@@ -11,7 +11,7 @@ import torch
 from librobot_vlm_ros.core import EngineError, ErrorCode
 from librobot_vlm_ros.models import create_vlm
 from librobot_vlm_ros.models.generation.config import CoordinateBins, Generated, GenerationConfig
-from librobot_vlm_ros.models.generation.loop import decode
+from librobot_vlm_ros.models.generation.loop import generate
 
 _TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 1200}
 _TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
@@ -42,11 +42,11 @@ class Counted:
     def __init__(self, decoder: Any) -> None:
         self._decoder = decoder
         self.rows: list[int] = []
-        self.first, self.reorder = decoder.first, decoder.reorder
+        self.prefill, self.reorder = decoder.prefill, decoder.reorder
 
-    def next(self, tokens: torch.Tensor, *allowed: range) -> torch.Tensor:
+    def decode(self, tokens: torch.Tensor, *allowed: range) -> torch.Tensor:
         self.rows.append(len(tokens))
-        return self._decoder.next(tokens, *allowed)
+        return self._decoder.decode(tokens, *allowed)
 
 
 def answers(model: Any, kind: str, rules: GenerationConfig, rows: list[int], **options: Any) -> Any:
@@ -56,7 +56,7 @@ def answers(model: Any, kind: str, rules: GenerationConfig, rows: list[int], **o
         made, history = model._start(None, [ROWS[row] for row in rows])
         counted = Counted(made)
         seeds = [40 + row for row in rows]
-        found = decode(counted, rules, history, seeds=seeds, **options)
+        found = generate(counted, rules, history, seeds=seeds, **options)
     return found, counted.rows
 
 

@@ -98,7 +98,7 @@ def encode_prompts(
 
 
 class FlorenceDecoder:
-    """A `decode.Decoder` over encoder states `hidden` [B, T, D], `mask` [B, T] or None."""
+    """A `Decoder` over encoder states `hidden` [B, T, D], `mask` [B, T] or None."""
 
     def __init__(self, module: Any, hidden: Tensor, mask: Tensor | None, start_token: int) -> None:
         from transformers import DynamicCache, EncoderDecoderCache
@@ -113,16 +113,16 @@ class FlorenceDecoder:
         #: Which prompt each row belongs to.
         self._prompt = torch.arange(hidden.shape[0], device=hidden.device)
 
-    def first(self) -> Tensor:
-        """See `decode.Decoder`."""
-        return self.extend(self._prompt.new_empty((len(self._prompt), 0)))
+    def prefill(self) -> Tensor:
+        """See `Decoder`."""
+        return self.append(self._prompt.new_empty((len(self._prompt), 0)))
 
-    def next(self, tokens: Tensor, allowed: range | Tensor | None = None) -> Tensor:
-        """See `decode.Decoder`."""
-        return self.extend(tokens[:, None], allowed)
+    def decode(self, tokens: Tensor, allowed: range | Tensor | None = None) -> Tensor:
+        """See `Decoder`."""
+        return self.append(tokens[:, None], allowed)
 
-    def extend(self, tokens: Tensor, allowed: range | Tensor | None = None) -> Tensor:
-        """See `decode.ExtendingDecoder`."""
+    def append(self, tokens: Tensor, allowed: range | Tensor | None = None) -> Tensor:
+        """See `AppendingDecoder`."""
         if not self._begun:
             start = torch.full_like(self._prompt, self._start)
             tokens, self._begun = torch.cat([start[:, None], tokens], dim=1), True
@@ -137,7 +137,7 @@ class FlorenceDecoder:
         return columns(logits, allowed)
 
     def reorder(self, rows: Tensor, within: bool = False) -> None:
-        """See `decode.Decoder`."""
+        """See `Decoder`."""
         self._cache.self_attention_cache.reorder_cache(rows)
         # Rows of one prompt see the same encoder states: there is nothing to move among them.
         if within or torch.equal(prompt := self._prompt[rows], self._prompt):

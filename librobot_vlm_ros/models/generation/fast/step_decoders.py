@@ -31,22 +31,22 @@ class _StepDecoder:
         """See `threads.threads_for`."""
         return self._pool.light
 
-    def next(self, tokens: Tensor, allowed: range | Tensor | None = None) -> Tensor:
-        """See `decode.Decoder`."""
+    def decode(self, tokens: Tensor, allowed: range | Tensor | None = None) -> Tensor:
+        """See `Decoder`."""
         buffers = self._ready()
         buffers.tokens[: self._rows].copy_(tokens)
         logits = self._pool.run(buffers, allowed)
         self._length += 1
         return logits[: self._rows]
 
-    def extend(self, tokens: Tensor, allowed: range | Tensor | None = None) -> Tensor:
-        """See `decode.ExtendingDecoder`. The steps are of one token; the output layer is left out
+    def append(self, tokens: Tensor, allowed: range | Tensor | None = None) -> Tensor:
+        """See `AppendingDecoder`. The steps are of one token; the output layer is left out
         for all but the last.
         """
         self._begin()
         for known in tokens[:, :-1].unbind(dim=1):
-            self.next(known, range(0))
-        return self.next(tokens[:, -1], allowed)
+            self.decode(known, range(0))
+        return self.decode(tokens[:, -1], allowed)
 
     def _begin(self) -> None:
         """Take in the prompts, unless that has been done."""
@@ -67,16 +67,16 @@ class _StepDecoder:
 
 
 class CausalStepDecoder(_StepDecoder):
-    """A `decode.Decoder` that reads the prompts through `prompts` and writes with a `LlamaStep`."""
+    """A `Decoder` that reads the prompts through `prompts` and writes with a `LlamaStep`."""
 
     def __init__(self, pool: StepPool, prompts: CausalDecoder) -> None:
         self._pool = pool
         self._prompts = prompts
         self._length = 0
 
-    def first(self) -> Tensor:
-        """See `decode.Decoder`."""
-        logits = self._prompts.first()
+    def prefill(self) -> Tensor:
+        """See `Decoder`."""
+        logits = self._prompts.prefill()
         self._take_over()
         return logits
 
@@ -92,7 +92,7 @@ class CausalStepDecoder(_StepDecoder):
         self._prompt = torch.arange(self._rows, device=mask.device)
 
     def reorder(self, rows: Tensor, within: bool = False) -> None:
-        """See `decode.Decoder`."""
+        """See `Decoder`."""
         if self._buffers is None:
             self._prompt = self._prompt[rows]
             self._load(rows)
@@ -142,7 +142,7 @@ class CausalStepDecoder(_StepDecoder):
 
 
 class BartStepDecoder(_StepDecoder):
-    """A `decode.Decoder` over encoder states `hidden` [B, T, D], `mask` [B, T] or None."""
+    """A `Decoder` over encoder states `hidden` [B, T, D], `mask` [B, T] or None."""
 
     def __init__(
         self, pool: StepPool, hidden: Tensor, mask: Tensor | None, start_token: int
@@ -156,16 +156,16 @@ class BartStepDecoder(_StepDecoder):
         self._length = self._common = 0
         self._prompt = torch.arange(self._rows, device=hidden.device)
 
-    def first(self) -> Tensor:
-        """See `decode.Decoder`."""
-        return self.next(torch.full_like(self._prompt, self._start))
+    def prefill(self) -> Tensor:
+        """See `Decoder`."""
+        return self.decode(torch.full_like(self._prompt, self._start))
 
     def _begin(self) -> None:
         if self._length == 0:
-            self.next(torch.full_like(self._prompt, self._start), range(0))
+            self.decode(torch.full_like(self._prompt, self._start), range(0))
 
     def reorder(self, rows: Tensor, within: bool = False) -> None:
-        """See `decode.Decoder`."""
+        """See `Decoder`."""
         if len(rows) == self._rows and self._reorder_within(rows, within):
             return
         prompt, seen = self._prompt[rows], None
