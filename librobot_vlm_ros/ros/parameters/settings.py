@@ -20,6 +20,7 @@ from librobot_vlm_ros.core import (
     shortened,
 )
 from librobot_vlm_ros.models import sha256_list
+from librobot_vlm_ros.models.checkpoints.path_policy import allowed_folders, confined
 from librobot_vlm_ros.ros.parameters.declaration import (
     Parameter,
     Value,
@@ -34,7 +35,6 @@ from librobot_vlm_ros.ros.parameters.parameter_syntax import (
     parse_cameras,
     parse_tasks,
 )
-from librobot_vlm_ros.ros.parameters.weights_paths import allowed_folders, confined
 
 __all__ = ["PARAMETERS", "Settings"]
 
