@@ -104,15 +104,13 @@ def build(name: str, device: str, dtype: str = "float32", **config: Any) -> Any:
     text = vlm.config.text_config
     ends = text.eos_token_id
     never = {*(ends if isinstance(ends, (list, tuple)) else [ends])}
-    usual = vlm._suppressed
+    usual = vlm.processor.suppressed
     if vlm.family == "florence-2":
-        vlm.settings = dataclasses.replace(vlm.settings, forced_eos_token_id=None)
-        vlm._suppressed = lambda device: torch.tensor(
-            sorted({*usual(device).tolist(), *never}), device=device
+        vlm.processor.settings = dataclasses.replace(
+            vlm.processor.settings, forced_eos_token_id=None
         )
         _mind_what_is_written(vlm)
-    else:
-        vlm._suppressed = lambda: sorted({*usual(), *never})
+    vlm.processor.suppressed = lambda: sorted({*usual(), *never})
     return vlm
 
 
@@ -176,7 +174,7 @@ class Pair:
             more["mm_token_type_ids"] = (whole == config.image_token_id).int()
         if vlm.family == "paligemma":
             more["token_type_ids"] = torch.zeros_like(whole)
-        suppressed = vlm._suppressed(device).tolist() if self.florence else vlm._suppressed()
+        suppressed = vlm.processor.suppressed()
         settings: dict[str, Any] = {"do_sample": False, "suppress_tokens": suppressed}
         settings |= {"max_new_tokens": new_tokens or self.new_tokens, "num_beams": self.beams}
         ends = text.eos_token_id
@@ -184,7 +182,7 @@ class Pair:
         first = ends[0] if isinstance(ends, (list, tuple)) else ends
         settings["pad_token_id"] = first if text.pad_token_id is None else text.pad_token_id
         if self.florence:
-            published = vlm.settings
+            published = vlm.processor.settings
             settings |= {
                 "decoder_start_token_id": text.decoder_start_token_id,
                 "no_repeat_ngram_size": published.no_repeat_ngram_size or None,
@@ -205,8 +203,8 @@ class Pair:
 
     def _vectors(self, image: Tensor) -> int:
         if self.qwen:
-            return int(self.vlm._count(image[0]))
-        return int(self.vlm.image_tokens)
+            return int(self.vlm.processor.count(image[0]))
+        return int(self.vlm.processor.image_tokens)
 
     def _patches(self, image: Tensor) -> dict[str, Any]:
         from librobot_vlm_ros.models.families.qwen_vl.processor import patches
@@ -256,5 +254,5 @@ def chatty_qwen(device: str, layers: int = 12) -> Any:
     text = _text(layers, vocab_size=VOCABULARY, rope_scaling=rope, eos_token_id=IDS["<|im_end|>"])
     vision = {"depth": 4, "embed_dim": 64, "num_heads": 4}
     vlm = build("qwen2-vl-2b", device, vision_config=vision, text_config=text, **marks)
-    vlm.tokenizer = tokenizer
+    vlm.processor.tokenizer = tokenizer
     return vlm

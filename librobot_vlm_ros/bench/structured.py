@@ -38,7 +38,7 @@ def _model(device: str) -> Any:
     vision = TINY["qwen3-vl-4b"]["vision_config"]
     config = {"text_config": {**_TEXT, **ends}, "vision_config": vision, **marks}
     vlm = create_vlm("qwen3-vl-4b", config=config, device=device, dtype="float32").eval()
-    vlm.tokenizer = tokenizer
+    vlm.processor.tokenizer = tokenizer
     return vlm
 
 
@@ -50,7 +50,7 @@ def structured(bench: Bench) -> None:
         {"bbox_2d": [455, 120, 618, 377], "label": "ball"},
         {"bbox_2d": [700, 515, 1000, 948], "label": "green cup"},
     ]
-    script = [*vlm.tokenizer.words(json.dumps(listed)), vlm._ends()[0]]
+    script = [*vlm.tokenizer.words(json.dumps(listed)), vlm.processor.ends()[0]]
     given = []
     for number in range(bench.pairs + 1):
         frame = noise(number, 96, 96)
@@ -58,11 +58,11 @@ def structured(bench: Bench) -> None:
     counted: dict[bool, Scripted] = {}
 
     def answers(request: Any, *, bound: bool) -> tuple[float, tuple[int, ...]]:
-        with vlm._answering():
-            decoder, history = vlm.start([vlm._job(0, request)])
+        with vlm.inference():
+            decoder, history = vlm.backend.start([vlm.backend.prepare(0, request)])
             counted[bound] = scripted = Scripted(decoder, [script])
-            rules = vlm.rules(request.params)
-            grammars = [vlm.grammar(request)] if bound else []
+            rules = vlm.processor.generation_config(request.params)
+            grammars = [vlm.processor.constraint(request.task)] if bound else []
             scripted.prefill = _held(scripted.prefill())  # type: ignore[method-assign]
             spent, (row,) = bench.seconds(
                 lambda: generate(scripted, rules, history, grammars=grammars)

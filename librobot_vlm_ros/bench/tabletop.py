@@ -85,8 +85,8 @@ class Transformers:
         spec = FLORENCE_TASKS[task]
         pieces = build_prompt(spec, text, None, frame.width, frame.height)
         words = vlm.tokenizer.prompt(pieces)
-        config, settings = vlm.config, vlm.settings
-        ids = torch.tensor([[*[config.image_token_id] * vlm.image_tokens, *words]])
+        config, settings = vlm.config, vlm.processor.settings
+        ids = torch.tensor([[*[config.image_token_id] * vlm.processor.image_tokens, *words]])
         room = min(config.text_config.max_position_embeddings, vlm.limits.max_new_tokens)
         generation = GenerationConfig(
             do_sample=False,
@@ -101,7 +101,7 @@ class Transformers:
             no_repeat_ngram_size=settings.no_repeat_ngram_size or None,
             early_stopping=settings.early_stopping,
             length_penalty=settings.length_penalty,
-            suppress_tokens=vlm._suppressed(torch.device("cpu")).tolist(),
+            suppress_tokens=vlm.processor.suppressed(),
         )
         device = vlm.torch_device
         with torch.inference_mode():
@@ -121,14 +121,14 @@ class _Recorder:
 
     def __init__(self, vlm: Any) -> None:
         self.rows: list[list[int]] = []
-        usual = vlm.read
+        usual = vlm.processor.read
 
         def read(request: InferenceRequest, generated: Any) -> ModelAnswer:
             self.rows.append(list(generated.ids))
             answered: ModelAnswer = usual(request, generated)
             return answered
 
-        vlm.read = read
+        vlm.processor.read = read
 
     def take(self) -> list[list[int]]:
         """Rows since the last time."""
@@ -150,7 +150,7 @@ def tabletop(bench: Bench) -> None:
         def theirs(frame: Frame, beams: int = beams) -> list[int]:
             return reference.tokens(frame, "detect", beams=beams)
 
-        usual = " (as shipped)" if beams == vlm.settings.num_beams else ""
+        usual = " (as shipped)" if beams == vlm.processor.settings.num_beams else ""
         bench.paired(
             f"tabletop, detect, {'greedy' if beams == 1 else f'{beams} beams'}{usual}",
             theirs,

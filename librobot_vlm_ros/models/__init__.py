@@ -6,10 +6,12 @@ Importing this package does not import torch; a model's module is imported when 
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any
 
 from librobot_vlm_ros.models.backend import ModelInfo, VlmBackend
 from librobot_vlm_ros.models.registry import (
+    create_backend,
     create_vlm,
     get_vlm,
     list_vlms,
@@ -21,7 +23,7 @@ from librobot_vlm_ros.models.registry import (
 
 #: Names that need torch, and the module of this package that holds each.
 _LAZY = {
-    "AbstractVLM": "abstract",
+    "AbstractVLM": "vlm",
     "load_module": "checkpoints.loading",
 }
 
@@ -29,6 +31,7 @@ __all__ = [
     "AbstractVLM",
     "ModelInfo",
     "VlmBackend",
+    "create_backend",
     "create_vlm",
     "get_vlm",
     "list_vlms",
@@ -38,6 +41,10 @@ __all__ = [
     "register_vlm",
     "sha256_list",
 ]
+
+
+# `librobot_vlm_ros.models.qwen_vl` and the like: see `aliases`.
+__path__ = [*__path__, *(os.path.join(folder, "aliases") for folder in __path__)]
 
 
 def __getattr__(name: str) -> Any:

@@ -155,7 +155,7 @@ class LocalBackend:
         Raises VlmError for a request that the model cannot take.
         """
         vlm, processor = self.vlm, self.vlm.processor
-        vlm.refuse_closed()
+        vlm.loaded()
         processor.refuse_unable(request.task)
         wanted = request.params.max_new_tokens
         if wanted is not None and wanted > vlm.limits.max_new_tokens:
@@ -171,11 +171,8 @@ class LocalBackend:
         pixels = None if known else entry.ready(vlm.pixels)
         if prompt:
             image = len(entry.features.vectors) if known else processor.count(pixels)
-            vlm.refuse_too_long(image, len(prompt), answer)
-        vlm.refuse_unready(request.task)
-        return PreparedRequest(
-            index, request, entry, tuple(prompt), time.perf_counter() - started
-        )
+            processor.refuse_too_long(image, len(prompt), answer)
+        return PreparedRequest(index, request, entry, tuple(prompt), time.perf_counter() - started)
 
     def start(self, requests: Sequence[PreparedRequest]) -> tuple[Decoder, Tensor]:
         """Take in the prompts of requests that decode alike: the decoder, and int64 [B, H] that
@@ -195,9 +192,7 @@ class LocalBackend:
     def _features(self, requests: Sequence[PreparedRequest]) -> list[ImageFeatures]:
         """Vision features of each request's frame, computed once a frame."""
         dtype = self.vlm.torch_dtype
-        new = {
-            id(one.frame): one.frame for one in requests if not one.frame.has_features(dtype)
-        }
+        new = {id(one.frame): one.frame for one in requests if not one.frame.has_features(dtype)}
         if new:
             prepared = [entry.ready(self.vlm.pixels) for entry in new.values()]
             found = self.vlm.image_features(prepared)

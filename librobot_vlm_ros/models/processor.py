@@ -126,6 +126,12 @@ class Processor(ABC):
     def generation_config(self, params: GenerationParams) -> GenerationConfig:
         """How to decode: the published settings where `params` leaves them open."""
 
+    @abstractmethod
+    def refuse_too_long(self, image: int, prompt: int, answer: int) -> None:
+        """Raises RequestError PROMPT_TOO_LONG where the model has no room for `image` vectors,
+        `prompt` tokens and `answer` new ones.
+        """
+
     def suppressed(self) -> list[int]:
         """Rows of the vocabulary that are no words: the image token, and padding behind it."""
         size = int(self.config.text_config.vocab_size)
@@ -160,6 +166,10 @@ class Processor(ABC):
         text = self.clean(request.prompt, request.spec.needs_text)
         size = request.frame.width, request.frame.height
         return self.prompt(request.task, text, request.region, size)
+
+    def writes_regions(self, task: str) -> bool:
+        """Whether an answer to the task is read into regions; without a tokenizer none is."""
+        return self.tokenizer is not None and get_task(task).output == "regions"
 
     def task_ids(self, task: str, words: Any, views: Sequence[int]) -> list[list[int]]:
         """Rows of ids: the prompt of a task for each string of `words`, about `views` images each.

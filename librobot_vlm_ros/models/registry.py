@@ -17,10 +17,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from librobot_vlm_ros.core import ErrorCode, ModelError, RequestError
-from librobot_vlm_ros.models.backend import ModelInfo
+from librobot_vlm_ros.models.backend import ModelInfo, VlmBackend
 from librobot_vlm_ros.models.catalog import CATALOG
 
 __all__ = [
+    "create_backend",
     "create_vlm",
     "get_vlm",
     "list_vlms",
@@ -185,3 +186,13 @@ def create_vlm(
         should_cancel=should_cancel,
         **options,
     )
+
+
+def create_backend(name: str, **options: Any) -> VlmBackend:
+    """The robot's side of a model: what `create_vlm` builds with these options, as a `VlmBackend`.
+
+    A registered class that is a backend itself, such as the fake one, is given as it is.
+    """
+    made = create_vlm(name, **options)
+    backend: VlmBackend = getattr(made, "backend", made)
+    return backend

@@ -59,9 +59,9 @@ def same(one: ModelAnswer, other: ModelAnswer) -> bool:
 def test_giving_back_caches_changes_no_answer(vlm: FlorenceVLM, ask: Ask) -> None:
     request = ask("caption")
     before = vlm.run([request])[0]
-    assert len(vlm.frames) > 0
-    vlm.free_caches()
-    assert len(vlm.frames) == 0
+    assert len(vlm.backend.frames) > 0
+    vlm.backend.free_caches()
+    assert len(vlm.backend.frames) == 0
     after = vlm.run([request])[0]
     assert isinstance(before, ModelAnswer)
     assert isinstance(after, ModelAnswer)
@@ -71,20 +71,21 @@ def test_giving_back_caches_changes_no_answer(vlm: FlorenceVLM, ask: Ask) -> Non
 def test_free_memory_of_a_gpu_counts_what_torch_keeps_unused(
     vlm: FlorenceVLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert vlm.free_memory() is None  # on a CPU the system knows better
+    assert vlm.backend.free_memory() is None  # on a CPU the system knows better
     monkeypatch.setattr(type(vlm), "torch_device", torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 9000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 200)
-    assert vlm.free_memory() == 1100
+    assert vlm.backend.free_memory() == 1100
 
 
 def test_it_is_a_backend_that_says_what_it_is(vlm: FlorenceVLM) -> None:
-    assert isinstance(vlm, VlmBackend)
-    assert (vlm.name, vlm.device, vlm.dtype) == ("florence-2-base", "cpu", "float32")
-    assert len(vlm.revision) == 16
-    assert vlm.embedding_dim == vlm.get_embedding_dim() == 32
-    assert vlm.memory_bytes() == sum(
+    backend = vlm.backend
+    assert isinstance(backend, VlmBackend)
+    assert (backend.name, backend.device, backend.dtype) == ("florence-2-base", "cpu", "float32")
+    assert len(backend.revision) == 16
+    assert backend.embedding_dim == vlm.get_embedding_dim() == 32
+    assert backend.memory_bytes() == sum(
         t.nbytes for t in {*vlm.module.parameters(), *vlm.module.buffers()}
     )
 
@@ -122,8 +123,8 @@ def test_a_frame_is_seen_once_for_all_its_tasks(
     vlm: FlorenceVLM, ask: Ask, make_frame: MakeFrame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    see = vlm._see
-    monkeypatch.setattr(vlm, "_see", lambda pixels: seen.append(len(pixels)) or see(pixels))
+    see = vlm.see
+    monkeypatch.setattr(vlm, "see", lambda pixels: seen.append(len(pixels)) or see(pixels))
     other = make_frame(2)
     vlm.run([ask("caption"), ask("detect"), ask("embed"), ask("caption", on=other)])
     vlm.run([ask("ground", prompt="a cube"), ask("embed", on=other)])
@@ -141,12 +142,12 @@ def test_another_frame_with_the_same_number_is_another_frame(
 def test_the_memory_of_frames_is_bounded(vlm: FlorenceVLM, ask: Ask, make_frame: MakeFrame) -> None:
     for seed in range(30):
         vlm.run([ask("embed", on=make_frame(seed, 8, 8))])
-    assert len(vlm.frames) == 8
+    assert len(vlm.backend.frames) == 8
 
 
 def test_regions_are_in_pixels_of_the_source_image(vlm: FlorenceVLM, ask: Ask) -> None:
     generated = said(vlm, "red cube", 100, 200, 500, 999, "duck", 0, 0, 10, 10)
-    answer = vlm.read(ask("detect"), generated)
+    answer = vlm.processor.read(ask("detect"), generated)
     assert [region.label for region in answer.regions] == ["red cube", "duck"]
     width, height = 80, 48
     assert answer.regions[0].box == pytest.approx(
@@ -159,7 +160,7 @@ def test_regions_are_in_pixels_of_the_source_image(vlm: FlorenceVLM, ask: Ask) -
 def test_a_regions_score_is_that_of_its_own_tokens(vlm: FlorenceVLM, ask: Ask) -> None:
     generated = said(vlm, "cube", 1, 2, 3, 4, "duck", 5, 6, 7, 8)
     log_probs = [math.log(p) for p in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 1)]
-    answer = vlm.read(ask("detect"), Generated(generated.ids, tuple(log_probs)))
+    answer = vlm.processor.read(ask("detect"), Generated(generated.ids, tuple(log_probs)))
     cube, duck = (region.score for region in answer.regions)
     assert cube == pytest.approx((0.9 * 0.8 * 0.7 * 0.6 * 0.5) ** (1 / 5))
     assert duck == pytest.approx((0.4 * 0.3 * 0.2 * 0.1 * 0.05) ** (1 / 5))
@@ -169,11 +170,11 @@ def test_a_regions_score_is_that_of_its_own_tokens(vlm: FlorenceVLM, ask: Ask) -
 def test_the_score_of_a_caption_is_what_the_model_gives_to_its_words(
     vlm: FlorenceVLM, ask: Ask, beams: int
 ) -> None:
-    vlm.settings = dataclasses.replace(vlm.settings, forced_bos_token_id=None)
+    vlm.processor.settings = dataclasses.replace(vlm.processor.settings, forced_bos_token_id=None)
     first = vlm.tokenizer.first_location
     request = ask("caption", params=GenerationParams(num_beams=beams, max_new_tokens=6))
     (answer,) = vlm.run([request])
-    job = vlm._job(0, request)
+    job = vlm.backend.prepare(0, request)
     with torch.no_grad():
         pixels = vlm.encode_image(request.frame)
         (ids,) = vlm.generate(
@@ -192,20 +193,27 @@ def test_the_score_of_a_caption_is_what_the_model_gives_to_its_words(
         near = range(max(first, token - 10), min(first + 1000, token + 11))
         values.append(sum(row[n] for n in near) if first <= token < first + 1000 else row[token])
     chosen = torch.stack(values).log()
-    known = chosen if vlm.settings.forced_eos_token_id is None or len(ids) < 6 else chosen[:-1]
+    known = (
+        chosen
+        if vlm.processor.settings.forced_eos_token_id is None or len(ids) < 6
+        else chosen[:-1]
+    )
     assert answer.score == pytest.approx(math.exp(known.mean()), rel=1e-4)
 
 
 def test_polygons_are_named_by_what_was_asked_for(vlm: FlorenceVLM, ask: Ask) -> None:
     generated = said(vlm, 1, 1, 9, 1, 9, 9)
-    answer = vlm.read(ask("segment", prompt="the red cube"), generated)
+    answer = vlm.processor.read(ask("segment", prompt="the red cube"), generated)
     assert [region.label for region in answer.regions] == ["the red cube"]
     assert len(answer.regions[0].polygon) == 3
 
 
 def test_text_answers_hold_no_location_tokens(vlm: FlorenceVLM, ask: Ask) -> None:
     generated = said(vlm, "a red cube", 1, 2, 3, 4)
-    assert vlm.read(ask("region_category", region=(0, 0, 9, 9)), generated).text == "a red cube"
+    assert (
+        vlm.processor.read(ask("region_category", region=(0, 0, 9, 9)), generated).text
+        == "a red cube"
+    )
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -338,13 +346,13 @@ def test_nan_in_a_half_dtype_goes_on_in_a_safe_one_with_one_warning(
     tiny_folder, ask: Ask, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     vlm = create_vlm("florence-2-base", pretrained=str(tiny_folder), device="cpu", dtype="fp16")
-    see = vlm._see
+    see = vlm.see
 
     def overflow(pixels: torch.Tensor) -> torch.Tensor:
         features = see(pixels)
         return features * math.nan if features.dtype == torch.float16 else features
 
-    monkeypatch.setattr(vlm, "_see", overflow)
+    monkeypatch.setattr(vlm, "see", overflow)
     heard: list[str] = []
     with caplog.at_level(logging.WARNING):
         answers = vlm.run(
@@ -360,8 +368,8 @@ def test_nan_in_a_half_dtype_goes_on_in_a_safe_one_with_one_warning(
 def test_nan_in_float32_is_an_error_with_its_code(
     vlm: FlorenceVLM, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    see = vlm._see
-    monkeypatch.setattr(vlm, "_see", lambda pixels: see(pixels) * math.nan)
+    see = vlm.see
+    monkeypatch.setattr(vlm, "see", lambda pixels: see(pixels) * math.nan)
     entries = vlm.run([ask("detect"), ask("embed")])
     assert [code_of(entry) for entry in entries] == [ErrorCode.NAN_LOGITS] * 2
 
@@ -370,14 +378,14 @@ def test_what_breaks_a_batch_is_found_and_the_rest_answered(
     vlm: FlorenceVLM, ask: Ask, make_frame: MakeFrame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison = make_frame(5)
-    embed = vlm.embed
+    features, wrong = vlm.image_features, vlm.pixels(poison.pixels)
 
-    def run_out(jobs):
-        if any(job.request.frame is poison for job in jobs):
+    def run_out(prepared):
+        if any(np.array_equal(pixels, wrong) for pixels in prepared):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return embed(jobs)
+        return features(prepared)
 
-    monkeypatch.setattr(vlm, "embed", run_out)
+    monkeypatch.setattr(vlm, "image_features", run_out)
     first, bad, last = vlm.run([ask("caption"), ask("caption", on=poison), ask("caption")])
     assert code_of(bad) == ErrorCode.OUT_OF_MEMORY
     assert isinstance(bad, InferenceError)
@@ -396,17 +404,17 @@ def test_it_answers_the_same_while_a_training_loop_has_it_in_training_mode(
 
 
 def test_warming_up_answers_once_and_remembers_nothing(vlm: FlorenceVLM) -> None:
-    vlm.warm_up()
-    assert len(vlm.frames) == 0
+    vlm.backend.warm_up()
+    assert len(vlm.backend.frames) == 0
 
 
 def test_closed_it_holds_nothing_and_says_so(vlm: FlorenceVLM, ask: Ask) -> None:
     vlm.run([ask("caption")])
-    vlm.close()
+    vlm.backend.close()
     assert vlm.memory_bytes() == 0
-    assert len(vlm.frames) == 0
+    assert len(vlm.backend.frames) == 0
     assert code_of(vlm.run([ask("caption")])[0]) == ErrorCode.MODEL_NOT_LOADED
-    vlm.close()
+    vlm.backend.close()
 
 
 def test_every_task_has_its_text_or_region_checked_by_the_core() -> None:

@@ -29,9 +29,9 @@ def seen_while_answering(vlm: Any, beams: int, stop: Any = lambda row: None) -> 
         seen.append(torch.get_num_threads())
         return stop(row)
 
-    with vlm._answering():
-        decoder, history = vlm._start(None, [[5, 6, 7]])
-        rules = vlm.rules(GenerationParams(max_new_tokens=6, num_beams=beams))
+    with vlm.inference():
+        decoder, history = vlm.start(None, [[5, 6, 7]])
+        rules = vlm.processor.generation_config(GenerationParams(max_new_tokens=6, num_beams=beams))
         generate(decoder, rules, history, stop=note)
     return seen
 
@@ -48,9 +48,9 @@ def test_a_small_decoder_takes_one_and_gives_them_back(
 def test_a_large_one_and_a_module_take_all(
     vlm: Any, two_threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    vlm.decoder = "module"
+    vlm.generator.kind = "module"
     assert set(seen_while_answering(vlm, 1)) == {2}
-    vlm.decoder = "functional"
+    vlm.generator.kind = "functional"
     monkeypatch.setattr(threads, "_LIGHT", 10)
     assert set(seen_while_answering(vlm, 1)) == {2}
 

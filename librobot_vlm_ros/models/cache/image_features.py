@@ -31,9 +31,7 @@ class FrameEntry:
 
     frame: Frame
     pixels: Any = None
-    features: Any = None
-    #: Of families whose images differ in size: the features with what belongs to them.
-    seen: Any = None
+    features: ImageFeatures | None = None
     #: The dtype of the features that a request has asked for before.
     asked: Any = None
     #: Making its pixels began before a request asked for them, and none has asked since.
@@ -42,7 +40,7 @@ class FrameEntry:
 
     def has_features(self, dtype: Any) -> bool:
         """Whether its features are there, and not those of a dtype that was given up since."""
-        return self.features is not None and self.features.dtype == dtype
+        return self.features is not None and self.features.vectors.dtype == dtype
 
     def ready(self, make: Callable[[Any], Any]) -> Any:
         """The pixels, made from the frame's by whoever comes first; the other waits for them."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from librobot_vlm_ros.core import Region
 
-__all__ = ["BLANKS", "MOST_BLANKS", "NUMBER", "SCALE", "Score", "region_of"]
+__all__ = ["BLANKS", "MOST_BLANKS", "NUMBER", "RADII", "SCALE", "region_of"]
 
-#: What stands for the whole width or height.
+#: What stands for the whole width or height, and 1 % of it for each of a box's coordinates.
 SCALE = 1000
+RADII = (SCALE / 100,) * 4
 
 #: Blanks that may stand in a row within a box: a model that finds no way on must not write them
 #: until its answer is cut off.
@@ -19,9 +20,6 @@ MOST_BLANKS = 64
 #: Patterns of the boxes that are written as text: blanks, and a number (a group) between blanks.
 BLANKS = rf"\s{{0,{MOST_BLANKS}}}"
 NUMBER = rf"{BLANKS}(\d{{1,5}}(?:\.\d{{1,6}})?){BLANKS}"
-
-#: Stretches (begin, end) of an answer's text to their score.
-Score = Callable[[Sequence[tuple[int, int]]], float]
 
 
 def region_of(

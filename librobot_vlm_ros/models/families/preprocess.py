@@ -19,6 +19,8 @@ from librobot_vlm_ros.core import ErrorCode, Frame, ImageError, RequestError
 from librobot_vlm_ros.models.configuration import unreadable
 
 __all__ = [
+    "CLIP_MEAN",
+    "CLIP_STD",
     "EXACT",
     "ImageSettings",
     "RESIZE",
@@ -178,6 +180,9 @@ def _uploaded(pixels: npt.NDArray[np.uint8], device: torch.device) -> Tensor:
 #: Mean and standard deviation of ImageNet, in the order red, green, blue.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+#: What CLIP was trained with.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _FILE = "preprocessor_config.json"
 #: Bounds of a mean or deviation, far beyond those of colours from 0 to 1 or to 255: what they make
 #: of a pixel stays a number in every dtype.

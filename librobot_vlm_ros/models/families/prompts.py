@@ -1,4 +1,4 @@
-"""A family's sentence for a task, with the user's words in it."""
+"""Prompt templates: a family's sentence for a task, with the user's words or region in it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from librobot_vlm_ros.core import ErrorCode, RequestError
 __all__ = ["question"]
 
 
-def question(tasks: Mapping[str, str], task: str, text: str) -> str:
-    """The sentence of `tasks`, `{text}` in it filled with `text`.
+def question(tasks: Mapping[str, str], task: str, text: str, region: str = "") -> str:
+    """The sentence of `tasks`, its `{text}` and `{region}` filled.
 
-    Raises RequestError EMPTY_PROMPT or BAD_PARAMETER.
+    `region`: as the family writes a box, "" for none. Raises RequestError EMPTY_PROMPT, BAD_REGION,
+    or BAD_PARAMETER for text that nobody would read.
     """
     sentence = tasks[task]
     if "{text}" in sentence:
@@ -25,4 +26,8 @@ def question(tasks: Mapping[str, str], task: str, text: str) -> str:
             f"{task} takes no text, but got {text[:80]!r}",
             "leave the prompt empty, or use the task answer",
         )
-    return sentence
+    if "{region}" in sentence and not region:
+        raise RequestError(
+            ErrorCode.BAD_REGION, f"{task} needs a region: x_min, y_min, x_max, y_max"
+        )
+    return sentence.replace("{region}", region)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from librobot_vlm_ros.core import VlmError
 from librobot_vlm_ros.models.generation.config import (
+    Except,
     Generated,
     GenerationConfig,
     Grammar,

@@ -24,10 +24,14 @@ from torch.nn import functional
 from librobot_vlm_ros.models.generation.config import CoordinateBins, Generated, NumberTokens
 from librobot_vlm_ros.models.generation.streaming import Decode, token_spans
 
-__all__ = ["AnswerText", "CoordinateRecord", "Span", "geometric_mean", "near"]
+__all__ = ["AnswerText", "CoordinateRecord", "Score", "Span", "geometric_mean", "near", "unknown"]
 
 #: Characters (begin, end) of an answer's text.
 Span = tuple[int, int]
+
+#: The score of a region, from the spans of its label and coordinates and 1 % of the image's side
+#: in the unit of each coordinate; see `AnswerText.region`.
+Score = Callable[..., float]
 
 _DIGITS = re.compile(r"[0-9.]+")
 #: Digits that a coordinate may have before its point.
@@ -220,6 +224,11 @@ def _can_reach(digits: str, ended: bool, low: float, high: float) -> bool:
         value * 10**more <= high and (value + 1) * 10**more > low
         for more in range(longest - len(whole) + 1)
     )
+
+
+def unknown(label: Span | None, coordinates: Sequence[Span], radii: Sequence[float] = ()) -> float:
+    """The `Score` of what no probabilities are known of: NaN."""
+    return math.nan
 
 
 def geometric_mean(log_probs: Sequence[float]) -> float:

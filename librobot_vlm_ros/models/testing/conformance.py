@@ -179,7 +179,7 @@ def _parameters(info: ModelInfo, hooks: Any) -> int:
         plan = hooks.full_size(info.name)
     else:
         cls = get_vlm(info.name)
-        plan = cls._plan(cls.config_class(variant=info.name).to_transformers())
+        plan = cls.plan(cls.config_class(variant=info.name).to_transformers())
     with torch.device("meta"):
         module = plan.model_class(plan.config)
     module.tie_weights()

@@ -17,14 +17,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from librobot_vlm_ros.models.checkpoints.loading import LoadPlan
-from librobot_vlm_ros.models.families.florence2.checkpoint import (
-    FlorenceParts,
-    FlorenceSettings,
-    plan_for,
-    write_folder,
-)
+from librobot_vlm_ros.models.families.florence2.checkpoint import plan_for
 from librobot_vlm_ros.models.families.florence2.configuration import FlorenceConfig
-from librobot_vlm_ros.models.families.florence2.processor import ADDED_TOKENS, FlorenceTokenizer
+from librobot_vlm_ros.models.families.florence2.processor import (
+    ADDED_TOKENS,
+    FlorenceProcessor,
+    FlorenceSettings,
+    FlorenceTokenizer,
+)
 from librobot_vlm_ros.models.families.preprocess import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -174,13 +174,15 @@ def tiny_florence_folder(
         module.get_input_embeddings().weight.data.normal_(std=0.5)
     names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     fast = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
-    parts = FlorenceParts(
-        module,
+    module.save_pretrained(str(folder))
+    processor = FlorenceProcessor(
+        "florence-2-tabletop",
+        config,
         ImageSettings(image_size, image_size),
-        settings or FlorenceSettings(max_new_tokens=24),
         FlorenceTokenizer(fast, config),
+        settings or FlorenceSettings(max_new_tokens=24),
     )
-    write_folder(folder, parts)
+    processor.save(folder)
     return folder
 
 

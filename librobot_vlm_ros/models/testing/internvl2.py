@@ -263,8 +263,8 @@ def pixels(vlm: Any, image: npt.NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
         GotOcr2ImageProcessorPil,
     )
 
-    vlm.images = settings = dataclasses.replace(vlm.images, side=SIDE)
-    ours = normalise(vlm._pixels(image), settings, torch.device("cpu"), torch.float32)
+    vlm.processor.images = settings = dataclasses.replace(vlm.images, side=SIDE)
+    ours = normalise(vlm.pixels(image), settings, torch.device("cpu"), torch.float32)
     reference = GotOcr2ImageProcessorPil(
         crop_to_patches=True,
         min_patches=settings.min_tiles,

@@ -174,8 +174,8 @@ def pixels(vlm: Any, image: npt.NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
     from PIL import Image
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-    vlm.images = dataclasses.replace(vlm.images, height=SIDE, width=SIDE)
-    ours = normalise([vlm._pixels(image)], vlm.images, torch.device("cpu"), torch.float32)
+    vlm.processor.images = dataclasses.replace(vlm.images, height=SIDE, width=SIDE)
+    ours = normalise([vlm.pixels(image)], vlm.images, torch.device("cpu"), torch.float32)
     reference = LlavaImageProcessorPil(
         do_pad=True,
         size={"shortest_edge": SIDE},

@@ -155,8 +155,8 @@ def pixels(vlm: Any, image: npt.NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
     from PIL import Image
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-    vlm.images = dataclasses.replace(vlm.images, height=SIDE, width=SIDE)
-    ours = normalise([vlm._pixels(image)], vlm.images, torch.device("cpu"), torch.float32)
+    vlm.processor.images = dataclasses.replace(vlm.images, height=SIDE, width=SIDE)
+    ours = normalise([vlm.pixels(image)], vlm.images, torch.device("cpu"), torch.float32)
     reference = SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE}, resample=3)
     theirs = reference(Image.fromarray(image), return_tensors="pt")["pixel_values"]
     return ours, theirs

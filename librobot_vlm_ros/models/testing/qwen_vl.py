@@ -390,5 +390,5 @@ def pixels(vlm: Any, image: npt.NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
         image_std=list(settings.std),
     )
     theirs = reference(image, return_tensors="pt", input_data_format="channels_last")
-    ours = patches(vlm._pixels(image), settings, torch.device("cpu"), torch.float32)
+    ours = patches(vlm.pixels(image), settings, torch.device("cpu"), torch.float32)
     return ours, torch.as_tensor(theirs["pixel_values"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from librobot_vlm_ros.core import Frame, ModelAnswer
-from librobot_vlm_ros.models import holding
+from librobot_vlm_ros.models import local_backend
 from librobot_vlm_ros.models.cache.image_features import FrameCache
 
 
@@ -63,35 +63,35 @@ def test_features_of_a_dtype_that_was_given_up_are_no_hit(frame):
 
 def test_tasks_and_queries_on_a_frame_see_it_once(vlm, ask, monkeypatch):
     looked = []
-    see = vlm._see
-    monkeypatch.setattr(vlm, "_see", lambda pixels: looked.append(len(pixels)) or see(pixels))
+    see = vlm.see
+    monkeypatch.setattr(vlm, "see", lambda pixels: looked.append(len(pixels)) or see(pixels))
     batch = [ask("caption", name="a"), ask("detect", name="b"), ask("embed", name="c")]
     assert all(isinstance(answer, ModelAnswer) for answer in vlm.run(batch))
     assert all(isinstance(vlm.run([ask(task)])[0], ModelAnswer) for task in ("ocr", "caption"))
     assert looked == [1]
-    assert dict(vlm.frame_counts()) == {"hits": 4, "misses": 1, "ahead": 0}
+    assert dict(vlm.backend.frame_counts()) == {"hits": 4, "misses": 1, "ahead": 0}
 
 
 def test_a_frame_prepared_ahead_gives_the_same_answer(vlm, ask, make_frame):
     (plain,) = vlm.run([ask("detect", on=make_frame(3))])
     frame = make_frame(3)
-    threads = [threading.Thread(target=vlm.prepare_frame, args=(frame,)) for _ in range(2)]
+    threads = [threading.Thread(target=vlm.backend.prepare_frame, args=(frame,)) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(10)
     (ahead,) = vlm.run([ask("detect", on=frame)])
     assert (ahead.text, ahead.regions) == (plain.text, plain.regions)
-    assert vlm.frame_counts()["ahead"] == 1
-    vlm.prepare_frame(frame)  # its features are there: nothing to do
-    assert vlm.frames.held(frame).pixels is None
+    assert vlm.backend.frame_counts()["ahead"] == 1
+    vlm.backend.prepare_frame(frame)  # its features are there: nothing to do
+    assert vlm.backend.frames.held(frame).pixels is None
 
 
 def test_a_closed_model_prepares_nothing(vlm, frame):
-    vlm.close()
+    vlm.backend.close()
     with pytest.raises(Exception, match="closed"):
-        vlm.prepare_frame(frame)
-    assert len(vlm.frames) == 0
+        vlm.backend.prepare_frame(frame)
+    assert len(vlm.backend.frames) == 0
 
 
 def test_frames_are_told_apart_though_their_numbers_are_equal():
@@ -102,16 +102,16 @@ def test_frames_are_told_apart_though_their_numbers_are_equal():
 
 def test_frames_are_prepared_ahead_where_a_core_is_left_for_it(vlm, monkeypatch):
     threads = torch.get_num_threads()
-    monkeypatch.setattr(holding, "usable_cores", lambda: threads)
-    assert not vlm.prepares_ahead
-    monkeypatch.setattr(holding, "usable_cores", lambda: threads + 1)
-    assert vlm.prepares_ahead
-    monkeypatch.setattr(holding, "usable_cores", lambda: threads)
+    monkeypatch.setattr(local_backend, "usable_cores", lambda: threads)
+    assert not vlm.backend.prepares_ahead
+    monkeypatch.setattr(local_backend, "usable_cores", lambda: threads + 1)
+    assert vlm.backend.prepares_ahead
+    monkeypatch.setattr(local_backend, "usable_cores", lambda: threads)
     monkeypatch.setattr(type(vlm), "torch_device", torch.device("cuda", 0))
-    assert vlm.prepares_ahead
+    assert vlm.backend.prepares_ahead
 
 
 def test_input_size_is_that_of_the_prepared_pixels(vlm, frame):
-    vlm.prepare_frame(frame)
-    height, width = vlm.frames.held(frame).pixels.shape[:2]
-    assert vlm.input_size(frame.width, frame.height) == (width, height)
+    vlm.backend.prepare_frame(frame)
+    height, width = vlm.backend.frames.held(frame).pixels.shape[:2]
+    assert vlm.backend.input_size(frame.width, frame.height) == (width, height)

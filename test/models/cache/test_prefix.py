@@ -56,13 +56,13 @@ def test_a_second_question_on_a_frame_reads_its_own_words_only(
     first = ask("answer", on=frame, prompt="red", params=SHORT)
     second = ask("answer", on=frame, prompt="the duck on a table", params=SHORT)
     expected = answers(vlm, second)
-    vlm.frames.clear()
+    vlm.backend.frames.clear()
     passes = places_read(vlm, monkeypatch)
     answers(vlm, first)
     again = answers(vlm, second)
     assert again == expected
-    assert vlm.prefixes.hits == 1
-    image = len(vlm.frames.held(frame).features)
+    assert vlm.backend.prefixes.hits == 1
+    image = len(vlm.backend.frames.held(frame).features.vectors)
     assert passes[0][1] > image >= 4 > 0
     assert passes[1][1] < passes[0][1] - image + 10  # a few words more than the first question
 
@@ -75,9 +75,9 @@ def test_several_questions_on_a_new_frame_read_it_once(
     asked = [ask("answer", on=frame, prompt=text, params=SHORT) for text in words]
     expected = []
     for request in asked:
-        vlm.frames.clear()
+        vlm.backend.frames.clear()
         expected += answers(vlm, request)
-    vlm.frames.clear()
+    vlm.backend.frames.clear()
     passes = places_read(vlm, monkeypatch)
     assert answers(vlm, *asked) == expected
     assert [rows for rows, _ in passes] == [1, 3]
@@ -88,9 +88,9 @@ def test_frames_known_and_new_are_answered_in_one_batch(vlm, ask, make_frame) ->
     asked = [ask("answer", on=frame, prompt="a mug", params=SHORT) for frame in frames]
     expected = []
     for request in asked:
-        vlm.frames.clear()
+        vlm.backend.frames.clear()
         expected += answers(vlm, request)
-    vlm.frames.clear()
+    vlm.backend.frames.clear()
     answers(vlm, asked[0])
     assert answers(vlm, *asked) == expected
     assert answers(vlm, *asked) == expected
@@ -99,13 +99,13 @@ def test_frames_known_and_new_are_answered_in_one_batch(vlm, ask, make_frame) ->
 def test_what_is_kept_goes_with_the_frame_and_stays_within_its_bound(vlm, ask, make_frame) -> None:
     for number in range(3):
         answers(vlm, ask("answer", on=make_frame(number), prompt="a", params=SHORT))
-    assert len(vlm.prefixes) == 3
-    vlm.free_caches()
+    assert len(vlm.backend.prefixes) == 3
+    vlm.backend.free_caches()
     gc.collect()
-    assert len(vlm.prefixes) == 0
-    vlm.prefixes._limit = 1
+    assert len(vlm.backend.prefixes) == 0
+    vlm.backend.prefixes._limit = 1
     answers(vlm, ask("answer", on=make_frame(9), prompt="a", params=SHORT))
-    assert len(vlm.prefixes) == 0
+    assert len(vlm.backend.prefixes) == 0
 
 
 def test_features_that_were_made_anew_are_read_anew(vlm, ask, make_frame) -> None:
@@ -115,11 +115,11 @@ def test_features_that_were_made_anew_are_read_anew(vlm, ask, make_frame) -> Non
     with torch.no_grad():
         for parameter in vlm.vision_encoder.parameters():
             parameter.add_(0.3)
-    entry = vlm.frames.held(frame)
+    entry = vlm.backend.frames.held(frame)
     entry.features = entry.seen = None
-    entry.pixels = vlm._pixels(frame.pixels)
+    entry.pixels = vlm.pixels(frame.pixels)
     assert answers(vlm, request) != first
-    assert vlm.prefixes.hits == 0
+    assert vlm.backend.prefixes.hits == 0
 
 
 def test_a_frame_is_seen_anew_once_the_weights_have_changed(vlm, ask, make_frame) -> None:
@@ -131,8 +131,8 @@ def test_a_frame_is_seen_anew_once_the_weights_have_changed(vlm, ask, make_frame
             parameter.add_(0.3)
     after = answers(vlm, request)
     assert after != first
-    vlm.frames.clear()
+    vlm.backend.frames.clear()
     assert answers(vlm, request) == after
-    misses = vlm.frames.misses
+    misses = vlm.backend.frames.misses
     answers(vlm, request)
-    assert vlm.frames.misses == misses
+    assert vlm.backend.frames.misses == misses

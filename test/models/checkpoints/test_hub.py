@@ -160,10 +160,10 @@ def test_the_shipped_model_needs_no_network(
 def test_the_shipped_model_is_what_its_row_says() -> None:
     vlm = create_vlm("florence-2-tabletop", device="cpu")
     assert vlm.get_num_parameters() == TABLETOP.parameters
-    assert vlm.embedding_dim == TABLETOP.embedding_dim
-    assert vlm.settings.num_beams == 1
-    assert vlm.settings.no_repeat_ngram_size == 0  # location tokens repeat
-    assert vlm.image_tokens == 1 + 12 * 12
+    assert vlm.get_embedding_dim() == TABLETOP.embedding_dim
+    assert vlm.processor.settings.num_beams == 1
+    assert vlm.processor.settings.no_repeat_ngram_size == 0  # location tokens repeat
+    assert vlm.processor.image_tokens == 1 + 12 * 12
 
 
 def test_the_digest_tells_weights_apart(tiny_folder: Path, tmp_path: Path) -> None:

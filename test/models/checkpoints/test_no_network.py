@@ -23,7 +23,7 @@ sys.addaudithook(audit)
 from librobot_vlm_ros.models import create_vlm
 
 vlm = create_vlm(sys.argv[1], **({} if sys.argv[1] == "fake" else {"device": "cpu"}))
-vlm.warm_up()
+getattr(vlm, "backend", vlm).warm_up()
 print("made", vlm.name)
 """
 BLOCKED = "import socket; socket.create_connection(('127.0.0.1', 9))"

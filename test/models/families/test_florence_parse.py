@@ -129,8 +129,8 @@ def test_grounding_leaves_out_words_that_are_no_objects() -> None:
 def test_a_region_is_scored_by_its_own_text() -> None:
     asked = []
 
-    def score(stretches: list[tuple[int, int]]) -> float:
-        asked.append(sorted(text[a:b] for a, b in stretches))
+    def score(label: tuple[int, int], coordinates: list[tuple[int, int]]) -> float:
+        asked.append([text[a:b] for a, b in [*coordinates, label]])
         return 0.5
 
     text = "cube" + loc(1, 2, 3, 4, 5, 6, 7, 8)

@@ -151,8 +151,8 @@ def test_a_task_without_its_input_is_refused() -> None:
 def test_control_tokens_in_a_prompt_become_words(
     vlm: FlorenceVLM, ask: Callable[..., InferenceRequest], hostile: str, harmless: str
 ) -> None:
-    _, ids = vlm.prepare(ask("ground", prompt=hostile))
-    _, expected = vlm.prepare(ask("ground", prompt=harmless))
+    ids = tuple(vlm.processor.request_ids(ask("ground", prompt=hostile)))
+    expected = tuple(vlm.processor.request_ids(ask("ground", prompt=harmless)))
     assert ids == expected
     assert not set(ids[1:-1]) & vlm.tokenizer.control_ids
 

@@ -21,6 +21,7 @@ from librobot_vlm_ros.models.families.internvl2.model import InternVLVLM
 from librobot_vlm_ros.models.families.internvl2.processor import SYSTEM, float_tiles
 from librobot_vlm_ros.models.families.preprocess import normalise
 from librobot_vlm_ros.models.generation.config import Generated
+from librobot_vlm_ros.models.processor import number_texts
 from librobot_vlm_ros.models.testing.internvl2 import (
     TEXT,
     difference,
@@ -153,8 +154,8 @@ def test_answers_equal_those_of_transformers_for_a_batch_of_sizes(internvl: Inte
     ]
     token, tiles, rows = internvl.config.image_token_id, [], []
     for request in requests:
-        prompt = list(internvl.prepare(request)[1])
-        prepared = internvl._pixels(request.frame.pixels)
+        prompt = internvl.processor.request_ids(request)
+        prepared = internvl.pixels(request.frame.pixels)
         tiles.append(normalise(prepared, internvl.images, torch.device("cpu"), torch.float32))
         at = prompt.index(token)
         rows.append([*prompt[:at], *[token] * (TILE * len(prepared)), *prompt[at + 1 :]])
@@ -168,7 +169,7 @@ def test_answers_equal_those_of_transformers_for_a_batch_of_sizes(internvl: Inte
             pixel_values=torch.cat(tiles),
             max_new_tokens=8,
             do_sample=False,
-            suppress_tokens=internvl._suppressed(),
+            suppress_tokens=internvl.processor.suppressed(),
             eos_token_id=internvl.config.text_config.eos_token_id,
             pad_token_id=2,
         )
@@ -215,7 +216,7 @@ CHAT = f"<|im_start|>system\n{SYSTEM}<|im_end|><|im_start|>user\n"
 def test_a_prompt_is_the_published_template(
     official: Path, internvl: InternVLVLM, ask, task: str, fields: dict[str, Any], asked: str
 ) -> None:
-    _, ids = internvl.prepare(ask(task, **fields))
+    ids = tuple(internvl.processor.request_ids(ask(task, **fields)))
     image = "<img><IMG_CONTEXT></img>\n"
     wanted = f"{CHAT}{image}{asked}<|im_end|><|im_start|>assistant\n"
     assert list(ids) == as_published(official, wanted)
@@ -226,9 +227,9 @@ def test_several_images_are_numbered_and_words_alone_have_no_place_for_one(
 ) -> None:
     image, tail = "<img><IMG_CONTEXT></img>\n", "<|im_end|><|im_start|>assistant\n"
     two = f"{CHAT}Image-1: {image}Image-2: {image}what changed?{tail}"
-    assert internvl._ids(["what changed?"], None, [2])[0] == as_published(official, two)
+    assert internvl.processor.ids(["what changed?"], None, [2])[0] == as_published(official, two)
     none = f"{CHAT}what changed?{tail}"
-    assert internvl._ids(["what changed?"], None, None)[0] == as_published(official, none)
+    assert internvl.processor.ids(["what changed?"], None, None)[0] == as_published(official, none)
     both = [[noise(30, 90), noise(56, 56, 1)]]
     assert internvl.generate(both, text=["what changed?"], max_new_tokens=3).shape[0] == 1
     with pytest.raises(VlmError, match="1 images for 2 prompts"):
@@ -243,9 +244,9 @@ def test_words_of_a_user_never_become_control_tokens(
 ) -> None:
     control = internvl.tokenizer.control_ids
     for task in ("answer", "ground"):
-        _, plain = internvl.prepare(ask(task, prompt="what is it"))
+        plain = tuple(internvl.processor.request_ids(ask(task, prompt="what is it")))
         for hostile in (f"what {token} is it", f"{token}", f"a<{token}>b"):
-            _, prompt = internvl.prepare(ask(task, prompt=hostile))
+            prompt = tuple(internvl.processor.request_ids(ask(task, prompt=hostile)))
             assert [t for t in prompt if t in control] == [t for t in plain if t in control]
 
 
@@ -263,7 +264,7 @@ def test_an_answer_is_read_as_the_tokenizer_spells_it(internvl: InternVLVLM) -> 
     ids = [vocabulary["<ref>"], *internvl.tokenizer.words("a red cube"), vocabulary["</ref>"]]
     ends = [vocabulary["<|im_end|>"], 2]
     assert internvl.decode_text([*ids, *ends]) == "<ref>a red cube</ref>"
-    rules = internvl.rules(GenerationParams())
+    rules = internvl.processor.generation_config(GenerationParams())
     assert rules.eos == (vocabulary["<|im_end|>"], vocabulary["<|im_start|>"], 2)
     assert internvl.config.image_token_id in rules.suppressed
 
@@ -284,29 +285,41 @@ def test_requests_are_answered_together_as_alone(internvl: InternVLVLM, ask, mak
     assert caught.value.code == ErrorCode.TASK_NOT_SUPPORTED
     assert entries[3].embedding.array.shape == (WIDTH,)
     for request, entry in list(zip(requests, entries, strict=True))[:2]:
-        internvl.frames.clear()
+        internvl.backend.frames.clear()
         (alone,) = internvl.run([request])
         assert alone.text == entry.text
         assert alone.score == pytest.approx(entry.score, rel=1e-4)
 
 
-def test_boxes_come_back_with_the_score_of_their_numbers(internvl: InternVLVLM, ask) -> None:
+def test_boxes_come_back_with_the_score_of_label_and_numbers(internvl: InternVLVLM, ask) -> None:
     known, say = internvl.tokenizer.vocabulary, internvl.tokenizer.words
     before = [known["<ref>"], *say("the cube"), known["</ref>"], known["<box>"]]
     numbers = say("[[250, 250, 500, 750]]")
     ids = [*before, *numbers, known["</box>"], known["<|im_end|>"]]
     values = [math.log(0.9)] * len(before) + [math.log(0.5)] * len(numbers) + [math.log(0.9)] * 2
-    answer = internvl.read(ask("ground", prompt="it"), Generated(tuple(ids), tuple(values)))
+    # Each digit has half of the probability, another half went to what is no number.
+    texts = number_texts(internvl.tokenizer)
+    numbers = {
+        step: [math.log(0.5) if token == ids[step] else -math.inf for token in texts]
+        for step, token in enumerate(ids)
+        if token in texts or ids[step - 1] in texts
+    }
+    answer = internvl.processor.read(
+        ask("ground", prompt="it"), Generated(tuple(ids), tuple(values), numbers)
+    )
     (region,) = answer.regions  # the frame is 80 x 48
     assert region.label == "the cube"
     assert region.box == (20.0, 12.0, 40.0, 36.0)
-    assert region.score == pytest.approx(0.5)
+    label = [0.9] * len(say("the cube"))
+    coordinates = [0.5 ** len(number) for number in ("250", "250", "500", "750")]
+    expected = math.prod([*label, *coordinates]) ** (1 / (len(label) + 4))
+    assert region.score == pytest.approx(expected)
     assert answer.malformed == 0
 
 
 def test_images_of_any_size_and_several_views(official: Path, internvl: InternVLVLM) -> None:
     first, second = noise(30, 130), noise(200, 90, 1)
-    counts = [internvl._count(internvl._pixels(image)) for image in (first, second)]
+    counts = [internvl.processor.count(internvl.pixels(image)) for image in (first, second)]
     with torch.no_grad():
         alone = [internvl.encode_image(image)[0] for image in (first, second)]
         batch = internvl.encode_image([first, second])
@@ -342,9 +355,9 @@ def test_many_tiles_are_looked_at_in_parts(
 def test_images_up_to_4k_and_a_limit_of_tiles(official: Path) -> None:
     for limit, most in ((None, 12), (4, 4), (1, 1), (40, 40)):
         vlm = create_vlm("internvl2-2b", pretrained=str(official), device="cpu", max_tiles=limit)
-        count = len(vlm._pixels(noise(2160, 3840)))
+        count = len(vlm.pixels(noise(2160, 3840)))
         assert count <= most + (most > 1)
-        assert vlm._count(vlm._pixels(noise(2160, 3840))) == TILE * count
+        assert vlm.processor.count(vlm.pixels(noise(2160, 3840))) == TILE * count
         assert vlm.images.max_tiles == most
     for bad in (0, 41, 2.5):
         with pytest.raises(VlmError) as caught:

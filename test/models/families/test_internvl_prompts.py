@@ -19,14 +19,19 @@ from librobot_vlm_ros.models.families.internvl2.model import InternVLConfig
 from librobot_vlm_ros.models.families.internvl2.processor import (
     INTERNVL_TASKS,
     InternVLImages,
+    InternVLProcessor,
     float_tiles,
     grid,
     parse_boxes,
-    question,
     tiles,
 )
 
 IMAGES = InternVLImages(448)
+
+
+def question(task: str, text: str, region: Any, width: int, height: int) -> str:
+    """A task's question, which needs neither weights nor a tokenizer."""
+    return object.__new__(InternVLProcessor).question(task, text, region, (width, height))
 
 
 def original_tiles(image: Image.Image, most: int, side: int) -> list[Image.Image]:
@@ -152,15 +157,16 @@ def test_what_is_no_box_is_counted(text: str, good: int, bad: int) -> None:
     assert (len(regions), malformed) == (good, bad)
 
 
-def test_a_score_is_asked_for_the_numbers_of_each_box() -> None:
-    text, spans = "<ref>a</ref><box>[[1, 2, 3, 4], [5, 6, 7, 8]]</box>", []
+def test_a_score_is_asked_for_the_label_and_the_numbers_of_each_box() -> None:
+    text, asked = "<ref>a</ref><box>[[1, 2, 3, 4], [5, 6, 7, 8]]</box>", []
 
-    def score(stretches: Any) -> float:
-        spans.extend(stretches)
+    def score(label: Any, coordinates: Any, radii: Any) -> float:
+        assert tuple(radii) == (10.0,) * 4
+        asked.append([text[begin:end] for begin, end in [label, *coordinates]])
         return 0.5
 
     regions, _ = parse_boxes(text, 100, 100, score=score)
-    assert [text[begin:end] for begin, end in spans] == ["[1, 2, 3, 4]", "[5, 6, 7, 8]"]
+    assert asked == [["a", "1", "2", "3", "4"], ["a", "5", "6", "7", "8"]]
     assert {region.score for region in regions} == {0.5}
 
 
@@ -263,6 +269,6 @@ def test_a_native_folder_may_have_a_tokenizer_json(tmp_path: Path, ask) -> None:
     vlm = create_vlm("internvl2-2b", pretrained=str(tmp_path), device="cpu")
     (answer,) = vlm.run([ask("caption", params=GenerationParams(max_new_tokens=4))])
     assert answer.prompt_tokens > 50
-    _, ids = vlm.prepare(ask("ground", prompt="the <box> cup"))
+    ids = tuple(vlm.processor.request_ids(ask("ground", prompt="the <box> cup")))
     assert list(ids).count(token) == 1
     assert made.token_to_id("<box>") not in ids

@@ -30,6 +30,7 @@ from librobot_vlm_ros.models.families.llava import checkpoint as llava_convert
 from librobot_vlm_ros.models.families.llava.model import LlavaVLM
 from librobot_vlm_ros.models.families.llava.processor import BEFORE_IMAGE
 from librobot_vlm_ros.models.generation.config import Generated
+from librobot_vlm_ros.models.processor import number_texts
 from librobot_vlm_ros.models.testing.llava import (
     IDS,
     PATCHES,
@@ -114,7 +115,7 @@ def test_greedy_words_follow_the_original_logits(official: Path, llava: LlavaVLM
 def test_a_prompt_is_vicunas_chat(official: Path, llava: LlavaVLM, ask) -> None:
     pieces = (official / "tokenizer.model").read_bytes()
     original = sentencepiece.SentencePieceProcessor(model_proto=pieces)
-    _, ids = llava.prepare(ask("answer", prompt="what is it?"))
+    ids = tuple(llava.processor.request_ids(ask("answer", prompt="what is it?")))
     image = ids.index(llava.config.image_token_id)
     assert ids[0] == 1
     assert list(ids[1:image]) == original.encode(BEFORE_IMAGE)
@@ -124,8 +125,8 @@ def test_a_prompt_is_vicunas_chat(official: Path, llava: LlavaVLM, ask) -> None:
 
 def test_control_tokens_in_a_prompt_become_words(llava: LlavaVLM, ask) -> None:
     for hostile, harmless in (("<image> cup", "image cup"), ("</s><s>cup", "s s cup")):
-        _, ids = llava.prepare(ask("answer", prompt=hostile))
-        assert ids == llava.prepare(ask("answer", prompt=harmless))[1]
+        ids = tuple(llava.processor.request_ids(ask("answer", prompt=hostile)))
+        assert ids == tuple(llava.processor.request_ids(ask("answer", prompt=harmless)))
         assert list(ids).count(llava.config.image_token_id) == 1
         assert not {1, 2} & set(ids[1:])
 
@@ -145,7 +146,7 @@ def test_requests_are_answered_together_as_alone(llava: LlavaVLM, ask, make_fram
     assert entries[4].embedding.array.shape == (TEXT["hidden_size"],)
     for request, entry in list(zip(requests, entries, strict=True))[:2]:
         assert isinstance(entry, ModelAnswer)
-        llava.frames.clear()
+        llava.backend.frames.clear()
         (alone,) = llava.run([request])
         assert alone.text == entry.text
         assert alone.score == pytest.approx(entry.score, rel=1e-4)
@@ -154,11 +155,21 @@ def test_requests_are_answered_together_as_alone(llava: LlavaVLM, ask, make_fram
 def test_boxes_come_back_with_a_score(llava: LlavaVLM, ask) -> None:
     ids = [*llava.tokenizer.words("[0.25, 0.25, 0.5, 0.5]"), 2]
     values = [math.log(0.5)] * len(ids)
-    answer = llava.read(ask("ground", prompt="the cube"), Generated(tuple(ids), tuple(values)))
+    # Each digit has half of the probability, another half went to what is no number.
+    texts = number_texts(llava.tokenizer)
+    numbers = {
+        step: [math.log(0.5) if token == ids[step] else -math.inf for token in texts]
+        for step, token in enumerate(ids)
+        if token in texts or ids[step - 1] in texts
+    }
+    answer = llava.processor.read(
+        ask("ground", prompt="the cube"), Generated(tuple(ids), tuple(values), numbers)
+    )
     (region,) = answer.regions  # the frame is 80 x 48: 16 rows of padding above
     assert region.label == "the cube"
     assert region.box == (20.0, 4.0, 40.0, 24.0)
-    assert region.score == pytest.approx(0.5)
+    # Each token of a number counts once: "0." "2" "5," twice, and "0." "5" twice.
+    assert region.score == pytest.approx((0.5**3 * 0.5**3 * 0.5**2 * 0.5**2) ** (1 / 4))
     assert answer.malformed == 0
 
 
@@ -289,8 +300,8 @@ def test_every_byte_of_the_tower_counts_in_the_sha256(
 
 def test_the_input_size_is_the_images_part_of_the_square(llava: LlavaVLM) -> None:
     side = llava.images.width
-    assert llava.input_size(640, 480) == (side, math.ceil(side * 3 / 4))
-    assert llava.input_size(480, 640) == (math.ceil(side * 3 / 4), side)
+    assert llava.backend.input_size(640, 480) == (side, math.ceil(side * 3 / 4))
+    assert llava.backend.input_size(480, 640) == (math.ceil(side * 3 / 4), side)
 
 
 @pytest.mark.parametrize("dimensions", ["beside", "config", "unknown"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -14,12 +16,17 @@ from librobot_vlm_ros.models import model_info
 from librobot_vlm_ros.models.families.llava.model import CLIP_MEAN, CLIP_STD, LlavaConfig
 from librobot_vlm_ros.models.families.llava.processor import (
     LLAVA_TASKS,
+    LlavaProcessor,
     pad_to_square,
     parse_boxes,
-    question,
     square_numbers,
 )
 from librobot_vlm_ros.models.families.preprocess import ImageSettings, normalise, squash
+
+
+def question(task: str, text: str, region: Any, width: int, height: int) -> str:
+    """A task's question, which needs neither weights nor a tokenizer."""
+    return object.__new__(LlavaProcessor).question(task, text, region, (width, height))
 
 
 @pytest.mark.parametrize("size", [(336, 336), (480, 641), (333, 100), (7, 5), (1, 9)])

@@ -139,7 +139,7 @@ def whole_folder(tmp_path: Path) -> Path:
 
 def test_a_whole_official_folder_answers_with_the_published_settings(whole_folder, ask) -> None:
     vlm = create_vlm("florence-2-base", pretrained=str(whole_folder), device="cpu")
-    rules = vlm.rules(ask("caption").params)
+    rules = vlm.processor.generation_config(ask("caption").params)
     assert (rules.num_beams, rules.no_repeat_ngram) == (3, 3)
     assert (rules.forced_first, rules.forced_last, rules.early_stopping) == (0, 2, True)
     assert rules.max_new_tokens == MAX_POSITIONS  # as many as there are positions for
@@ -153,7 +153,7 @@ def test_saved_in_the_native_layout_it_loads_and_answers_the_same(
     vlm = create_vlm("florence-2-base", pretrained=str(whole_folder), device="cpu")
     vlm.save_pretrained(tmp_path / "native")
     again = create_vlm("florence-2-base", pretrained=str(tmp_path / "native"), device="cpu")
-    assert again.settings == vlm.settings
+    assert again.processor.settings == vlm.processor.settings
     requests = [ask("detect"), ask("caption")]
     for one, other in zip(vlm.run(requests), again.run(requests), strict=True):
         assert (one.text, one.regions) == (other.text, other.regions)

@@ -114,10 +114,10 @@ def test_segmenting_gives_outlined_regions_in_pixels_of_the_image(vlm: PaliGemma
     codes = [vocabulary[f"<seg{code:03}>"] for code in CODES]
     ids = (*box, *codes, *vlm.tokenizer.words(" cup"), 1)
     request = ask("segment", prompt="cup")  # the frame is 80 x 48
-    answer = vlm.read(request, Generated(ids, (math.log(0.5),) * len(ids)))
+    answer = vlm.processor.read(request, Generated(ids, (math.log(0.5),) * len(ids)))
     assert answer.malformed == 0
     assert answer.regions
-    (drawn,) = draw(vlm._masks, [CODES])
+    (drawn,) = draw(vlm.processor.masks, [CODES])
     assert len(answer.regions) == len(drawn)
     for region, outline in zip(answer.regions, drawn, strict=True):
         assert region.label == "cup"

@@ -100,7 +100,7 @@ def reference_answers(qwen: QwenVLM, frames: list[Frame], rows: list[list[int]])
     image, merge = qwen.config.image_token_id, qwen.images.merge
     cells, grids, whole = [], [], []
     for frame, row in zip(frames, rows, strict=True):
-        prepared = qwen._pixels(frame.pixels)
+        prepared = qwen.pixels(frame.pixels)
         cells.append(patches(prepared, qwen.images, torch.device("cpu"), torch.float32))
         height, width = (side // qwen.images.patch for side in prepared.shape[:2])
         grids.append([1, height, width])
@@ -118,7 +118,7 @@ def reference_answers(qwen: QwenVLM, frames: list[Frame], rows: list[list[int]])
             mm_token_type_ids=(ids == image).int(),
             max_new_tokens=12,
             do_sample=False,
-            suppress_tokens=qwen._suppressed(),
+            suppress_tokens=qwen.processor.suppressed(),
             eos_token_id=IDS["<|im_end|>"],
             pad_token_id=IDS["<|endoftext|>"],
         )
@@ -138,7 +138,7 @@ def test_answers_equal_those_of_transformers_for_a_batch_of_sizes(qwen: QwenVLM)
         for i, (frame, text) in enumerate(zip(frames, texts, strict=True))
     ]
     qwen.config.text_config.eos_token_id = IDS["<|im_end|>"]
-    rows = [list(qwen.prepare(request)[1]) for request in requests]
+    rows = [qwen.processor.request_ids(request) for request in requests]
     expected = reference_answers(qwen, frames, rows)
     answers = qwen.run(requests)
     assert len({tuple(row) for row in expected}) == 3
@@ -177,7 +177,7 @@ def test_logits_and_loss_equal_those_of_transformers_forward(qwen: QwenVLM, lear
     if learnt:
         # Theirs gives tokens that are no words a share of the probability.
         words = theirs.logits[:, 11:-1].clone()
-        words[..., qwen._suppressed()] = -torch.inf
+        words[..., qwen.processor.suppressed()] = -torch.inf
         expected = torch.nn.functional.cross_entropy(words.flatten(0, 1), behind.flatten())
         torch.testing.assert_close(ours["loss"], expected)
 
@@ -187,14 +187,14 @@ def test_a_frame_seen_before_answers_the_same(qwen: QwenVLM) -> None:
     request = InferenceRequest("r", frame, "caption", params=params)
     first, second = qwen.run([request])[0], qwen.run([request])[0]
     assert first.text == second.text
-    assert qwen.frames.hits == 1
+    assert qwen.backend.frames.hits == 1
     (embedded,) = qwen.run([InferenceRequest("e", frame, "embed")])
     assert embedded.embedding.array.shape == (32,)
 
 
 def test_images_of_any_size_and_several_views(qwen: QwenVLM) -> None:
     first, second = noise(71, 130), noise(200, 90, 1)
-    counts = [qwen._count(qwen._pixels(image)) for image in (first, second)]
+    counts = [qwen.processor.count(qwen.pixels(image)) for image in (first, second)]
     with torch.no_grad():
         alone = [qwen.encode_image(image)[0] for image in (first, second)]
         batch = qwen.encode_image([first, second])
@@ -215,9 +215,9 @@ def test_each_view_stands_between_its_own_marks_and_has_its_own_places(qwen: Qwe
     start, image, end = (IDS[f"<|{n}|>"] for n in ("vision_start", "image_pad", "vision_end"))
     row = [5, start, image, end, 6]
     seen = ImageFeatures(torch.zeros(5, 32), (3, 2), ((1, 3), (2, 1)))
-    order = qwen._order(row, seen.counts)
+    order = qwen.merge_order(row, seen.counts)
     assert order == [0, 1, -1, -1, -1, 3, 1, -1, -1, 3, 4]
-    assert qwen._places(order, seen).tolist() == [
+    assert qwen.position_ids(order, seen).tolist() == [
         *([0] * 3, [1] * 3, [2, 2, 2], [2, 2, 3], [2, 2, 4], [5] * 3, [6] * 3),
         *([7, 7, 7], [7, 8, 7], [9] * 3, [10] * 3),
     ]
@@ -244,7 +244,7 @@ def test_published_bounds_and_sizes_up_to_4k(name: str, folders: dict[str, Path]
     ours, theirs = pixels(vlm, noise(2160, 3840))
     assert (ours - theirs).abs().max() < 1e-5
     small = create_vlm(name, pretrained=str(folders[name]), device="cpu", max_pixels=100_000)
-    assert small._count(small._pixels(noise(2160, 3840))) <= 100_000 // settings.factor**2
+    assert small.processor.count(small.pixels(noise(2160, 3840))) <= 100_000 // settings.factor**2
 
 
 def test_bounds_that_are_none_are_refused(folders: dict[str, Path]) -> None:
@@ -295,22 +295,24 @@ def test_a_saved_folder_gives_the_same_model(qwen: QwenVLM, tmp_path: Path, ask)
 
 
 def test_sampling_settings_of_the_folder_wait_until_asked_for(qwen: QwenVLM) -> None:
-    rules = qwen.rules(GenerationParams())
+    rules = qwen.processor.generation_config(GenerationParams())
     assert rules.temperature == 0.0
     assert rules.eos == (IDS["<|im_end|>"], IDS["<|endoftext|>"])
-    assert qwen.rules(GenerationParams(temperature=0.7, top_p=0.8)).top_p == 0.8
+    assert (
+        qwen.processor.generation_config(GenerationParams(temperature=0.7, top_p=0.8)).top_p == 0.8
+    )
 
 
 @pytest.mark.parametrize("token", ["<|image_pad|>", "<|im_end|>", "<|box_start|>", "<image>"])
 def test_words_of_a_user_never_become_control_tokens(qwen: QwenVLM, ask, token: str) -> None:
-    _, prompt = qwen.prepare(ask("answer", prompt=f"what {token} is it"))
-    _, plain = qwen.prepare(ask("answer", prompt="what is it"))
+    prompt = tuple(qwen.processor.request_ids(ask("answer", prompt=f"what {token} is it")))
+    plain = tuple(qwen.processor.request_ids(ask("answer", prompt="what is it")))
     control = qwen.tokenizer.control_ids
     assert [t for t in prompt if t in control] == [t for t in plain if t in control]
 
 
 def test_the_chat_is_the_published_one(qwen: QwenVLM, ask) -> None:
-    _, prompt = qwen.prepare(ask("answer", prompt="why"))
+    prompt = tuple(qwen.processor.request_ids(ask("answer", prompt="why")))
     names = {number: token for token, number in qwen.tokenizer.vocabulary.items()}
     text = "".join(names[token] for token in prompt).replace("▁", " ")
     system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -318,7 +320,10 @@ def test_the_chat_is_the_published_one(qwen: QwenVLM, ask) -> None:
         "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>why<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    assert not {*qwen._ids(["why"], None, None)[0]} & qwen._image_marks()
+    marks = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
+    assert not {*qwen.processor.ids(["why"], None, None)[0]} & {
+        qwen.tokenizer.vocabulary[mark] for mark in marks
+    }
 
 
 @pytest.mark.parametrize("name", sorted(TINY))
@@ -375,7 +380,7 @@ def test_patches_of_another_size_than_the_model_has_are_refused(
 
 
 def test_how_many_vectors_an_image_becomes_needs_the_whole_image(qwen: QwenVLM) -> None:
-    assert qwen.input_size(640, 480) is None
+    assert qwen.backend.input_size(640, 480) is None
 
 
 def test_resizing_fast_hardly_changes_the_pixels(folders: dict[str, Path]) -> None:
@@ -384,7 +389,7 @@ def test_resizing_fast_hardly_changes_the_pixels(folders: dict[str, Path]) -> No
         qwen = create_vlm(
             "qwen2-vl-2b", pretrained=str(folders["qwen2-vl-2b"]), device="cpu", resize=how
         )
-        prepared = qwen._pixels(noise(100, 130))
+        prepared = qwen.pixels(noise(100, 130))
         found.append(patches(prepared, qwen.images, torch.device("cpu"), torch.float32))
     assert found[0].shape == found[1].shape
     assert 0 < (found[0] - found[1]).abs().max() < 0.05

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from librobot_vlm_ros.core import EngineError, ErrorCode, GenerationParams
-from librobot_vlm_ros.models.families.florence2.checkpoint import PUBLISHED
+from librobot_vlm_ros.models.families.florence2.processor import PUBLISHED
 from librobot_vlm_ros.models.families.qwen_vl.processor import parse_token_boxes
 from librobot_vlm_ros.models.generation.beam_search import beam_search, fits
 from librobot_vlm_ros.models.generation.config import CoordinateBins, Generated, GenerationConfig
@@ -25,7 +25,7 @@ from librobot_vlm_ros.models.tokenizer import CausalTokenizer
 FIRST, COUNT, SIZE = 10, 6, 16
 BOXES = BoxGrammar(FIRST, COUNT)
 RULES = GenerationConfig(
-    eos=(2,), pad=1, max_new_tokens=14, num_beams=3, scale=CoordinateBins(FIRST, COUNT, 1),
+    eos=(2,), pad=1, max_new_tokens=14, num_beams=3, coordinates=CoordinateBins(FIRST, COUNT, 1),
     early_stopping=True, suppressed=(0, 1),
 )  # fmt: skip
 
@@ -210,18 +210,18 @@ def test_the_second_search_can_be_stopped() -> None:
 def test_florence_with_its_published_beams(
     vlm, ask, make_frame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    vlm.settings = dataclasses.replace(PUBLISHED)
+    vlm.processor.settings = dataclasses.replace(PUBLISHED)
     first = vlm.tokenizer.first_location
     with torch.no_grad():  # words as well as locations, or all of the answer is one run of them
         vlm.module.get_input_embeddings().weight[first : first + 1000] *= 0.8
     rows: list[tuple[int, ...]] = []
-    read = vlm.read
+    read = vlm.processor.read
 
     def note(request: Any, generated: Generated) -> Any:
         rows.append(generated.ids)
         return read(request, generated)
 
-    monkeypatch.setattr(vlm, "read", note)
+    monkeypatch.setattr(vlm.processor, "read", note)
     room = 24
     params = GenerationParams(max_new_tokens=room)
     asked = [
@@ -232,10 +232,10 @@ def test_florence_with_its_published_beams(
     vlm.run(asked)
     bound = list(rows)
     rows.clear()
-    grammar = vlm.grammar(asked[0])
-    monkeypatch.setattr(vlm, "grammar", lambda request: None)
+    grammar = vlm.processor.constraint(asked[0].task)
+    monkeypatch.setattr(vlm.processor, "constraint", lambda task: None)
     vlm.run(asked)
-    rules = vlm.rules(params)
+    rules = vlm.processor.generation_config(params)
     changed = 0
     for mine, free in zip(bound, rows, strict=True):
         assert fits(grammar, Generated(mine, ()), rules)

@@ -113,8 +113,8 @@ def test_answers_see_through_it_and_learners_through_the_module(
     assert calls == [1]
     found = torch.from_numpy(answer.embedding.array)
     assert (found - expected[0].float().mean(dim=0)).abs().max() < 1e-4
-    vlm.decoder = "module"
-    vlm.frames.clear()
+    vlm.generator.kind = "module"
+    vlm.backend.frames.clear()
     vlm.run([ask("embed")])
     assert calls == [1]
 
@@ -134,11 +134,11 @@ def test_a_hook_is_called_whenever_it_was_registered(vlm: Any, ask: Any) -> None
     seen: list[torch.Size] = []
     first = vlm.vision_encoder.convs[0]
     hook = first.register_forward_hook(lambda _module, _given, found: seen.append(found.shape))
-    vlm.frames.clear()
+    vlm.backend.frames.clear()
     vlm.run([ask("embed")])
     assert len(seen) == 1
     hook.remove()
-    vlm.frames.clear()
+    vlm.backend.frames.clear()
     vlm.run([ask("embed")])
     assert len(seen) == 1
 
@@ -148,7 +148,7 @@ def test_a_closed_model_leaves_nothing_of_it(tiny_folder: Any, ask: Any) -> None
     vlm.run([ask("embed")])
     weight = weakref.ref(vlm.vision_encoder.convs[0].conv.weight)
     made = weakref.ref(vlm._tower[1])
-    vlm.close()
+    vlm.backend.close()
     gc.collect()
     assert made() is None
     assert weight() is None

@@ -74,12 +74,14 @@ def causal(request: pytest.FixtureRequest):
 
 def generated(vlm: Any, decoder: str, rows: list[list[int]], params: GenerationParams):
     """Tokens and log-probabilities of a batch of prompts without images."""
-    vlm.decoder = decoder
-    with vlm._answering():
-        made, history = vlm._start(None, rows)
+    vlm.generator.kind = decoder
+    with vlm.inference():
+        made, history = vlm.start(None, rows)
         kind = (CausalStepDecoder, BartStepDecoder)
         assert isinstance(made, kind) == (decoder == "functional")
-        found = generate(made, vlm.rules(params), history, seeds=[4, 5, 6][: len(rows)])
+        found = generate(
+            made, vlm.processor.generation_config(params), history, seeds=[4, 5, 6][: len(rows)]
+        )
     assert all(isinstance(row, Generated) for row in found)
     return found
 
@@ -108,13 +110,13 @@ def test_beyond_the_length_that_a_rotary_base_grows_with_the_module_decodes(caus
     if causal.name != "internvl2-2b":
         pytest.skip("its frequencies do not depend on the length")
     room = int(causal.config.text_config.max_position_embeddings)
-    causal.decoder = "auto"
-    with causal._answering():
-        near, _ = causal._start(None, [[5, 6, 7]], new_tokens=room - 4)
-        far, _ = causal._start(None, [[5, 6, 7]], new_tokens=room - 3)
-        causal.decoder = "functional"
+    causal.generator.kind = "auto"
+    with causal.inference():
+        near, _ = causal.start(None, [[5, 6, 7]], new_tokens=room - 4)
+        far, _ = causal.start(None, [[5, 6, 7]], new_tokens=room - 3)
+        causal.generator.kind = "functional"
         with pytest.raises(ModelError, match="depends on the length beyond") as caught:
-            causal._start(None, [[5, 6, 7]], new_tokens=room - 3)
+            causal.start(None, [[5, 6, 7]], new_tokens=room - 3)
     assert isinstance(near, CausalStepDecoder)
     assert not isinstance(far, CausalStepDecoder)
     assert caught.value.code == ErrorCode.BAD_CONFIG
@@ -132,9 +134,9 @@ def test_florence_continues_as_through_the_module(vlm, params: GenerationParams)
 
 def moved_about(vlm: Any, decoder: str, rows: list[list[int]]) -> torch.Tensor:
     """Logits after rows were swapped among prompts, and became more and fewer, on their way."""
-    vlm.decoder = decoder
-    with vlm._answering():
-        made, _ = vlm._start(None, rows)
+    vlm.generator.kind = decoder
+    with vlm.inference():
+        made, _ = vlm.start(None, rows)
         made.prefill()
         for order in (None, [1, 0], [0, 0, 1, 1], [3, 1, 0, 2], [2, 0]):
             if order is not None:
@@ -159,8 +161,8 @@ def test_half_precision_stays_close_to_the_module(name: str) -> None:
     with torch.inference_mode():
         logits = []
         for decoder in ("module", "functional"):
-            vlm.decoder = decoder
-            made, _ = vlm._start(None, [[5, 6, 7]])
+            vlm.generator.kind = decoder
+            made, _ = vlm.start(None, [[5, 6, 7]])
             made.prefill()
             logits.append(made.decode(torch.tensor([8])).float())
     assert logits[1].dtype == torch.float32
@@ -189,21 +191,21 @@ def test_a_layer_that_is_not_plain_is_left_to_the_module(
     with caplog.at_level(logging.DEBUG, "librobot_vlm_ros"):
         generated(causal, "auto", [[5]], GenerationParams(max_new_tokens=2))
     assert "decodes through its module: a _Wrapped" in caplog.text
-    causal.decoder = "functional"
+    causal.generator.kind = "functional"
     with pytest.raises(ModelError, match="_Wrapped") as caught:
-        causal._start(None, [[5]])
+        causal.start(None, [[5]])
     assert caught.value.code == ErrorCode.BAD_CONFIG
     attention.q_proj = plain
     plain.register_forward_hook(lambda *_: None)
     with pytest.raises(ModelError, match="hooks"):
-        causal._start(None, [[5]])
+        causal.start(None, [[5]])
 
 
 def test_training_and_unknown_decoders_are_refused(causal) -> None:
-    causal.decoder = "functional"
+    causal.generator.kind = "functional"
     causal.train()
     with pytest.raises(ModelError, match="training"):
-        causal._start(None, [[5]])
+        causal.start(None, [[5]])
     with pytest.raises(ModelError, match="module, functional"):
         create_vlm(causal.name, config=CONFIGS[causal.name], device="cpu", decoder="fast")
 
@@ -214,7 +216,7 @@ def test_weights_that_change_between_answers_are_the_ones_used(vlm, ask) -> None
     with torch.no_grad():
         vlm.module.model.language_model.decoder.layers[0].fc1.weight.mul_(-3.0)
     (after,) = vlm.run([request])
-    vlm.decoder = "module"
+    vlm.generator.kind = "module"
     (reference,) = vlm.run([request])
     assert isinstance(before, ModelAnswer)
     assert after.text == reference.text
@@ -260,10 +262,10 @@ def test_padded_rows_of_a_pool_do_not_change_the_answers(causal) -> None:
     rows = [[5, 6, 7, 8], [9], [10, 11, 12, 13, 14, 15]]
     params = GenerationParams(max_new_tokens=10)
     expected = generated(causal, "functional", rows, params)
-    with causal._answering():
-        made, history = causal._start(None, rows)
+    with causal.inference():
+        made, history = causal.start(None, rows)
         made._pool.cuda, made._pool.refused = True, "not here"
-        found = generate(made, causal.rules(params), history)
+        found = generate(made, causal.processor.generation_config(params), history)
         assert [row.ids for row in found] == [row.ids for row in expected]
         assert made._buffers.rows == 4
 
@@ -289,4 +291,4 @@ def test_a_graph_that_cannot_be_captured_is_said_once_and_done_without(
 
 def test_a_folder_tells_nothing_of_the_decoder(tiny_folder: Path) -> None:
     vlm = create_vlm("florence-2-base", pretrained=str(tiny_folder), device="cpu", decoder="module")
-    assert vlm.decoder == "module"
+    assert vlm.generator.kind == "module"

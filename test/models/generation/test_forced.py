@@ -12,7 +12,7 @@ import torch
 
 from librobot_vlm_ros.core import EngineError, ErrorCode, GenerationParams
 from librobot_vlm_ros.models import create_vlm
-from librobot_vlm_ros.models.families.florence2.checkpoint import PUBLISHED
+from librobot_vlm_ros.models.families.florence2.processor import PUBLISHED
 from librobot_vlm_ros.models.generation.config import (
     CoordinateBins,
     Except,
@@ -91,7 +91,8 @@ def test_a_token_that_is_the_only_one_is_not_asked_for() -> None:
     assert row.ids == (3, 4, 5, 6, 2)
     assert told == list(row.ids)
     assert decoder.asked == [[0], [[3, 4, 5]], [6]]
-    assert row.log_probs[1:3] == (0.0, 0.0)  # of those that may stand there it is the only one
+    # What had no choice says nothing about how sure the model is.
+    assert [math.isnan(value) for value in row.log_probs] == [False, True, True, False, False]
     plain = Counted(CHAIN)
     (same,) = run(plain, Leaves(_3=(4,), _4=range(5, 6)))
     assert same == row
@@ -156,26 +157,28 @@ def test_all_but_some() -> None:
     assert math.exp(row.log_probs[1]) == pytest.approx(1 / 5)
 
 
-def test_a_mark_without_a_choice_is_certain() -> None:
-    rules = GenerationConfig(eos=(2,), pad=1, max_new_tokens=7, scale=CoordinateBins(10, 5, 1))
+def test_a_location_without_a_choice_does_not_count() -> None:
+    rules = GenerationConfig(
+        eos=(2,), pad=1, max_new_tokens=7, coordinates=CoordinateBins(10, 5, 1)
+    )
     successors = [14, 0, 0, 0, 0, 0, 0, 0, 0, 0, 14, 14, 14, 14, 14]
     (row,) = run(Extending(successors), BoxGrammar(10, 5), rules)
     assert row.ids[:4] == (14, 14, 14, 14)
-    assert row.log_probs[2:4] == (0.0, 0.0)
+    assert [math.isnan(value) for value in row.log_probs[:4]] == [False, False, True, True]
 
 
 @pytest.mark.parametrize("decoder", ["module", "functional"])
 def test_florence_takes_the_forced_token_in_with_the_start(
     vlm, decoder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    vlm.settings = dataclasses.replace(PUBLISHED, num_beams=1)
-    vlm.decoder = decoder
-    rules = vlm.rules(GenerationParams(max_new_tokens=12))
+    vlm.processor.settings = dataclasses.replace(PUBLISHED, num_beams=1)
+    vlm.generator.kind = decoder
+    rules = vlm.processor.generation_config(GenerationParams(max_new_tokens=12))
     assert rules.forced_first is not None
 
     def answers() -> Any:
-        with vlm._answering():
-            made, history = vlm._start(None, [[0, 5, 9, 2], [0, 7, 2]])
+        with vlm.inference():
+            made, history = vlm.start(None, [[0, 5, 9, 2], [0, 7, 2]])
             return generate(made, rules, history)
 
     found = answers()
@@ -206,14 +209,14 @@ def test_several_tokens_at_once_are_taken_in_as_one_by_one(vlm, decoder: str, be
     tokens = [torch.tensor([8, 9]), torch.tensor([11, 5]), torch.tensor([7, 7])]
     only = torch.tensor([4, 700, 33])
     for model, rows in ((causal, [[5, 6, 7], [9]]), (vlm, [[0, 5, 2], [0, 9, 9, 9, 2]])):
-        model.decoder = decoder
-        with model._answering():
-            one, _ = model._start(None, rows)
+        model.generator.kind = decoder
+        with model.inference():
+            one, _ = model.start(None, rows)
             one.prefill()
             for token in tokens:
                 expected = one.decode(token)
             after = one.decode(tokens[0])
-            many, _ = model._start(None, rows)
+            many, _ = model.start(None, rows)
             if begun:
                 many.prefill()
             found = take_in(many, tokens, only, begun=begun)

@@ -21,7 +21,7 @@ from librobot_vlm_ros.models.testing import paligemma as conformance_paligemma
 
 #: Tokens 10 to 19 are the locations; 2 ends an answer, 3 to 9 are words.
 BOXES = BoxGrammar(10, 10)
-RULES = GenerationConfig(eos=(2,), pad=1, max_new_tokens=12, scale=CoordinateBins(10, 10, 1))
+RULES = GenerationConfig(eos=(2,), pad=1, max_new_tokens=12, coordinates=CoordinateBins(10, 10, 1))
 
 
 class Script:
@@ -154,14 +154,14 @@ def right_way_round(run: list[int]) -> bool:
 
 def noted(vlm: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     rows: list[tuple[int, ...]] = []
-    read = vlm.read
+    read = vlm.processor.read
 
     def note(request: Any, generated: Generated) -> Any:
         rows.append(generated.ids)
         assert not any(value == math.inf for value in generated.log_probs)
         return read(request, generated)
 
-    monkeypatch.setattr(vlm, "read", note)
+    monkeypatch.setattr(vlm.processor, "read", note)
     return rows
 
 
@@ -182,7 +182,7 @@ def test_florence_writes_whole_boxes_only(
     vlm.run(asked)
     bound, broken = list(rows), 0
     rows.clear()
-    monkeypatch.setattr(vlm, "grammar", lambda request: None)
+    monkeypatch.setattr(vlm.processor, "constraint", lambda task: None)
     vlm.run(asked)
     for mine, free in zip(bound, rows, strict=True):
         runs = locations_in_runs(mine, first, 1000)
@@ -203,9 +203,9 @@ def test_paligemma_writes_whole_boxes_only(tmp_path, ask, monkeypatch: pytest.Mo
     rows = noted(vlm, monkeypatch)
     params = GenerationParams(max_new_tokens=40)
     request = ask("open_vocabulary_detect", prompt="duck", params=params)
-    kept = vlm.grammar(request)
+    kept = vlm.processor.constraint(request.task)
     assert kept.allowed([first + 3, first + 9]) == range(first + 3, first + 1024)
-    assert vlm.grammar(ask("caption")) is None
+    assert vlm.processor.constraint(ask("caption").task) is None
     vlm.run([request])
     runs = locations_in_runs(rows[0], first, 1024)
     assert all(map(right_way_round, runs))

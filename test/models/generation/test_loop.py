@@ -10,12 +10,12 @@ import torch
 from transformers import GenerationConfig as TransformersGenerationConfig
 
 from librobot_vlm_ros.core import EngineError, ErrorCode, InferenceError, VlmError
-from librobot_vlm_ros.models.families.florence2.checkpoint import PUBLISHED, FlorenceSettings
 from librobot_vlm_ros.models.families.florence2.model import FlorenceVLM
+from librobot_vlm_ros.models.families.florence2.processor import PUBLISHED, FlorenceSettings
 from librobot_vlm_ros.models.generation.beam_search import _search
 from librobot_vlm_ros.models.generation.config import CoordinateBins, Generated, GenerationConfig
 from librobot_vlm_ros.models.generation.loop import _Loop, generate
-from librobot_vlm_ros.models.generation.sampler import near
+from librobot_vlm_ros.models.generation.scores import near
 
 STOPPED = EngineError(ErrorCode.CANCELLED, "enough")
 
@@ -68,12 +68,12 @@ SETTINGS = [
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: f"{s.num_beams}beams")
 def test_tokens_equal_those_of_generate(vlm: FlorenceVLM, settings: FlorenceSettings) -> None:
-    vlm.settings = dataclasses.replace(settings, max_new_tokens=20)
+    vlm.processor.settings = dataclasses.replace(settings, max_new_tokens=20)
     pixels = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(3))
     rows = [[0, 5, 9, 2, 1], [0, 7, 7, 7, 2], [0, 2, 1, 1, 1]]  # unequal lengths, padded
     words = torch.tensor(rows)
     mask = (words != 1).long()
-    image = torch.full((3, vlm.image_tokens), vlm.config.image_token_id)
+    image = torch.full((3, vlm.processor.image_tokens), vlm.config.image_token_id)
     # Otherwise the model's own settings would fill in what the test leaves open.
     vlm.module.generation_config = TransformersGenerationConfig()
     expected = vlm.module.generate(
@@ -123,7 +123,10 @@ def test_probabilities_are_those_of_the_model_before_any_rule(beams: int) -> Non
 def test_a_mark_on_a_scale_counts_with_its_neighbours(beams: int) -> None:
     table = torch.log(torch.tensor([[0.0, 0, 0.1, 0.1, 0.15, 0.3, 0.2, 0.15]] * 8) + 1e-9)
     rules = dataclasses.replace(
-        RULES, max_new_tokens=1, num_beams=beams, scale=CoordinateBins(first=4, count=4, radius=1)
+        RULES,
+        max_new_tokens=1,
+        num_beams=beams,
+        coordinates=CoordinateBins(first=4, count=4, radius=1),
     )
     (row,) = run(Table(table), rules)
     assert row.ids == (5,)
@@ -187,14 +190,16 @@ def test_when_every_row_is_stopped_the_model_is_not_run_on(beams: int) -> None:
 def test_what_is_told_while_searching_is_the_beginning_of_the_answer(
     vlm: FlorenceVLM, beams: int, ask
 ) -> None:
-    vlm.settings = FlorenceSettings(num_beams=beams, max_new_tokens=16, early_stopping=True)
-    jobs = [vlm._job(0, ask("caption")), vlm._job(1, ask("detect"))]
+    vlm.processor.settings = FlorenceSettings(
+        num_beams=beams, max_new_tokens=16, early_stopping=True
+    )
+    jobs = [vlm.backend.prepare(0, ask("caption")), vlm.backend.prepare(1, ask("detect"))]
     with torch.inference_mode():
-        decoder, start = vlm.start(jobs)
+        decoder, start = vlm.backend.start(jobs)
         told: list[list[list[int]]] = [[], []]
         rows = generate(
             decoder,
-            vlm.rules(jobs[0].request.params),
+            vlm.processor.generation_config(jobs[0].request.params),
             start,
             tell=lambda row, ids: told[row].append(ids),
         )
@@ -260,7 +265,11 @@ def on_its_way(rules: GenerationConfig, *, ahead: bool) -> tuple[list, list[list
 def test_a_host_that_runs_a_step_ahead_of_its_reads_finds_the_same(ngram: int) -> None:
     """As on CUDA: the next step is asked for before the token that it takes in has been read."""
     rules = dataclasses.replace(
-        RULES, max_new_tokens=12, no_repeat_ngram=ngram, scale=CoordinateBins(5, 3, 1), eos=(2, 8)
+        RULES,
+        max_new_tokens=12,
+        no_repeat_ngram=ngram,
+        coordinates=CoordinateBins(5, 3, 1),
+        eos=(2, 8),
     )
     found = on_its_way(rules, ahead=False)
     assert found == on_its_way(rules, ahead=True)

@@ -23,7 +23,7 @@ RULES = GenerationConfig(
     pad=1,
     max_new_tokens=24,
     no_repeat_ngram=3,
-    scale=CoordinateBins(first=0, count=1000, radius=9),
+    coordinates=CoordinateBins(first=0, count=1000, radius=9),
 )
 
 
@@ -51,9 +51,9 @@ class Counted:
 
 def answers(model: Any, kind: str, rules: GenerationConfig, rows: list[int], **options: Any) -> Any:
     """What each of those rows of ROWS gives, and how many rows each step had."""
-    model.decoder = kind
-    with model._answering():
-        made, history = model._start(None, [ROWS[row] for row in rows])
+    model.generator.kind = kind
+    with model.inference():
+        made, history = model.start(None, [ROWS[row] for row in rows])
         counted = Counted(made)
         seeds = [40 + row for row in rows]
         found = generate(counted, rules, history, seeds=seeds, **options)

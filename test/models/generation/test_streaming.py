@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from librobot_vlm_ros.models.generation.streaming import TextStream, TokenSpans, geometric_mean
+from librobot_vlm_ros.models.generation.config import Generated
+from librobot_vlm_ros.models.generation.scores import AnswerText, geometric_mean
+from librobot_vlm_ros.models.generation.streaming import TextStream, token_spans
 
 #: Ids 0 to 255 are bytes, 1000 and up control tokens.
 CONTROL = frozenset(range(1000, 1100))
@@ -62,19 +64,20 @@ def test_many_tokens_at_once_are_the_same_text() -> None:
 
 def test_every_token_has_its_place_in_the_text() -> None:
     ids = [*"né".encode(), 1001, 1002, *b"ox", 1003]
-    spans = TokenSpans(ids, [0.0] * len(ids), decode, CONTROL)
-    assert spans.text == "né<1001><1002>ox<1003>"
-    found = [spans.text[begin:end] for begin, end in spans.spans]
+    text, spans = token_spans(ids, decode, CONTROL)
+    assert text == "né<1001><1002>ox<1003>"
+    found = [text[begin:end] for begin, end in spans]
     assert found == ["n", "", "é", "<1001>", "<1002>", "o", "x", "<1003>"]
 
 
 def test_the_score_of_a_stretch_is_the_geometric_mean_of_its_tokens() -> None:
     ids = [*b"ab", 1001, 1002]
     probabilities = [0.5, 0.25, 0.9, 0.1]
-    spans = TokenSpans(ids, [math.log(p) for p in probabilities], decode, CONTROL)
-    assert spans.score([(0, 2)]) == pytest.approx((0.5 * 0.25) ** (1 / 2))
-    assert spans.score([(0, 1), (2, 8)]) == pytest.approx((0.5 * 0.9) ** (1 / 2))
-    assert math.isnan(spans.score([(90, 99)]))
+    answer = Generated(tuple(ids), tuple(math.log(p) for p in probabilities))
+    spans = AnswerText(answer, decode, CONTROL)
+    assert spans.region((0, 2), []) == pytest.approx((0.5 * 0.25) ** (1 / 2))
+    assert spans.region((0, 1), [(2, 8)]) == pytest.approx((0.5 * 0.9) ** (1 / 2))
+    assert math.isnan(spans.region((90, 99), []))
 
 
 def test_forced_tokens_do_not_count() -> None:

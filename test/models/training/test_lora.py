@@ -228,7 +228,7 @@ def test_layers_to_adapt_are_named_by_the_ends_of_their_paths_or_by_an_expressio
     assert "model.vision_tower.blocks.0.0.channel_block.ffn.fc1" in paths
     assert sum(path.endswith(".q_proj") for path in paths) == len(paths) - 1
     shaken(vlm)
-    vlm.frames.clear()
+    vlm.backend.frames.clear()
     (adapted,) = vlm.run([ask("embed")])
     vlm.remove_adapter()
     (after,) = vlm.run([ask("embed")])  # features of the adapted tower are forgotten with it

@@ -98,8 +98,7 @@ def test_the_loss_counts_the_learnt_words_and_never_the_image(load_family: Load,
     # The three last places but one, or of a decoder that reads labels alone the last three.
     wanted = batch["labels"][:, 3:]
     rows = out["logits"].detach()[counted].unflatten(0, (2, 3)).float()
-    device = [torch.device("cpu")] if vlm.family == "florence-2" else []
-    suppressed = torch.as_tensor(vlm._suppressed(*device))
+    suppressed = torch.as_tensor(vlm.processor.suppressed())
     rows[..., suppressed] = -torch.inf
     expected = functional.cross_entropy(rows.flatten(0, 1), wanted.flatten())
     torch.testing.assert_close(out["loss"].detach(), expected)

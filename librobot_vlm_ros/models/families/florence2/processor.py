@@ -5,21 +5,54 @@ A task is an English sentence, a region four location tokens; sentences as publi
 ``red cube<loc_10><loc_20><loc_300><loc_400>`` is a label with a box in thousandths of the image.
 Coordinates are given as the centre of their bin, (bin + 0.5) * size / 1000, as floats. What can't
 be read as a region is counted, never guessed: a box that lacks a coordinate or is inside out, a
-label without a box, a polygon of fewer than three points."""
+label without a box, a polygon of fewer than three points.
+"""
 
 from __future__ import annotations
 
-import math
+import dataclasses
+import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from librobot_vlm_ros.core import ErrorCode, ModelError, Region, RequestError
+from torch import Tensor
+
+from librobot_vlm_ros.core import (
+    ErrorCode,
+    GenerationParams,
+    InferenceRequest,
+    ModelError,
+    Region,
+    RequestError,
+)
+from librobot_vlm_ros.core.requests import MAX_BEAMS
+from librobot_vlm_ros.models.configuration import (
+    bad_value,
+    check_integer,
+    check_number,
+    check_token,
+)
+from librobot_vlm_ros.models.families.florence2.configuration import image_tokens
+from librobot_vlm_ros.models.families.input_ids import token_rows
+from librobot_vlm_ros.models.families.preprocess import ImageSettings, Resizing, squash
+from librobot_vlm_ros.models.generation.config import CoordinateBins, GenerationConfig, Grammar
+from librobot_vlm_ros.models.generation.constraints.location_tokens import (
+    BoxGrammar,
+    OutlineGrammar,
+)
+from librobot_vlm_ros.models.generation.scores import AnswerText, Score, unknown
+from librobot_vlm_ros.models.processor import Box, Processor, Size
+from librobot_vlm_ros.models.registry import model_info
 from librobot_vlm_ros.models.tokenizer import check_words, read_fast, unbroken
 
 __all__ = [
+    "FlorenceProcessor",
+    "FlorenceSettings",
+    "PUBLISHED",
+    "published_settings",
     "ADDED_TOKENS",
     "BINS",
     "FLORENCE_TASKS",
@@ -296,9 +329,6 @@ class FlorenceTokenizer:
         )
 
 
-#: Score of stretches (begin, end) of the answer's text.
-Score = Callable[[Sequence[tuple[int, int]]], float]
-
 _TOKEN = re.compile(
     r"<loc_(?P<loc>\d{1,6})>|<(?P<mark>/?poly|sep)>"
     r"|<(?:/?s|pad|unk|/?od|/?ocr|/?cap|/?ncap|/?dcap|/?grounding|/?seg|/?region_cap"
@@ -399,7 +429,7 @@ def parse_answer(
     width: int,
     height: int,
     *,
-    score: Score = lambda stretches: math.nan,
+    score: Score = unknown,
     default_label: str = "",
 ) -> tuple[tuple[Region, ...], int]:
     """Regions in pixels of a width x height image, and how many pieces could not be read.
@@ -520,13 +550,11 @@ class _Reader:
         *,
         outlined: bool,
     ) -> None:
-        stretches = [(begin, end) for _, begin, end in locations]
-        if piece.label:
-            stretches.append(piece.span)
+        written = [(begin, end) for _, begin, end in locations]
         self.regions.append(
             Region(
                 label=label,
-                score=self._score(stretches),
+                score=self._score(piece.span if piece.label else None, written),
                 x_min=min(x for x, _ in points),
                 y_min=min(y for _, y in points),
                 x_max=max(x for x, _ in points),
@@ -539,3 +567,246 @@ class _Reader:
 def _is_box(points: Sequence[tuple[float, float]]) -> bool:
     (x_min, y_min), (x_max, y_max) = points
     return x_min <= x_max and y_min <= y_max
+
+
+_FILE = "generation_config.json"
+#: Tokens that settings may force.
+_FORCED = ("forced_bos_token_id", "forced_eos_token_id")
+#: Integers, from and to; beams as a request may ask for them.
+_BOUNDS: dict[str, tuple[int, int | None]] = {
+    "num_beams": (1, MAX_BEAMS),
+    "max_new_tokens": (1, None),
+    "no_repeat_ngram_size": (0, 1024),
+}
+#: An answer's length to a power beyond it is no number.
+_MAX_PENALTY = 10.0
+
+
+@dataclass(frozen=True)
+class FlorenceSettings:
+    """How a checkpoint is meant to be decoded."""
+
+    num_beams: int = 1
+    no_repeat_ngram_size: int = 0
+    #: Token that stands first, and the one that stands last when the room is used up.
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: int | None = None
+    early_stopping: bool = False
+    length_penalty: float = 1.0
+    max_new_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            _check(_FILE, name, value)
+
+    def overlaid(self, found: Mapping[str, Any], file: str = _FILE) -> FlorenceSettings:
+        """These settings with those that `found` (the content of `file`) states."""
+        stated = {k: v for k, v in found.items() if k in vars(self) and v is not None}
+        if "max_new_tokens" not in stated and found.get("max_length"):
+            check_integer(f"{file}: max_length", found["max_length"], 2)
+            stated["max_new_tokens"] = found["max_length"] - 1  # the start token counts there
+        for name, value in stated.items():
+            _check(file, name, value)
+        return dataclasses.replace(self, **stated)
+
+    def check_vocabulary(self, size: int) -> None:
+        """Raises ModelError BAD_CONFIG for a token that a model of this vocabulary has not."""
+        for name in _FORCED:
+            if getattr(self, name) is not None:
+                check_token(f"{_FILE} or config.json: {name}", getattr(self, name), size)
+
+
+def _check(file: str, name: str, value: Any) -> None:
+    """Raises ModelError BAD_CONFIG for a value that no answer can be decoded by."""
+    field = f"{file}: {name}"
+    if name in _FORCED:
+        if value is not None:
+            check_integer(field, value, 0)
+    elif name == "early_stopping":
+        if not isinstance(value, bool):
+            raise bad_value(field, value, "true or false")
+    elif name == "length_penalty":
+        check_number(field, value, -_MAX_PENALTY, _MAX_PENALTY)
+    else:
+        check_integer(field, value, *_BOUNDS[name])
+
+
+#: Settings published with microsoft/Florence-2-base and -large. Conversions to transformers' layout
+#: lose the forced first token, the n-gram rule and the beams, so they stand here.
+PUBLISHED = FlorenceSettings(
+    num_beams=3,
+    no_repeat_ngram_size=3,
+    forced_bos_token_id=0,
+    forced_eos_token_id=2,
+    early_stopping=True,
+)
+
+
+class FlorenceProcessor(Processor):
+    """Florence-2's processor. Raises ImageError where images of that size don't fit the tower."""
+
+    def __init__(
+        self,
+        name: str,
+        config: Any,
+        images: ImageSettings,
+        tokenizer: FlorenceTokenizer | None = None,
+        settings: FlorenceSettings | None = None,
+    ) -> None:
+        super().__init__(name, config, images, tokenizer)
+        self.settings = published_settings(name) if settings is None else settings
+        # Fails now, not at the first frame.
+        self.image_tokens = image_tokens(config.vision_config, images.height, images.width)
+
+    # Pixels.
+
+    def pixels(self, image: Any, how: Resizing) -> Any:
+        """See `Processor`."""
+        return squash(image, self.images, how)
+
+    def input_size(self, width: int, height: int) -> Size | None:
+        """The same for all images."""
+        return self.images.width, self.images.height
+
+    def count(self, prepared: Any) -> int:
+        """See `Processor`."""
+        return self.image_tokens
+
+    def refuse_too_long(self, image: int, prompt: int, answer: int) -> None:
+        """See `Processor`; the answer is the decoder's and has room of its own."""
+        room = self.config.text_config.max_position_embeddings
+        if image + prompt > room:
+            raise RequestError(
+                ErrorCode.PROMPT_TOO_LONG,
+                f"image and prompt take {image + prompt} tokens, {self.name} has room for {room}",
+                "shorten the prompt",
+            )
+
+    # Prompts.
+
+    def chat(self, words: str, views: int = 1) -> list[int]:
+        """See `Processor`; the words as they are, between begin and end."""
+        return list(self.words().prompt([words]))
+
+    def prompt(
+        self, task: str, text: str, region: Box | None, size: Size | None, views: int = 1
+    ) -> list[int]:
+        """See `Processor`."""
+        pieces = build_prompt(FLORENCE_TASKS[task], text, region, *(size or (1, 1)))
+        return list(self.words().prompt(pieces))
+
+    def ids(self, text: Any, attention_mask: Tensor | None) -> list[list[int]]:
+        """Prompts as lists of ids: strings between begin and end, ids without image and padding."""
+        if isinstance(text, str):
+            text = [text]
+        if text is None or len(text) == 0:
+            raise RequestError(ErrorCode.EMPTY_PROMPT, "neither text nor input_ids were given")
+        if isinstance(text[0], str):
+            return [self.chat(self.clean(row, False)) for row in text]
+        image, size = self.config.image_token_id, int(self.config.text_config.vocab_size)
+        rows = token_rows(text, attention_mask, size, (image,))
+        return [[token for token in row if token != image] for row in rows]
+
+    def ids_in_sentence(
+        self, task: str, ids: Any, attention_mask: Tensor | None
+    ) -> list[list[int]]:
+        """The task's sentence with token ids in the place of its input, or behind it."""
+        self.refuse_unable(task)
+        spec, tokenizer = FLORENCE_TASKS[task], self.words()
+        before, _, after = spec.sentence.partition("{input}")
+        if spec.takes != "region":
+            before = before.rstrip()  # a word's id holds the space before it, a location's does not
+        outer = {tokenizer.bos, tokenizer.eos, tokenizer.pad}
+        head, tail = tokenizer.words(before), tokenizer.words(after)
+        return [
+            [tokenizer.bos, *head, *(t for t in row if t not in outer), *tail, tokenizer.eos]
+            for row in self.ids(ids, attention_mask)
+        ]
+
+    # Answers.
+
+    def coordinates(self) -> CoordinateBins | None:
+        """Locations count as right when they are within 1 % of the image's side."""
+        if self.tokenizer is None:
+            return None
+        return CoordinateBins(self.tokenizer.first_location, BINS, radius=BINS // 100)
+
+    def generation_config(self, params: GenerationParams) -> GenerationConfig:
+        """Published settings, and what `params` asks for; sampling means one beam."""
+        settings, text = self.settings, self.config.text_config
+        beams, wanted = self.asked(
+            params,
+            beams=1 if params.temperature > 0 else settings.num_beams,
+            tokens=settings.max_new_tokens,
+        )
+        return GenerationConfig(
+            eos=(text.eos_token_id,),
+            pad=text.pad_token_id,
+            max_new_tokens=wanted,
+            num_beams=beams,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            no_repeat_ngram=settings.no_repeat_ngram_size,
+            forced_first=settings.forced_bos_token_id,
+            forced_last=settings.forced_eos_token_id,
+            suppressed=tuple(self.suppressed()),
+            length_penalty=settings.length_penalty,
+            early_stopping=settings.early_stopping,
+            coordinates=self.coordinates(),
+        )
+
+    def constraint(self, task: str) -> Grammar | None:
+        """Whole boxes, quadrangles and polygons, as the task writes them."""
+        if not self.writes_regions(task):
+            return None
+        first, answer = self.tokenizer.first_location, FLORENCE_TASKS[task].answer
+        if answer == "polygons":
+            return OutlineGrammar(first, BINS)
+        if answer == "quads":
+            return BoxGrammar(first, BINS, size=8, ordered=False)
+        # The n-gram rule may forbid what little an order leaves.
+        ordered = not self.settings.no_repeat_ngram_size
+        ids = self.tokenizer.tokenizer.convert_tokens_to_ids
+        poly = ids("<poly>") if answer == "boxes_or_polygons" else None
+        return BoxGrammar(first, BINS, ordered=ordered, unless=poly)
+
+    def regions(
+        self, request: InferenceRequest, answer: AnswerText
+    ) -> tuple[tuple[Region, ...], int]:
+        """See `Processor`."""
+        task, frame = FLORENCE_TASKS[request.task], request.frame
+        return parse_answer(
+            answer.text,
+            task.answer,
+            frame.width,
+            frame.height,
+            score=answer.region,
+            default_label=request.prompt if task.takes == "text" else "",
+        )
+
+    def plain_text(self, text: str) -> str:
+        """See `Processor`."""
+        return without_locations(text)
+
+    def save(self, folder: Path) -> None:
+        """See `Processor`."""
+        if self.tokenizer is not None:
+            self.tokenizer.save(folder)
+        text = self.config.text_config
+        generation = {
+            **{k: v for k, v in dataclasses.asdict(self.settings).items() if v is not None},
+            "bos_token_id": text.bos_token_id,
+            "eos_token_id": text.eos_token_id,
+            "pad_token_id": text.pad_token_id,
+            "decoder_start_token_id": text.decoder_start_token_id,
+        }
+        for file, content in (
+            (_FILE, generation),
+            ("preprocessor_config.json", self.images.to_json()),
+        ):
+            (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def published_settings(name: str) -> FlorenceSettings:
+    """What holds where a folder states nothing: the published models have published settings."""
+    return PUBLISHED if model_info(name).default_pretrained else FlorenceSettings()

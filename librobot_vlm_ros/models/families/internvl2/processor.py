@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,10 +15,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from librobot_vlm_ros.core import ErrorCode, ImageError, ModelError, Region, RequestError
+from librobot_vlm_ros.core import ErrorCode, ImageError, InferenceRequest, ModelError, Region
 from librobot_vlm_ros.models.configuration import unreadable
-from librobot_vlm_ros.models.families import prompts as questions
-from librobot_vlm_ros.models.families.boxes import BLANKS, NUMBER, SCALE, Score, region_of
+from librobot_vlm_ros.models.families.boxes import BLANKS, NUMBER, RADII, SCALE, region_of
+from librobot_vlm_ros.models.families.causal_lm import CausalProcessor
+from librobot_vlm_ros.models.families.internvl2.configuration import tile_tokens
 from librobot_vlm_ros.models.families.preprocess import (
     EXACT,
     IMAGENET_MEAN,
@@ -29,8 +29,18 @@ from librobot_vlm_ros.models.families.preprocess import (
     deviations,
     resize,
 )
+from librobot_vlm_ros.models.families.prompts import question
+from librobot_vlm_ros.models.generation.constraints.box_syntax import ListBoxes
+from librobot_vlm_ros.models.generation.scores import AnswerText, Score, unknown
+from librobot_vlm_ros.models.processor import Box, Size
 
 __all__ = [
+    "BEGIN",
+    "END",
+    "IMAGE",
+    "IMAGE_BEGIN",
+    "IMAGE_END",
+    "InternVLProcessor",
     "INTERNVL_TASKS",
     "InternVLImages",
     "NOTATION",
@@ -39,7 +49,6 @@ __all__ = [
     "grid",
     "internvl_images",
     "parse_boxes",
-    "question",
     "tiles",
 ]
 
@@ -222,6 +231,10 @@ SYSTEM = (
 #: Tokens that a task's sentence may hold.
 NOTATION = ("<ref>", "</ref>", "<box>", "</box>")
 
+BEGIN, END = "<|im_start|>", "<|im_end|>"
+IMAGE_BEGIN, IMAGE, IMAGE_END = "<img>", "<IMG_CONTEXT>", "</img>"
+_SPLIT = re.compile(f"({'|'.join(map(re.escape, NOTATION))})")
+
 #: A task's question; `{text}` stands for the user's words, `{region}` for a box.
 INTERNVL_TASKS: Mapping[str, str] = {
     "answer": "{text}",
@@ -258,30 +271,8 @@ _LIST = re.compile(rf"\[(?!{BLANKS}\[)[^\[\]]*(?:\]|$|(?=\[))", re.A)
 _BOX = re.compile(_FOUR, re.A)
 
 
-def question(task: str, text: str, region: Sequence[float] | None, width: int, height: int) -> str:
-    """A task's question; what it holds of `NOTATION` are tokens.
-
-    `region` in pixels of a width x height image. Raises RequestError EMPTY_PROMPT, BAD_REGION or
-    BAD_PARAMETER.
-    """
-    sentence = questions.question(INTERNVL_TASKS, task, text)
-    if "{region}" not in INTERNVL_TASKS[task]:
-        return sentence
-    if region is None:
-        raise RequestError(
-            ErrorCode.BAD_REGION, f"{task} needs a region: x_min, y_min, x_max, y_max"
-        )
-    sides = (width, height, width, height)
-    numbers = (round(value / side * SCALE) for value, side in zip(region, sides, strict=True))
-    return sentence.replace("{region}", ", ".join(map(str, numbers)))
-
-
 def parse_boxes(
-    text: str,
-    width: int,
-    height: int,
-    label: str = "",
-    score: Score = lambda stretches: math.nan,
+    text: str, width: int, height: int, label: str = "", score: Score = unknown
 ) -> tuple[tuple[Region, ...], int]:
     """Regions in pixels of a width x height image, and how many lists are no box of it.
 
@@ -289,10 +280,11 @@ def parse_boxes(
     without any list counts as a list that is none, and so does an answer without any box.
     """
     regions: list[Region] = []
-    pieces = 0
+    pieces, labelled = 0, None
     for found in _PIECE.finditer(text):
         if found["label"] is not None:
-            label = found["label"].strip() or label
+            if found["label"].strip():
+                label, labelled = found["label"].strip(), found.span("label")
             continue
         if found["bare"]:
             spans = [found.span("bare")]
@@ -301,8 +293,77 @@ def parse_boxes(
         pieces += max(1, len(spans))
         for begin, end in spans:
             box = _BOX.fullmatch(text, begin, end)
-            numbers = [float(number) for number in box.groups()] if box else []
-            region = region_of(numbers, label, score([(begin, end)]), width, height)
+            if box is None:
+                continue
+            written = score(labelled, [box.span(number) for number in range(1, 5)], RADII)
+            region = region_of([float(n) for n in box.groups()], label, written, width, height)
             if region is not None:
                 regions.append(region)
     return tuple(regions), max(1, pieces) - len(regions)
+
+
+class InternVLProcessor(CausalProcessor):
+    """InternVL2's processor. A prepared image is its tiles, uint8 [N, side, side, 3] or normalised
+    floats [N, 3, side, side].
+    """
+
+    one_size = False
+    notation = ListBoxes()
+    images: InternVLImages
+
+    # Pixels.
+
+    @property
+    def image_tokens(self) -> int:
+        """Vectors of one tile."""
+        return tile_tokens(self.config)
+
+    def pixels(self, image: npt.NDArray[np.uint8], how: Resizing) -> npt.NDArray[np.uint8]:
+        """See `Processor`."""
+        return tiles(image, self.images, how)
+
+    def normalised(self, image: Tensor) -> Tensor:
+        """See `CausalProcessor`."""
+        return float_tiles(image, self.images)
+
+    def count(self, prepared: Any) -> int:
+        """See `Processor`."""
+        return len(prepared) * self.image_tokens
+
+    # Prompts.
+
+    def question(self, task: str, text: str, region: Box | None, size: Size | None) -> str:
+        """See `CausalProcessor`; what it holds of `NOTATION` are tokens."""
+        numbers = ""
+        if region is not None and size is not None:
+            sides = (*size, *size)
+            scaled = (round(v / side * SCALE) for v, side in zip(region, sides, strict=True))
+            numbers = ", ".join(map(str, scaled))
+        return question(INTERNVL_TASKS, task, text, numbers)
+
+    def chat(self, words: str, views: int = 1) -> list[int]:
+        """See `Processor`: the template internlm2-chat; several images are numbered, as the model
+        learnt them.
+        """
+        tokenizer, config = self.words(), self.config
+        say, known = tokenizer.words, tokenizer.vocabulary
+        begin, end = known[BEGIN], known[END]
+        image = [known[IMAGE_BEGIN], config.image_token_id, known[IMAGE_END]]
+        system = getattr(config, "system_message", None) or SYSTEM
+        head = [config.text_config.bos_token_id, begin, *say(f"system\n{system}"), end]
+        before, asked = "user\n", [begin]
+        for view in range(views):
+            asked += say(before + (f"Image-{view + 1}: " if views > 1 else "")) + image
+            before = "\n"
+        for piece in _SPLIT.split(before + words):
+            asked += [known[piece]] if piece in NOTATION else say(piece)
+        return [*head, *asked, end, begin, *say("assistant\n")]
+
+    # Answers.
+
+    def regions(
+        self, request: InferenceRequest, answer: AnswerText
+    ) -> tuple[tuple[Region, ...], int]:
+        """See `Processor`."""
+        frame = request.frame
+        return parse_boxes(answer.text, frame.width, frame.height, request.prompt, answer.region)

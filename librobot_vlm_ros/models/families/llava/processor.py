@@ -9,21 +9,25 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from librobot_vlm_ros.core import ErrorCode, Region, RequestError
-from librobot_vlm_ros.models.families import prompts as questions
+from librobot_vlm_ros.core import InferenceRequest, Region
+from librobot_vlm_ros.models.families.causal_lm import CausalProcessor
+from librobot_vlm_ros.models.families.preprocess import ImageSettings, Resizing, squash
+from librobot_vlm_ros.models.families.prompts import question
+from librobot_vlm_ros.models.generation.scores import AnswerText, Score, unknown
+from librobot_vlm_ros.models.processor import Box, Size
 
 __all__ = [
     "BEFORE_IMAGE",
     "LLAVA_TASKS",
-    "behind_image",
+    "LlavaProcessor",
     "pad_to_square",
     "parse_boxes",
-    "question",
     "square_numbers",
 ]
 
@@ -43,31 +47,9 @@ LLAVA_TASKS: Mapping[str, str] = {
     "region_caption": "Please provide a short description for this region: {region}.",
 }
 
-_NUMBER = r"\s*[-+]?(?:\d+(?:\.\d*)?|\.\d+)\s*"
-_BOX = re.compile(rf"\[({_NUMBER}),({_NUMBER}),({_NUMBER}),({_NUMBER})\]")
+_NUMBER = r"\s*([-+]?(?:\d+(?:\.\d*)?|\.\d+))\s*"
+_BOX = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
 _LIST = re.compile(r"\[[^\[\]]*(?:\]|$|(?=\[))")
-
-Score = Callable[[Sequence[tuple[int, int]]], float]
-
-
-def behind_image(words: str) -> str:
-    """What stands behind the image: the question, and the word after which the answer begins."""
-    return f"\n{words} ASSISTANT:"
-
-
-def question(
-    task: str, text: str, region: tuple[float, ...] | None, width: int, height: int
-) -> str:
-    """A task's question. Raises RequestError EMPTY_PROMPT, BAD_REGION or BAD_PARAMETER."""
-    sentence = questions.question(LLAVA_TASKS, task, text)
-    if "{region}" not in LLAVA_TASKS[task]:
-        return sentence
-    if region is None:
-        raise RequestError(
-            ErrorCode.BAD_REGION, f"{task} needs a region: x_min, y_min, x_max, y_max"
-        )
-    numbers = (str(round(number, 2)) for number in square_numbers(region, width, height))
-    return sentence.replace("{region}", f"[{', '.join(numbers)}]")
 
 
 def pad_to_square(pixels: npt.NDArray[np.uint8], mean: Sequence[float]) -> npt.NDArray[np.uint8]:
@@ -94,7 +76,7 @@ def parse_boxes(
     width: int,
     height: int,
     label: str,
-    score: Score = lambda stretches: math.nan,
+    score: Score = unknown,
 ) -> tuple[tuple[Region, ...], int]:
     """Regions in pixels of a width x height image, and how many lists are no box of it.
 
@@ -102,10 +84,11 @@ def parse_boxes(
     lies in the padding is cut off. An answer without any list counts as one that is none.
     """
     side, left, top = _square(width, height)
+    radii = (width / side / 100, height / side / 100) * 2
     regions: list[Region] = []
     lists = list(_LIST.finditer(text))
     for found in lists:
-        box = _BOX.fullmatch(found.group())
+        box = _BOX.fullmatch(text, *found.span())
         numbers = [float(number) for number in box.groups()] if box else []
         if not numbers or not all(0.0 <= number <= 1.0 for number in numbers):
             continue
@@ -117,7 +100,9 @@ def parse_boxes(
             continue
         x_min, x_max = max(x_min, 0.0), min(x_max, float(width))
         y_min, y_max = max(y_min, 0.0), min(y_max, float(height))
-        regions.append(Region(label, score([found.span()]), x_min, y_min, x_max, y_max))
+        assert box is not None
+        written = score(None, [box.span(number) for number in range(1, 5)], radii)
+        regions.append(Region(label, written, x_min, y_min, x_max, y_max))
     return tuple(regions), max(1, len(lists)) - len(regions)
 
 
@@ -125,3 +110,69 @@ def _square(width: int, height: int) -> tuple[int, int, int]:
     """Side of the padded square, and where the image's left and upper edge lie in it."""
     side = max(width, height)
     return side, (side - width) // 2, (side - height) // 2
+
+
+class LlavaProcessor(CausalProcessor):
+    """LLaVA-1.5's processor."""
+
+    images: ImageSettings
+
+    # Pixels.
+
+    @property
+    def image_tokens(self) -> int:
+        """Vectors of an image: one a patch, and the class token where the model keeps it."""
+        extra = self.config.vision_feature_select_strategy == "full"
+        return super().image_tokens + extra
+
+    def pixels(self, image: npt.NDArray[np.uint8], how: Resizing) -> Any:
+        """See `Processor`."""
+        return squash(pad_to_square(image, self.images.mean), self.images, how)
+
+    def input_size(self, width: int, height: int) -> Size | None:
+        """The image's part of the padded square."""
+        side = max(width, height)
+        return (
+            math.ceil(width * self.images.width / side),
+            math.ceil(height * self.images.height / side),
+        )
+
+    def images_json(self) -> dict[str, Any]:
+        """See `CausalProcessor`."""
+        size = {"height": self.images.height, "width": self.images.width}
+        return {
+            **super().images_json(),
+            "image_processor_type": "LlavaImageProcessor",
+            "do_pad": True,
+            "size": size,
+            "crop_size": size,
+        }
+
+    # Prompts.
+
+    def question(self, task: str, text: str, region: Box | None, size: Size | None) -> str:
+        """See `CausalProcessor`."""
+        numbers = ""
+        if region is not None and size is not None:
+            scaled = (str(round(number, 2)) for number in square_numbers(region, *size))
+            numbers = f"[{', '.join(scaled)}]"
+        return question(LLAVA_TASKS, task, text, numbers)
+
+    def chat(self, words: str, views: int = 1) -> list[int]:
+        """See `Processor`; one token stands for all views."""
+        say, begin = self.words().words, self.config.text_config.bos_token_id
+        image = [self.config.image_token_id] if views else []
+        return [begin, *say(BEFORE_IMAGE), *image, *say(f"\n{words} ASSISTANT:")]
+
+    # Answers.
+
+    def suppressed(self) -> list[int]:
+        """Everything behind the words: image, pad, and the padding of the tables."""
+        return list(range(self.config.image_token_id, self.config.text_config.vocab_size))
+
+    def regions(
+        self, request: InferenceRequest, answer: AnswerText
+    ) -> tuple[tuple[Region, ...], int]:
+        """See `Processor`."""
+        frame = request.frame
+        return parse_boxes(answer.text, frame.width, frame.height, request.prompt, answer.region)

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from librobot_vlm_ros.core import ErrorCode, ModelError
 from librobot_vlm_ros.models.checkpoints.file_checks import check_archive
 from librobot_vlm_ros.models.checkpoints.shards import iterate_tensors
-from librobot_vlm_ros.models.families.paligemma.processor import CODES
 
 __all__ = [
+    "CODES",
+    "TOKENS",
     "MaskDecoder",
     "Outline",
     "draw",
@@ -33,6 +34,8 @@ __all__ = [
     "write_mask_decoder",
 ]
 
+#: Entries of the codebook of masks, and codes of a mask.
+CODES, TOKENS = 128, 16
 #: Corners (x, y) from 0 to 1 of the box that the mask lies in.
 Outline = Sequence[tuple[float, float]]
 

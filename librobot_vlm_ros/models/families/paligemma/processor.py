@@ -8,19 +8,36 @@ height and width, then the label; several are parted by ``;``. Sixteen codes ``<
 
 from __future__ import annotations
 
-import math
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from librobot_vlm_ros.core import Region
-from librobot_vlm_ros.models.families import prompts as questions
+import numpy as np
+import numpy.typing as npt
 
-__all__ = ["BINS", "PALIGEMMA_TASKS", "parse_locations", "parse_masks", "question"]
+from librobot_vlm_ros.core import InferenceRequest, Region
+from librobot_vlm_ros.models.families.causal_lm import CausalProcessor
+from librobot_vlm_ros.models.families.paligemma.masks import (
+    CODES,
+    TOKENS,
+    MaskDecoder,
+    draw,
+    missing_mask_decoder,
+    write_mask_decoder,
+)
+from librobot_vlm_ros.models.families.preprocess import ImageSettings, Resizing, squash
+from librobot_vlm_ros.models.families.prompts import question
+from librobot_vlm_ros.models.generation.config import CoordinateBins, Grammar
+from librobot_vlm_ros.models.generation.constraints.location_tokens import BoxGrammar
+from librobot_vlm_ros.models.generation.scores import AnswerText, Score, unknown
+from librobot_vlm_ros.models.processor import Box, Size
+
+__all__ = ["BINS", "PALIGEMMA_TASKS", "PaliGemmaProcessor", "parse_locations", "parse_masks"]
 
 BINS = 1024
-#: Entries of the codebook of masks, and codes of a mask.
-CODES, TOKENS = 128, 16
 #: A task's prefix; `{text}` stands for the user's words.
 PALIGEMMA_TASKS: Mapping[str, str] = {
     "answer": "answer en {text}",
@@ -38,7 +55,6 @@ _BOX = re.compile(
 _CODE = re.compile(r"<seg(\d{3})>")
 _LISTED = re.compile(r"\s*[;,]\s*")
 
-Score = Callable[[Sequence[tuple[int, int]]], float]
 #: Outlines (x, y), 0 to 1 of the box, of the mask of each sixteen codes.
 Draw = Callable[[Sequence[Sequence[int]]], Sequence[Sequence[Sequence[tuple[float, float]]]]]
 
@@ -53,19 +69,12 @@ class _Piece:
     score: float
 
 
-def question(task: str, text: str) -> str:
-    """A task's prefix. Raises RequestError EMPTY_PROMPT or BAD_PARAMETER."""
-    if PALIGEMMA_TASKS[task].startswith(("detect", "segment")):
-        text = " ; ".join(part for part in _LISTED.split(text) if part)
-    return questions.question(PALIGEMMA_TASKS, task, text)
-
-
 def parse_locations(
     text: str,
     width: int,
     height: int,
     label: str = "",
-    score: Score = lambda stretches: math.nan,
+    score: Score = unknown,
 ) -> tuple[tuple[Region, ...], int]:
     """Regions in pixels of a width x height image, and how many pieces are no box.
 
@@ -83,7 +92,7 @@ def parse_masks(
     height: int,
     draw: Draw,
     label: str = "",
-    score: Score = lambda stretches: math.nan,
+    score: Score = unknown,
 ) -> tuple[tuple[Region, ...], int]:
     """Outlined regions in pixels of a width x height image, and how many pieces have no mask.
 
@@ -122,13 +131,14 @@ def _pieces(
     for piece in text.split(";"):
         end = begin + len(piece)
         if piece.strip():
-            yield _piece(piece, width, height, label, score([(begin, end)]))
+            yield _piece(_BOX.fullmatch(text, begin, end), width, height, label, score)
         begin = end + 1
 
 
-def _piece(text: str, width: int, height: int, label: str, score: float) -> _Piece | None:
-    found = _BOX.fullmatch(text)
-    if not found:
+def _piece(
+    found: re.Match[str] | None, width: int, height: int, label: str, score: Score
+) -> _Piece | None:
+    if found is None:
         return None
     y_min, x_min, y_max, x_max = (int(number) for number in found.groups()[:4])
     if max(y_max, x_max) >= BINS or y_min > y_max or x_min > x_max:
@@ -136,4 +146,88 @@ def _piece(text: str, width: int, height: int, label: str, score: float) -> _Pie
     x_scale, y_scale = width / BINS, height / BINS
     box = (x_min * x_scale, y_min * y_scale, x_max * x_scale, y_max * y_scale)
     codes = tuple(int(code) for code in _CODE.findall(found.group(5)))
-    return _Piece(found.group(6).strip() or label, box, codes, score)
+    written = found.group(6).strip()
+    value = score(found.span(6) if written else None, [found.span(n) for n in range(1, 5)])
+    return _Piece(written or label, box, codes, value)
+
+
+class PaliGemmaProcessor(CausalProcessor):
+    """PaliGemma's processor. `masks`: the decoder of masks, None where there is none."""
+
+    default_new_tokens = 256
+    images: ImageSettings
+
+    def __init__(
+        self,
+        name: str,
+        config: Any,
+        images: ImageSettings,
+        tokenizer: Any = None,
+        masks: MaskDecoder | None = None,
+    ) -> None:
+        super().__init__(name, config, images, tokenizer)
+        self.masks = masks
+
+    # Pixels.
+
+    def pixels(self, image: npt.NDArray[np.uint8], how: Resizing) -> Any:
+        """See `Processor`."""
+        return squash(image, self.images, how)
+
+    def input_size(self, width: int, height: int) -> Size | None:
+        """The same for all images."""
+        return self.images.width, self.images.height
+
+    def images_json(self) -> dict[str, Any]:
+        """See `CausalProcessor`."""
+        return {**super().images_json(), "image_processor_type": "SiglipImageProcessor"}
+
+    # Prompts.
+
+    def question(self, task: str, text: str, region: Box | None, size: Size | None) -> str:
+        """See `CausalProcessor`."""
+        if PALIGEMMA_TASKS[task].startswith(("detect", "segment")):
+            text = " ; ".join(part for part in _LISTED.split(text) if part)
+        return question(PALIGEMMA_TASKS, task, text)
+
+    def request_ids(self, request: InferenceRequest) -> list[int]:
+        """See `Processor`. Raises ModelError WEIGHTS_NOT_FOUND for masks without their decoder."""
+        if request.task == "segment" and self.masks is None:
+            raise missing_mask_decoder(f"{self.name} has no decoder for its masks")
+        return super().request_ids(request)
+
+    def chat(self, words: str, views: int = 1) -> list[int]:
+        """See `Processor`; the image stands in front of the begin token."""
+        image = [self.config.image_token_id] if views else []
+        return [*image, self.config.text_config.bos_token_id, *self.words().words(words + "\n")]
+
+    # Answers.
+
+    def coordinates(self) -> CoordinateBins | None:
+        """Locations count as right when they are within 1 % of the image's side."""
+        if self.tokenizer is None:
+            return None
+        return CoordinateBins(self.tokenizer.vocabulary["<loc0000>"], BINS, radius=BINS // 100)
+
+    def constraint(self, task: str) -> Grammar | None:
+        """Whole boxes; y and x in turn, so the second corner's bounds are the first one's, too."""
+        if not self.writes_regions(task):
+            return None
+        return BoxGrammar(self.tokenizer.vocabulary["<loc0000>"], BINS)
+
+    def regions(
+        self, request: InferenceRequest, answer: AnswerText
+    ) -> tuple[tuple[Region, ...], int]:
+        """See `Processor`."""
+        size, label = (request.frame.width, request.frame.height), request.prompt
+        if request.task != "segment":
+            return parse_locations(answer.text, *size, label, answer.region)
+        assert self.masks is not None  # asked for in `request_ids`
+        outlines = functools.partial(draw, self.masks)
+        return parse_masks(answer.text, *size, outlines, label, answer.region)
+
+    def save(self, folder: Path) -> None:
+        """See `Processor`; the decoder of masks goes with it."""
+        super().save(folder)
+        if self.masks is not None:
+            write_mask_decoder(folder, self.masks)

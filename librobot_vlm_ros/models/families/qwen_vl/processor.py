@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from librobot_vlm_ros.core import ErrorCode, ImageError, ModelError, Region
+from librobot_vlm_ros.core import ErrorCode, ImageError, InferenceRequest, ModelError, Region
 from librobot_vlm_ros.models.configuration import section, unreadable
-from librobot_vlm_ros.models.families.boxes import BLANKS, MOST_BLANKS, NUMBER, Score, region_of
+from librobot_vlm_ros.models.families.boxes import (
+    BLANKS,
+    MOST_BLANKS,
+    NUMBER,
+    RADII,
+    region_of,
+)
+from librobot_vlm_ros.models.families.causal_lm import CausalProcessor
 from librobot_vlm_ros.models.families.preprocess import (
+    CLIP_MEAN,
+    CLIP_STD,
     EXACT,
     Resizing,
     channels,
@@ -26,12 +35,24 @@ from librobot_vlm_ros.models.families.preprocess import (
     normalise,
     resize,
 )
-from librobot_vlm_ros.models.generation.constraints.box_syntax import JSON_PLACES
+from librobot_vlm_ros.models.families.prompts import question
+from librobot_vlm_ros.models.generation.constraints.box_syntax import (
+    JSON_PLACES,
+    JsonBoxes,
+    Notation,
+    TokenBoxes,
+)
+from librobot_vlm_ros.models.generation.scores import AnswerText, Score, Span, unknown
+from librobot_vlm_ros.models.processor import Box, Size
 
 __all__ = [
+    "BEGIN",
+    "END",
+    "GENERATIONS",
     "QWEN2_TASKS",
     "QWEN3_TASKS",
     "QwenImages",
+    "QwenProcessor",
     "is_float",
     "parse_json_boxes",
     "parse_token_boxes",
@@ -40,6 +61,10 @@ __all__ = [
     "resized",
     "smart_size",
 ]
+
+#: Begin and end of a turn of the chat.
+BEGIN, END = "<|im_start|>", "<|im_end|>"
+HALF = (0.5, 0.5, 0.5)
 
 #: Longest side over the shortest; beyond it the published processor refuses an image.
 _MAX_RATIO = 200
@@ -217,15 +242,15 @@ _PIECE = re.compile(
 )
 _BOX = re.compile(rf"{BLANKS}{_PAIRS}{BLANKS}", re.A)
 _GAP = re.compile(rf"[ \t\n\r]{{{MOST_BLANKS + 1}}}")
+#: A label's text as it is spelt, the bracket behind the key of boxes, and a number of a box.
+_LABEL = re.compile(r'"label"\s*:\s*"((?:[^"\\]|\\.)*)"')
+_KEY = re.compile(r'"bbox_2d"\s*:\s*(\[)')
+_DIGITS = re.compile(r"[0-9]+(?:\.[0-9]+)?")
 _DECIMAL = re.compile(rf"[0-9]{{1,4}}(?:\.[0-9]{{1,{JSON_PLACES}}})?")
 
 
 def parse_token_boxes(
-    text: str,
-    width: int,
-    height: int,
-    label: str = "",
-    score: Score = lambda stretches: math.nan,
+    text: str, width: int, height: int, label: str = "", score: Score = unknown
 ) -> tuple[tuple[Region, ...], int]:
     """Regions in pixels of a width x height image, and how many pieces are no box.
 
@@ -233,26 +258,25 @@ def parse_token_boxes(
     An answer without any box counts as one that is none.
     """
     regions: list[Region] = []
-    pieces = 0
+    pieces, labelled = 0, None
     for found in _PIECE.finditer(text):
         if found["label"] is not None:
-            label = found["label"].strip() or label
+            if found["label"].strip():
+                label, labelled = found["label"].strip(), found.span("label")
             continue
         pieces += 1
-        box = _BOX.fullmatch(found["bare"] or found["box"] or "")
-        numbers = [float(number) for number in box.groups()] if box else []
-        region = region_of(numbers, label, score([found.span()]), width, height)
+        box = _BOX.fullmatch(text, *found.span("bare" if found["bare"] else "box"))
+        if box is None:
+            continue
+        written = score(labelled, [box.span(number) for number in range(1, 5)], RADII)
+        region = region_of([float(n) for n in box.groups()], label, written, width, height)
         if region is not None:
             regions.append(region)
     return tuple(regions), max(1, pieces) - len(regions)
 
 
 def parse_json_boxes(
-    text: str,
-    width: int,
-    height: int,
-    label: str = "",
-    score: Score = lambda stretches: math.nan,
+    text: str, width: int, height: int, label: str = "", score: Score = unknown
 ) -> tuple[tuple[Region, ...], int]:
     """Regions in pixels of a width x height image, and how many objects are no box.
 
@@ -277,13 +301,17 @@ def parse_json_boxes(
         numbers, name = found.get("bbox_2d"), found.get("label")
         if _GAP.search(text, begin, place):
             numbers = None
-        label_here = name.strip() if isinstance(name, str) and name.strip() else label
+        named = isinstance(name, str) and bool(name.strip())
+        labelled = _last_span(_LABEL, text, begin, place) if named else None
         several = isinstance(numbers, list) and all(isinstance(box, list) for box in numbers)
         boxes = numbers if several and numbers else [numbers]
         pieces += len(boxes) - 1
-        for box in boxes:
+        spans = _box_spans(text, begin, place)
+        for at, box in enumerate(boxes):
             corners = box if isinstance(box, list) else ()
-            region = region_of(corners, label_here, score([(begin, place)]), width, height)
+            written = spans[4 * at : 4 * at + 4]
+            value = score(labelled, written, RADII) if len(written) == 4 else math.nan
+            region = region_of(corners, name.strip() if named else label, value, width, height)
             if region is not None:
                 regions.append(region)
     empty = re.fullmatch(r"\s*(?:```(?:json)?)?\s*\[\s*\]\s*(?:```)?\s*", text)
@@ -293,3 +321,130 @@ def parse_json_boxes(
 def _decimal(text: str) -> float | None:
     """A number of a box; None for what is none, such as one with an exponent."""
     return float(text) if _DECIMAL.fullmatch(text) else None
+
+
+def _last_span(pattern: re.Pattern[str], text: str, begin: int, end: int) -> Span | None:
+    """Where the last match's group lies; of a key that comes twice the parser takes the last."""
+    found = list(pattern.finditer(text, begin, end))
+    return found[-1].span(1) if found else None
+
+
+def _box_spans(text: str, begin: int, end: int) -> list[Span]:
+    """Where the numbers of an object's boxes are written, in order."""
+    key = _last_span(_KEY, text, begin, end)
+    if key is None:
+        return []
+    stop, depth = key[1] + 1, 1
+    while stop < end and depth:
+        depth += {"[": 1, "]": -1}.get(text[stop], 0)
+        stop += 1
+    return [found.span() for found in _DIGITS.finditer(text, key[1], stop)]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What the two generations of Qwen-VL write and are asked differently."""
+
+    #: What the system says first; "" leaves it out.
+    system: str
+    #: A question for each task.
+    questions: Mapping[str, str]
+    notation: Notation
+    #: Reads the notation.
+    parse: Callable[..., tuple[tuple[Region, ...], int]]
+    #: Image settings where a folder states none.
+    images: Mapping[str, Any]
+
+
+#: By transformers' model_type.
+GENERATIONS: Mapping[str, Generation] = {
+    "qwen2_vl": Generation(
+        "You are a helpful assistant.",
+        QWEN2_TASKS,
+        TokenBoxes(),
+        parse_token_boxes,
+        {"min_pixels": 3136, "max_pixels": 12845056, "mean": CLIP_MEAN, "std": CLIP_STD},
+    ),
+    "qwen3_vl": Generation(
+        "",
+        QWEN3_TASKS,
+        JsonBoxes(),
+        parse_json_boxes,
+        {"min_pixels": 65536, "max_pixels": 16777216, "mean": HALF, "std": HALF},
+    ),
+}
+
+
+class QwenProcessor(CausalProcessor):
+    """The processor of Qwen2-VL and Qwen3-VL."""
+
+    one_size = False
+    images: QwenImages
+
+    @property
+    def generation(self) -> Generation:
+        """What differs between the generations."""
+        return GENERATIONS[self.config.model_type]
+
+    @property
+    def notation(self) -> Notation:  # type: ignore[override]
+        """See `CausalProcessor`."""
+        return self.generation.notation
+
+    # Pixels.
+
+    def pixels(self, image: Any, how: Resizing) -> Any:
+        """See `Processor`."""
+        return resized(image, self.images, how)
+
+    def normalised(self, image: Tensor) -> Tensor:
+        """See `CausalProcessor`."""
+        factor = self.images.factor
+        height, width = image.shape[1:]
+        if height % factor or width % factor or not height or not width:
+            raise ImageError(
+                ErrorCode.BAD_IMAGE,
+                f"a normalised image is {height}x{width}",
+                f"{self.name} takes multiples of {factor}; uint8 images of any size are resized",
+            )
+        return image
+
+    def grid(self, prepared: Any) -> tuple[int, int]:
+        """Rows and columns of vectors that a prepared image becomes."""
+        height, width = prepared.shape[1:] if is_float(prepared) else prepared.shape[:2]
+        return int(height) // self.images.factor, int(width) // self.images.factor
+
+    def count(self, prepared: Any) -> int:
+        """See `Processor`."""
+        rows, columns = self.grid(prepared)
+        return rows * columns
+
+    # Prompts.
+
+    def question(self, task: str, text: str, region: Box | None, size: Size | None) -> str:
+        """See `CausalProcessor`."""
+        return question(self.generation.questions, task, text)
+
+    def chat(self, words: str, views: int = 1) -> list[int]:
+        """See `Processor`; one pair of marks stands for all views."""
+        tokenizer, config, system = self.words(), self.config, self.generation.system
+        begin, end = (tokenizer.vocabulary[token] for token in (BEGIN, END))
+        say = tokenizer.words
+        line = say("\n")
+        head = [begin, *say(f"system\n{system}"), end, *line] if system else []
+        marks = [config.vision_start_token_id, config.image_token_id, config.vision_end_token_id]
+        asked = [begin, *say("user\n"), *(marks if views else []), *say(words), end, *line]
+        return [*head, *asked, begin, *say("assistant\n")]
+
+    # Answers.
+
+    def suppressed(self) -> list[int]:
+        """See `Processor`."""
+        return sorted({*super().suppressed(), int(self.config.video_token_id)})
+
+    def regions(
+        self, request: InferenceRequest, answer: AnswerText
+    ) -> tuple[tuple[Region, ...], int]:
+        """See `Processor`."""
+        frame, parse = request.frame, self.generation.parse
+        return parse(answer.text, frame.width, frame.height, request.prompt, answer.region)

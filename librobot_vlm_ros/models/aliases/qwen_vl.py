@@ -1,0 +1,5 @@
+"""`librobot_vlm_ros.models.qwen_vl`: see `aliases`."""
+
+from librobot_vlm_ros.models.families.qwen_vl.model import QwenVLConfig, QwenVLM
+
+__all__ = ["QwenVLConfig", "QwenVLM"]
