@@ -25,8 +25,9 @@ from lifecycle_msgs.msg import State, Transition
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 
 from librobot_vlm_ros.core import ErrorCode, VlmError, as_vlm_error
-from librobot_vlm_ros.ros.rcl_errors import known_refusal
-from librobot_vlm_ros.ros.services.async_service import Reply, defer
+from librobot_vlm_ros.ros.monitoring.log_throttle import ThrottledLog
+from librobot_vlm_ros.ros.rcl_errors import coded_rcl_error
+from librobot_vlm_ros.ros.services.service_thread import Reply, ServiceThread
 
 __all__ = ["GuardedLifecycleNode"]
 
@@ -83,9 +84,12 @@ class GuardedLifecycleNode(LifecycleNode):
         self._forced_error: VlmError | None = None
         self._jobs: queue.SimpleQueue[tuple[str, Future[bool]] | None] = queue.SimpleQueue()
         self._worker = threading.Thread(target=self._work, name="vlm-lifecycle", daemon=True)
+        self.throttled_log = ThrottledLog(self.get_logger())
+        #: To be started by the subclass, with what else it serves.
+        self.service_thread = ServiceThread(self, self.throttled_log)
         for service in self.services:
             if service.srv_name.endswith("change_state"):
-                defer(service, self._on_change_state, self._on_lost_client)
+                self.service_thread.take_over(service, self._on_change_state)
         self._worker.start()
 
     # -- state and requests
@@ -161,9 +165,6 @@ class GuardedLifecycleNode(LifecycleNode):
 
         self.request_transition(label).add_done_callback(answer)
 
-    def _on_lost_client(self, error: Exception) -> None:
-        self.get_logger().warning(f"an answer could not be sent, the client has gone: {error}")
-
     # -- the transition thread
 
     def _work(self) -> None:
@@ -203,7 +204,7 @@ class GuardedLifecycleNode(LifecycleNode):
         result = triggers[label]()
         if state == "active" and label == "shutdown" and result != TransitionCallbackReturn.SUCCESS:
             return self.state_label == "finalized"
-        return result == TransitionCallbackReturn.SUCCESS
+        return bool(result == TransitionCallbackReturn.SUCCESS)
 
     # -- rclpy's callbacks
 
@@ -253,7 +254,7 @@ class GuardedLifecycleNode(LifecycleNode):
             hook()
             result = managed(state)
         except Exception as error:
-            known = known_refusal(error)
+            known = coded_rcl_error(error)
             if known is not None:
                 self.get_logger().error(f"{name} failed: {known}")
                 if name in ("configure", "activate"):

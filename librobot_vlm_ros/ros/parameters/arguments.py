@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from librobot_vlm_ros.core import BagError, ErrorCode, RequestError, shortened
 from librobot_vlm_ros.ros.parameters.declaration import Parameter, Value, When
@@ -173,7 +174,7 @@ def parse_values(texts: Mapping[str, str]) -> dict[str, Value]:
                 f"argument {name} cannot be read as text in this locale: '{shortened(text)}'",
                 "Use a UTF-8 locale: LC_ALL=C.UTF-8.",
             )
-    values = {
+    values: dict[str, Any] = {
         name: PARAMETERS[name].parsed(text) for name, text in texts.items() if name in PARAMETERS
     }
     Settings(**values)

@@ -69,17 +69,17 @@ class Parameter:
 
     def checked(self, value: object) -> Value:
         """`value` as this parameter holds it. Raises `RequestError` (BAD_PARAMETER)."""
-        value = self.converted(value)
-        right = type(value) is type(self.default)
-        if isinstance(value, tuple):
-            right = right and all(isinstance(entry, str) for entry in value)
+        found: Value = self.converted(value)
+        right = type(found) is type(self.default)
+        if isinstance(found, tuple):
+            right = right and all(isinstance(entry, str) for entry in found)
         if not right:
-            raise self._error(value, f"expected {_ARTICLE[self.type_name]}")
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            self._check_number(value)
-        if isinstance(value, str):
-            self._check_text(value)
-        return value
+            raise self._error(found, f"expected {_ARTICLE[self.type_name]}")
+        if isinstance(found, (int, float)) and not isinstance(found, bool):
+            self._check_number(found)
+        if isinstance(found, str):
+            self._check_text(found)
+        return found
 
     def converted(self, value: Any) -> Any:
         """`value` with the differences of notation removed, otherwise as it is, right or wrong.
