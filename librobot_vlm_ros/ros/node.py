@@ -56,6 +56,7 @@ from librobot_vlm_ros.ros.services.generate import GenerateAction
 from librobot_vlm_ros.ros.services.node_services import NodeServices
 from librobot_vlm_ros.ros.services.request_conversion import RequestContext, not_active, timeout_of
 from librobot_vlm_ros.runtime import CameraEvent, Engine, LoadReport, settle
+from librobot_vlm_ros.runtime.requests import busy
 
 __all__ = ["VlmNode"]
 
@@ -122,10 +123,13 @@ class VlmNode(GuardedLifecycleNode):
             raise not_active(state)
         return RequestContext(engine, self.settings, dict(self._cameras), state)
 
-    def engine_full(self) -> bool:
-        """Whether a request would be refused as BUSY; raises `EngineError` NOT_ACTIVE."""
+    def check_room(self) -> None:
+        """Raises `EngineError` where a request would be refused: BUSY, NOT_ACTIVE."""
         engine = self._engine
-        return engine.full if engine is not None else self.request_context().engine.full
+        if engine is None:
+            raise not_active(self.state_label)
+        if engine.full:
+            raise busy(self.settings.queue_size)
 
     def catch_up(self, timeout_s: float) -> bool:
         """Wait for the images that have arrived; False where that takes longer."""

@@ -234,11 +234,10 @@ def _same(one: QoSProfile, other: QoSProfile | None) -> bool:
 
 
 def _fits(offered: QoSProfile, asked: QoSProfile) -> bool:
-    reliable = offered.reliability == ReliabilityPolicy.RELIABLE
-    latched = offered.durability == DurabilityPolicy.TRANSIENT_LOCAL
-    return (reliable or asked.reliability != ReliabilityPolicy.RELIABLE) and (
-        latched or asked.durability != DurabilityPolicy.TRANSIENT_LOCAL
-    )
+    if asked.reliability == ReliabilityPolicy.RELIABLE != offered.reliability:
+        return False
+    latched = DurabilityPolicy.TRANSIENT_LOCAL
+    return not (asked.durability == latched != offered.durability)
 
 
 def _words(profile: QoSProfile) -> str:

@@ -112,8 +112,9 @@ class GenerateAction:
         entered = self._enter(settings.queue_size + settings.max_batch)
         outcome: Result | VlmError
         try:
-            if not entered or self._host.engine_full():  # before a look at the image
+            if not entered:
                 raise busy(settings.queue_size)
+            self._host.check_room()  # before a look at the image
             context = self._host.request_context()
             request = make_request(handle.request, context, _request_id(handle))
             future = context.engine.submit(request, on_token=stream.add)

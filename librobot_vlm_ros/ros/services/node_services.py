@@ -42,7 +42,6 @@ class NodeServices:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="vlm-requests")
         self._lock = threading.Lock()
         self._waiting = 0
-        self._busy_answer: tuple[int, Any] = (0, None)  # the size, and what it is refused with
         thread.serve(Query, "~/query", self._on_query)
         thread.serve(ListModels, "~/list_models", partial(self._enqueue, self._list_models))
         thread.serve(SwitchModel, "~/switch_model", partial(self._enqueue, self._switch_model))
@@ -53,22 +52,11 @@ class NodeServices:
 
     def _on_query(self, request: Any, reply: Reply) -> None:
         try:
-            full = self._host.engine_full()
+            self._host.check_room()
         except Exception as error:
             self._refuse(reply, as_vlm_error(error))
-            return
-        if full:
-            reply.send(self._busy_query())
         else:
             self._enqueue(self._query, request, reply)
-
-    def _busy_query(self) -> Any:
-        """The refusal of a query, made once: of a flood, it is what costs most."""
-        size = self._host.settings.queue_size
-        if self._busy_answer[0] != size:
-            answer = fill_answer(Query.Response(), busy(size), self._host.settings)
-            self._busy_answer = (size, answer)
-        return self._busy_answer[1]
 
     def _enqueue(self, work: Handler, request: Any, reply: Reply) -> None:
         """Run `work(request, reply)` on the worker thread, or refuse when its line is full."""

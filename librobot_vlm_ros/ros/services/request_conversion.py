@@ -59,8 +59,8 @@ class Host(Protocol):
     def request_context(self) -> RequestContext:
         """Engine and cameras; raises `EngineError` NOT_ACTIVE while there are none."""
 
-    def engine_full(self) -> bool:
-        """Whether a request would be refused as BUSY; raises `EngineError` NOT_ACTIVE."""
+    def check_room(self) -> None:
+        """Raises `EngineError` where a request would be refused: BUSY, NOT_ACTIVE."""
 
     def catch_up(self, timeout_s: float) -> bool:
         """Wait for the images that have arrived; False where that takes longer."""
