@@ -101,11 +101,9 @@ def _make_node(values: Mapping[str, Any]) -> Any:
     from rclpy.parameter import Parameter
 
     from librobot_vlm_ros.ros.node import VlmNode
+    from librobot_vlm_ros.ros.parameters.declaration import ros_value
 
-    overrides = [
-        Parameter(name, value=list(value) or [""] if isinstance(value, tuple) else value)
-        for name, value in values.items()
-    ]
+    overrides = [Parameter(name, value=ros_value(value)) for name, value in values.items()]
     return VlmNode(parameter_overrides=overrides)
 
 

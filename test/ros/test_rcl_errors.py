@@ -65,7 +65,7 @@ REFUSING = f"""
 import os, sys
 from rclpy.impl.implementation_singleton import rclpy_implementation
 from rclpy.node import Node
-from librobot_vlm_ros.ros import vlm_node
+from librobot_vlm_ros.ros import main
 
 subscribe = Node.create_subscription
 
@@ -76,7 +76,7 @@ def create_subscription(self, kind, topic, *words, **options):
     return subscribe(self, kind, topic, *words, **options)
 
 Node.create_subscription = create_subscription
-sys.exit(vlm_node.main())
+sys.exit(main.main())
 """
 CAMERAS = ["front=/refused/front", "side=/refused/side"]
 

@@ -234,10 +234,10 @@ def _same(one: QoSProfile, other: QoSProfile | None) -> bool:
 
 
 def _fits(offered: QoSProfile, asked: QoSProfile) -> bool:
-    if asked.reliability == ReliabilityPolicy.RELIABLE != offered.reliability:
-        return False
-    latched = DurabilityPolicy.TRANSIENT_LOCAL
-    return not (asked.durability == latched != offered.durability)
+    reliable, latched = ReliabilityPolicy.RELIABLE, DurabilityPolicy.TRANSIENT_LOCAL
+    lossy = asked.reliability == reliable and offered.reliability != reliable
+    forgetful = asked.durability == latched and offered.durability != latched
+    return not (lossy or forgetful)
 
 
 def _words(profile: QoSProfile) -> str:

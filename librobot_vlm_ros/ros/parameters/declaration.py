@@ -16,10 +16,17 @@ from typing import Any
 
 from librobot_vlm_ros.core import ErrorCode, RequestError, shortened
 
-__all__ = ["Parameter", "Value", "When", "declared", "parameter", "parameter_table"]
+__all__ = ["Parameter", "Value", "When", "declared", "parameter", "parameter_table", "ros_value"]
 
 Value = bool | int | float | str | tuple[str, ...]
 _KEY = "ros_parameter"
+
+
+def ros_value(value: object) -> object:
+    """A value as rclpy and launch_ros take it: to them an empty list is one of no type. Blank
+    entries are left out again by `Parameter.converted`.
+    """
+    return list(value) or [""] if isinstance(value, tuple) else value
 
 
 class When(str, Enum):

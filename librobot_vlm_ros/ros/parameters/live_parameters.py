@@ -37,7 +37,7 @@ from librobot_vlm_ros.core import (
 )
 from librobot_vlm_ros.models.checkpoints.path_policy import confined, open_to_clients, paths_in
 from librobot_vlm_ros.ros.parameters.arguments import unknown_argument
-from librobot_vlm_ros.ros.parameters.declaration import Parameter, Value, When
+from librobot_vlm_ros.ros.parameters.declaration import Parameter, Value, When, ros_value
 from librobot_vlm_ros.ros.parameters.settings import PARAMETERS, Settings
 
 __all__ = ["LiveParameters", "guard_parameter_services"]
@@ -221,10 +221,7 @@ class LiveParameters:
 
 
 def _ros(item: Parameter, value: Value) -> RosParameter:
-    if isinstance(value, tuple):
-        # rclpy takes an empty list for one of bytes; blank entries are left out again by `checked`.
-        return RosParameter(item.name, RosParameter.Type.STRING_ARRAY, list(value) or [""])
-    return RosParameter(item.name, value=value)
+    return RosParameter(item.name, value=ros_value(value))
 
 
 def _descriptor(item: Parameter) -> ParameterDescriptor:

@@ -45,7 +45,9 @@ def test_a_name_in_another_namespace_is_none_of_ours(graph: Graph) -> None:
     assert not graph.said
 
 
-def test_a_lasting_namesake_is_said_once_with_what_to_do_and_when_it_has_gone(graph: Graph) -> None:
+def test_a_lasting_duplicate_is_said_once_with_what_to_do_and_when_it_has_gone(
+    graph: Graph,
+) -> None:
     now = [100.0]
     looked = DuplicateNodeCheck(graph, ghost_s=30.0, clock=lambda: now[0])
     graph.nodes.append(("vlm", "/front"))

@@ -34,7 +34,7 @@ def unspun(robot: Any) -> Iterator[Any]:
     node.destroy_node()
 
 
-def test_a_node_that_nobody_spins_answers_and_its_served_ends(unspun: Any, robot: Any) -> None:
+def test_a_node_that_nobody_spins_answers_and_its_thread_ends(unspun: Any, robot: Any) -> None:
     from rclpy.executors import SingleThreadedExecutor
     from std_srvs.srv import SetBool
 
@@ -49,10 +49,10 @@ def test_a_node_that_nobody_spins_answers_and_its_served_ends(unspun: Any, robot
         reply.send(response)
         reply.send(response)  # does nothing
 
-    served = ServiceThread(unspun, told)
-    served.serve(SetBool, "/unspun/a", answer)
-    served.serve(SetBool, "/unspun/b", answer)
-    served.start()
+    services = ServiceThread(unspun, told)
+    services.serve(SetBool, "/unspun/a", answer)
+    services.serve(SetBool, "/unspun/b", answer)
+    services.start()
     calls = [robot.call_later(SetBool, f"/unspun/{n}", data=True) for n in "ab" for _ in range(5)]
     assert all(call().success for call in calls)
     # Nor does an executor take any of it, should there be one.
@@ -64,11 +64,11 @@ def test_a_node_that_nobody_spins_answers_and_its_served_ends(unspun: Any, robot
     executor.shutdown()
     assert set(threads) == {"vlm-services"}
     assert len(threads) == 11
-    assert served.stop()
+    assert services.stop()
     assert told.lines == []
 
 
-def test_what_a_request_does_wrong_ends_no_served(
+def test_what_a_request_does_wrong_does_not_end_the_thread(
     unspun: Any, robot: Any, wait_until: Callable[..., Any]
 ) -> None:
     from std_srvs.srv import SetBool
@@ -81,13 +81,13 @@ def test_what_a_request_does_wrong_ends_no_served(
         reply.send(reply.make_response())
 
     told = Told()
-    served = ServiceThread(unspun, told)
-    served.serve(SetBool, "/unspun/c", answer)
-    served.start()
+    services = ServiceThread(unspun, told)
+    services.serve(SetBool, "/unspun/c", answer)
+    services.start()
     robot.call_later(SetBool, "/unspun/c", data=False)
     wait_until(lambda: told.lines, 10.0, "a complaint")
     assert "ZeroDivisionError" in told.lines[0]
     robot.call(SetBool, "/unspun/c", data=True)
     began = time.monotonic()
-    assert served.stop()
+    assert services.stop()
     assert time.monotonic() - began < 1.0
