@@ -45,7 +45,7 @@ def test_a_name_in_another_namespace_is_none_of_ours(graph: Graph) -> None:
     assert not graph.said
 
 
-def test_a_lasting_duplicate_is_said_once_with_what_to_do_and_when_it_has_gone(
+def test_a_lasting_duplicate_is_said_once_with_what_to_do_and_its_end(
     graph: Graph,
 ) -> None:
     now = [100.0]
