@@ -56,12 +56,12 @@ def probe(asked: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None
         import transformers
 
         tell({"fact": "transformers", "version": transformers.__version__})
-        from librobot_vlm_ros.models.placement import free_bytes, place
+        from librobot_vlm_ros.models.placement import free_bytes, resolve_placement
     except Exception as error:
         tell({"fact": "transformers", "error": f"{type(error).__name__}: {error}"})
         return
     try:
-        where = place(asked["device"], asked.get("dtype", "auto"))
+        where = resolve_placement(asked["device"], asked.get("dtype", "auto"))
         known: dict[str, Any] = {"free_bytes": free_bytes(where.device)}
         dtype = str(where.dtype).removeprefix("torch.")
         tell({"fact": "placement", "device": str(where.device), "dtype": dtype, **known})
