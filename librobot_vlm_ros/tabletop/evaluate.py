@@ -25,8 +25,7 @@ from librobot_vlm_ros.evaluation.metrics import (
     grounding_hit,
 )
 from librobot_vlm_ros.tabletop.labels import LABELS
-from librobot_vlm_ros.tabletop.renders import FIRST_TRAINING_SEED
-from librobot_vlm_ros.tabletop.scenes import Scene, render_scene
+from librobot_vlm_ros.tabletop.scenes import FIRST_TRAINING_SEED, Scene, render_scene
 from librobot_vlm_ros.tabletop.world import World
 
 __all__ = ["evaluate", "score_scenes"]

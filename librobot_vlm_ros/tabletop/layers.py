@@ -22,6 +22,7 @@ from librobot_vlm_ros.tabletop.scenes import (
     SceneObject,
     random_placement,
     random_view,
+    save_arrays,
     set_stage,
     visible_objects,
 )  # fmt: skip
@@ -169,17 +170,14 @@ class Bank:
 
 
 def save_view(path: Path, plate: np.ndarray, layers: list[Layer]) -> None:
-    """Write a view; the file appears whole or not at all."""
+    """Write a view."""
     arrays: dict[str, np.ndarray] = {"plate": plate}
     for number, layer in enumerate(layers):
         arrays[f"rgb{number}"], arrays[f"mask{number}"] = layer.rgb, layer.mask
         arrays[f"depth{number}"], arrays[f"shade{number}"] = layer.depth, layer.shade
     arrays["meta"] = np.array([(v.top, v.left, v.x, v.y, v.radius) for v in layers], np.float64)
     arrays["labels"] = np.array([layer.label for layer in layers], dtype="U32")
-    partial = path.with_suffix(".part")
-    with open(partial, "wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
-    partial.rename(path)
+    save_arrays(path, arrays)
 
 
 def load_view(path: Path) -> tuple[np.ndarray, list[Layer]]:

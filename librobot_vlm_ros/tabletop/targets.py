@@ -22,8 +22,16 @@ from librobot_vlm_ros.tabletop.network import (
     PROMPTS,
     build_tokenizer,
 )
+from librobot_vlm_ros.tabletop.samples import Sample
 
-__all__ = ["Question", "caption_of", "caption_question", "detect_question", "ground_question"]
+__all__ = [
+    "Question",
+    "caption_of",
+    "caption_question",
+    "detect_question",
+    "ground_question",
+    "questions_of",
+]
 
 
 @dataclass
@@ -66,12 +74,8 @@ def _loc_0() -> int:
 
 
 @lru_cache(maxsize=4096)
-def _cached(text: str) -> tuple[int, ...]:
+def _tokens(text: str) -> tuple[int, ...]:
     return tuple(_tokenizer()(text, add_special_tokens=False).input_ids)
-
-
-def _tokens(text: str) -> list[int]:
-    return list(_cached(text))
 
 
 def caption_of(labels: Sequence[str]) -> str:
@@ -83,14 +87,14 @@ def caption_of(labels: Sequence[str]) -> str:
 
 def caption_question(labels: Sequence[str]) -> Question:
     """<CAPTION>."""
-    question = Question(_tokens(PROMPTS["caption"]))
+    question = Question([*_tokens(PROMPTS["caption"])])
     question.words(caption_of(labels))
     return question.end()
 
 
 def detect_question(labels: Sequence[str], boxes: np.ndarray) -> Question:
     """<OD>: every object with its box, left to right."""
-    question = Question(_tokens(PROMPTS["detect"]))
+    question = Question([*_tokens(PROMPTS["detect"])])
     for label, box in zip(labels, boxes, strict=True):
         question.words(label)
         question.box(box)
@@ -122,9 +126,22 @@ def ground_question(
     else:
         form = PAIRS[int(rng.integers(len(PAIRS)))]
     text = form.format(*(phrase for phrase, _ in phrases))
-    question = Question(_tokens(PROMPTS["ground"].format(input="")) + _tokens(text))
+    question = Question([*_tokens(PROMPTS["ground"].format(input="")), *_tokens(text)])
     for phrase, pick in phrases:
         if pick >= 0:
             question.words(phrase)
             question.box(boxes[pick])
     return question.end()
+
+
+def questions_of(sample: Sample, rng: np.random.Generator) -> list[Question]:
+    """Three questions on a frame: detection, a grounding, and a caption or another grounding."""
+    third = (
+        caption_question(sample.labels) if rng.random() < 0.6
+        else ground_question(sample.labels, sample.boxes, rng)
+    )  # fmt: skip
+    return [
+        detect_question(sample.labels, sample.boxes),
+        ground_question(sample.labels, sample.boxes, rng),
+        third,
+    ]

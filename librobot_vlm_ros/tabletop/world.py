@@ -165,7 +165,9 @@ def solid(
         facing = np.cross(corner[:, 1] - corner[:, 0], corner[:, 2] - corner[:, 0])
         inward = (facing * flat_normal[triangles - base].mean(1)).sum(1) < 0
         triangles[inward] = triangles[inward][:, ::-1]
-        vertices.append(flat), normals.append(flat_normal), faces.append(triangles)
+        vertices.append(flat)
+        normals.append(flat_normal)
+        faces.append(triangles)
         base += rows * columns
     return np.concatenate(vertices) * np.array(size), np.concatenate(normals), np.concatenate(faces)
 
