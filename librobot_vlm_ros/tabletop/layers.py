@@ -58,8 +58,8 @@ class Composite:
     masks: tuple[np.ndarray, ...]
 
 
-def render_view(world: World, seed: int, layers: int) -> tuple[np.ndarray, np.ndarray, list[Layer]]:
-    """The plate uint8 [H, W, 3], its depth, and ``layers`` objects of the view of a seed."""
+def render_view(world: World, seed: int, layers: int) -> tuple[np.ndarray, list[Layer]]:
+    """The plate uint8 [H, W, 3] and ``layers`` objects of the view of a seed."""
     rng = np.random.default_rng([seed, 7])
     view = random_view(rng)
     set_stage(world, view)
@@ -89,7 +89,7 @@ def render_view(world: World, seed: int, layers: int) -> tuple[np.ndarray, np.nd
             alone.depth[crop].astype(np.float32), shade.astype(np.float16), placement.pose.x,
             placement.pose.y, placement.radius,
         ))  # fmt: skip
-    return empty.rgb, empty.depth, found
+    return empty.rgb, found
 
 
 def compose(
@@ -205,7 +205,7 @@ def main() -> None:
         path = args.out / f"view_{seed:05d}.npz"
         if path.exists():
             continue  # resumed
-        plate, _, layers = render_view(world, seed, args.layers)
+        plate, layers = render_view(world, seed, args.layers)
         save_view(path, plate, layers)
         if seed % 10 == 0:
             print(f"view {seed}: {len(layers)} layers", flush=True)

@@ -69,11 +69,10 @@ class Placement:
 
 @dataclass(frozen=True)
 class SceneObject:
-    """Ground truth: label, box (x_min, y_min, x_max, y_max) in pixels, visible share 0..1."""
+    """Ground truth: label and box (x_min, y_min, x_max, y_max) in pixels."""
 
     label: str
     box: tuple[float, float, float, float]
-    visible: float
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,6 @@ class Scene:
 
     rgb: np.ndarray
     objects: tuple[SceneObject, ...]
-    view: View
 
 
 def _uniform3(rng: np.random.Generator, low: float, high: float) -> tuple[float, float, float]:
@@ -212,7 +210,7 @@ def visible_objects(
         box = (float(xs.min()), float(ys.min()), float(xs.max() + 1), float(ys.max() + 1))
         if min(box[2] - box[0], box[3] - box[1]) < MIN_SIDE * scale:
             return None
-        found.append(SceneObject(label, box, len(xs) / own))
+        found.append(SceneObject(label, box))
     return tuple(sorted(found, key=lambda o: (o.box[0] + o.box[2], o.box[1] + o.box[3])))
 
 
@@ -249,7 +247,7 @@ def render_placements(
     if objects is None:
         return None
     by_label = {placement.label: mask for placement, mask in zip(placements, masks, strict=True)}
-    return Scene(full.rgb, objects, view), [by_label[item.label] for item in objects]
+    return Scene(full.rgb, objects), [by_label[item.label] for item in objects]
 
 
 def _touched(bodies: np.ndarray, body: int, crowd: set[int]) -> bool:

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from librobot_vlm_ros.tabletop.labels import COLOURED_KINDS, LABELS, article
+from librobot_vlm_ros.tabletop.labels import COLOURED_KINDS, LABELS
 from librobot_vlm_ros.tabletop.network import (
     EOS,
     INSTRUCTIONS,
-    LOC_BINS,
     PAIRS,
     PROMPTS,
     build_tokenizer,
+    to_bin,
 )
 from librobot_vlm_ros.tabletop.samples import Sample
 
@@ -53,7 +53,7 @@ class Question:
         """Append the four location tokens of a box in 0..1."""
         first = _loc_0()
         for value in box:
-            self.answer.append(first + min(LOC_BINS - 1, int(value * LOC_BINS)))
+            self.answer.append(first + to_bin(value, 1.0))
             self.place.append(float(value))
 
     def end(self) -> Question:
@@ -80,7 +80,7 @@ def _tokens(text: str) -> tuple[int, ...]:
 
 def caption_of(labels: Sequence[str]) -> str:
     """``"a red cube, a duck and a blue ball on the table"``: the objects, left to right."""
-    named = [article(label) for label in labels]
+    named = [f"a {label}" for label in labels]  # none starts with a vowel
     listed = ", ".join(named[:-1]) + " and " + named[-1] if len(named) > 1 else named[0]
     return f"{listed} on the table"
 

@@ -216,10 +216,6 @@ class World:
         self.mat = self._box((0.5, 0.4, 0.001))
         self.arm: int | None = None
 
-    def close(self) -> None:
-        """Disconnect from the renderer."""
-        self._bullet.disconnect()
-
     def _box(self, half: tuple[float, float, float]) -> int:
         visual = self._bullet.createVisualShape(self._pb.GEOM_BOX, halfExtents=half)
         return int(self._bullet.createMultiBody(0, -1, visual, _HIDDEN))

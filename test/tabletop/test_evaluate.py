@@ -12,12 +12,12 @@ from librobot_vlm_ros.core import BagError, ErrorCode, InferenceRequest, ModelAn
 from librobot_vlm_ros.tabletop.evaluate import evaluate, score_scenes
 from librobot_vlm_ros.tabletop.scenes import Scene, SceneObject
 
-DUCK = SceneObject("duck", (10.0, 10.0, 40.0, 40.0), 1.0)
-CUBE = SceneObject("red cube", (50.0, 10.0, 80.0, 40.0), 1.0)
+DUCK = SceneObject("duck", (10.0, 10.0, 40.0, 40.0))
+CUBE = SceneObject("red cube", (50.0, 10.0, 80.0, 40.0))
 
 
 def scene(*objects: SceneObject) -> Scene:
-    return Scene(np.zeros((60, 100, 3), np.uint8), objects, view=None)  # type: ignore[arg-type]
+    return Scene(np.zeros((60, 100, 3), np.uint8), objects)
 
 
 class Model:
