@@ -45,7 +45,7 @@ torture: setup
 	@$(RUN) python test/torture/run.py $(ARGS)
 
 node-check: setup
-	@$(RUN) python -m librobot_vlm_ros.cli.node_check $(ARGS)
+	@$(RUN) python -m librobot_vlm_ros.bench.node_check $(ARGS)
 
 bench: setup
 	@$(RUN) librobot-vlm bench --out build/bench $(ARGS)

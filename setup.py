@@ -36,7 +36,9 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=[PACKAGE, f"{PACKAGE}.*"]),
-    package_data={PACKAGE: ["py.typed", *data_below("models/weights", "bags", "tabletop")]},
+    package_data={
+        PACKAGE: ["py.typed", *data_below("models/checkpoints/shipped", "bags", "tabletop")],
+    },
     # Where bags/typestore.py looks for the definitions, as in a ROS installation.
     data_files=[
         (f"share/{PACKAGE}/{kind}", [str(path.relative_to(ROOT)) for path in sorted(paths)])

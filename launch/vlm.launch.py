@@ -12,7 +12,8 @@ from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import LifecycleNode
 from launch_ros.utilities import prefix_namespace
 
-from librobot_vlm_ros.ros.arguments import (
+from librobot_vlm_ros.ros.dds import TRANSPORT_VARIABLE
+from librobot_vlm_ros.ros.parameters.arguments import (
     ENCLAVE_VARIABLE,
     LAUNCH_PARAMETERS,
     arguments,
@@ -23,7 +24,6 @@ from librobot_vlm_ros.ros.arguments import (
     parse_values,
     unknown_argument,
 )
-from librobot_vlm_ros.ros.transport import TRANSPORT_VARIABLE
 
 ARGUMENTS = arguments(LAUNCH_PARAMETERS)
 

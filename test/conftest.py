@@ -92,7 +92,7 @@ def ros_env(ros_domain: int) -> Iterator[dict[str, str]]:
         "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST",
         "PYTHONUNBUFFERED": "1",
     }
-    from librobot_vlm_ros.ros.shared_memory import clear_dead_segments
+    from librobot_vlm_ros.ros.dds import clear_dead_segments
 
     before = {name: os.environ.get(name) for name in ours}
     os.environ.update(ours)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-FIGURES = ROOT / "librobot_vlm_ros/models/weights/florence_2_tabletop/evaluation.json"
+FIGURES = ROOT / "librobot_vlm_ros/models/checkpoints/shipped/florence_2_tabletop/evaluation.json"
 TORTURE = ROOT / "docs/torture.json"
 BENCHES = [ROOT / "docs/bench.json", ROOT / "docs/bench_gpu.json"]
 _PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.S)
@@ -24,8 +24,8 @@ _PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.S)
 
 def parameters() -> str:
     """The node's parameters."""
-    from librobot_vlm_ros.ros.parameter import parameter_table
-    from librobot_vlm_ros.ros.settings import PARAMETERS
+    from librobot_vlm_ros.ros.parameters.declaration import parameter_table
+    from librobot_vlm_ros.ros.parameters.settings import PARAMETERS
 
     return parameter_table(PARAMETERS)
 

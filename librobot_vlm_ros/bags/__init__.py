@@ -5,13 +5,13 @@ Needs `rosbags`, numpy and Pillow; no ROS installation. May import `core` only.
 
 from __future__ import annotations
 
-from .camera_bag import write_camera_bag
-from .quality import BagQos
-from .reader import BagMessage, BagReader, BagTopic
-from .shipped import shipped_bag
-from .truth import TRUTH_TOPIC, FrameTruth, TruthObject, read_truth
-from .typestore import package_typestore
-from .writer import BagSummary, BagWriter
+from librobot_vlm_ros.bags.camera_bag import write_camera_bag
+from librobot_vlm_ros.bags.quality import BagQos
+from librobot_vlm_ros.bags.reader import BagMessage, BagReader, BagTopic
+from librobot_vlm_ros.bags.shipped import shipped_bag
+from librobot_vlm_ros.bags.truth import TRUTH_TOPIC, FrameTruth, TruthObject, read_truth
+from librobot_vlm_ros.bags.typestore import package_typestore
+from librobot_vlm_ros.bags.writer import BagSummary, BagWriter
 
 __all__ = [
     "TRUTH_TOPIC",

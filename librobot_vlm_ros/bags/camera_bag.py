@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from librobot_vlm_ros.bags.truth import TRUTH_TOPIC, FrameTruth, TruthObject
+from librobot_vlm_ros.bags.writer import BagSummary, BagWriter, Storage
 from librobot_vlm_ros.core import BagError, Box, ErrorCode
-
-from .truth import TRUTH_TOPIC, FrameTruth, TruthObject
-from .writer import BagSummary, BagWriter, Storage
 
 __all__ = ["AnyObject", "Pixels", "write_camera_bag"]
 

@@ -18,12 +18,11 @@ from rosbags.rosbag2 import Reader
 from rosbags.typesys import get_types_from_idl, get_types_from_msg
 from rosbags.typesys.store import Typestore
 
+from librobot_vlm_ros.bags.faults import check_kinds, check_path, explain
+from librobot_vlm_ros.bags.quality import BagQos, from_recorded
+from librobot_vlm_ros.bags.salvage import SalvageReader
+from librobot_vlm_ros.bags.typestore import extended_typestore
 from librobot_vlm_ros.core import BagError, ErrorCode, VlmError
-
-from .faults import check_kinds, check_path, explain
-from .quality import BagQos, from_recorded
-from .salvage import SalvageReader
-from .typestore import extended_typestore
 
 __all__ = ["BagMessage", "BagReader", "BagTopic"]
 

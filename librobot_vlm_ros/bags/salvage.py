@@ -19,7 +19,7 @@ from rosbags.interfaces import (
 from rosbags.rosbag2.errors import ReaderError
 from rosbags.rosbag2.metadata import parse_qos
 
-from .salvage_mcap import LATEST, SalvageMcap, counted
+from librobot_vlm_ros.bags.salvage_mcap import LATEST, SalvageMcap, counted
 
 __all__ = ["SalvageReader", "storage_files"]
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from librobot_vlm_ros.core import BagError, Box, ErrorCode
 
 if TYPE_CHECKING:
-    from .reader import BagReader
+    from librobot_vlm_ros.bags.reader import BagReader
 
 __all__ = ["TRUTH_TOPIC", "FrameTruth", "TruthObject", "read_truth"]
 

@@ -20,10 +20,9 @@ from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, W
 from rosbags.rosbag2.storage_mcap import McapWriter
 from rosbags.typesys.store import Typestore
 
+from librobot_vlm_ros.bags.quality import BagQos, to_recorded
+from librobot_vlm_ros.bags.typestore import extended_typestore
 from librobot_vlm_ros.core import BagError, ErrorCode, VlmError, as_vlm_error
-
-from .quality import BagQos, to_recorded
-from .typestore import extended_typestore
 
 __all__ = ["BagSummary", "BagWriter", "Storage", "disk_full", "is_disk_full"]
 

@@ -9,8 +9,13 @@ from librobot_vlm_ros.bench.measure import Bench
 from librobot_vlm_ros.bench.models import chatty_qwen
 from librobot_vlm_ros.bench.tabletop import again, answer, ask
 from librobot_vlm_ros.core import Frame
-from librobot_vlm_ros.models.preprocess import ImageSettings, normalise, squash
-from librobot_vlm_ros.models.resize import Resizing, resizing
+from librobot_vlm_ros.models.families.preprocess import (
+    ImageSettings,
+    Resizing,
+    normalise,
+    resizing,
+    squash,
+)
 
 __all__ = ["noise", "one_frame", "preprocessing"]
 

@@ -53,8 +53,8 @@ def write_large(folder: Path) -> None:
     import torch
     from transformers import Florence2ForConditionalGeneration
 
-    from librobot_vlm_ros.models.florence_config import FlorenceConfig
-    from librobot_vlm_ros.models.tiny import TINY_VISION
+    from librobot_vlm_ros.models.families.florence2.configuration import FlorenceConfig
+    from librobot_vlm_ros.models.testing.florence2 import TINY_VISION
 
     torch.manual_seed(0)
     vision = {**TINY_VISION, **_LARGE["vision_config"]}
@@ -68,8 +68,8 @@ _PEAK = """
 import json, sys, threading, time
 import psutil, torch
 import librobot_vlm_ros.models as models
-from librobot_vlm_ros.models.checkpoint import load_module
-import librobot_vlm_ros.models.florence
+from librobot_vlm_ros.models.checkpoints.loading import load_module
+import librobot_vlm_ros.models.families.florence2.model
 import transformers.models.florence2.modeling_florence2
 torch.set_num_threads(1)
 torch.zeros(1, device=sys.argv[2])
@@ -171,7 +171,7 @@ def loading(bench: Bench) -> None:
 def starting(bench: Bench) -> None:
     """From the start of Python to the first result, files cold as they come and then warm."""
     from librobot_vlm_ros.models import create_vlm, model_info
-    from librobot_vlm_ros.models.weights import find_weights
+    from librobot_vlm_ros.models.checkpoints.hub import find_weights
 
     name = "florence-2-tabletop"
     folder = find_weights(model_info(name), None).folder
@@ -195,7 +195,7 @@ def starting(bench: Bench) -> None:
 
 def growth(bench: Bench, count: int = 1000) -> None:
     """Memory after many inferences at sizes and lengths of all kinds, over what it was half way."""
-    from librobot_vlm_ros.models.tiny import tiny_florence_folder
+    from librobot_vlm_ros.models.testing.florence2 import tiny_florence_folder
 
     with tempfile.TemporaryDirectory(prefix="librobot-vlm-bench-") as scratch:
         folder = tiny_florence_folder(Path(scratch) / "tiny")

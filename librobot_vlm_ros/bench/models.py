@@ -209,7 +209,7 @@ class Pair:
         return int(self.vlm.image_tokens)
 
     def _patches(self, image: Tensor) -> dict[str, Any]:
-        from librobot_vlm_ros.models.qwen_images import patches
+        from librobot_vlm_ros.models.families.qwen_vl.processor import patches
 
         images, device = self.vlm.images, self.vlm.torch_device
         cells = patches(image[0], images, device, self.vlm.torch_dtype)
@@ -233,7 +233,7 @@ def pair_of(name: str, device: str, new_tokens: int, **config: Any) -> Pair:
 
 def qwen_words(name: str, generation: Any) -> tuple[Any, dict[str, int]]:
     """A tokenizer of letters, and what a Qwen-VL config must know of its tokens."""
-    from librobot_vlm_ros.models.conformance_qwen_folder import IDS, write_official
+    from librobot_vlm_ros.models.testing.qwen_vl import IDS, write_official
 
     with tempfile.TemporaryDirectory(prefix="librobot-vlm-bench-") as scratch:
         folder = Path(scratch) / "tiny"
@@ -249,7 +249,7 @@ def qwen_words(name: str, generation: Any) -> tuple[Any, dict[str, int]]:
 
 def chatty_qwen(device: str, layers: int = 12) -> Any:
     """A Qwen2-VL of random weights with a tokenizer, for whole requests."""
-    from librobot_vlm_ros.models.conformance_qwen_folder import IDS, SECOND, VOCABULARY
+    from librobot_vlm_ros.models.testing.qwen_vl import IDS, SECOND, VOCABULARY
 
     tokenizer, marks = qwen_words("qwen2-vl-2b", SECOND)
     rope = {"type": "mrope", "mrope_section": [8, 4, 4]}

@@ -14,7 +14,7 @@ _LEAN = 1.0e4
 
 
 class Scripted:
-    """A `decode.ExtendingDecoder`: everything is computed by `decoder`, then token n of each row's
+    """A `AppendingDecoder`: everything is computed by `decoder`, then token n of each row's
     script gains. Behind its end nothing does.
     """
 
@@ -24,22 +24,22 @@ class Scripted:
         #: Calls of the model, and columns that its output layer computed in them.
         self.calls = self.columns = 0
 
-    def first(self) -> Tensor:
-        """See `decode.Decoder`."""
-        return self._leant(self._decoder.first(), None)
+    def prefill(self) -> Tensor:
+        """See `Decoder`."""
+        return self._leant(self._decoder.prefill(), None)
 
-    def next(self, tokens: Tensor, allowed: range | Tensor | None = None) -> Tensor:
-        """See `decode.Decoder`."""
+    def decode(self, tokens: Tensor, allowed: range | Tensor | None = None) -> Tensor:
+        """See `Decoder`."""
         self._place += 1
-        return self._leant(self._decoder.next(tokens, allowed), allowed)
+        return self._leant(self._decoder.decode(tokens, allowed), allowed)
 
-    def extend(self, tokens: Tensor, allowed: range | Tensor | None = None) -> Tensor:
-        """See `decode.ExtendingDecoder`."""
+    def append(self, tokens: Tensor, allowed: range | Tensor | None = None) -> Tensor:
+        """See `AppendingDecoder`."""
         self._place += tokens.shape[1]
-        return self._leant(self._decoder.extend(tokens, allowed), allowed)
+        return self._leant(self._decoder.append(tokens, allowed), allowed)
 
     def reorder(self, rows: Tensor, within: bool = False) -> None:
-        """See `decode.Decoder`."""
+        """See `Decoder`."""
         self._decoder.reorder(rows, within)
         self._scripts = [self._scripts[row] for row in rows.tolist()]
 

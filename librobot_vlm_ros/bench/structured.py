@@ -11,7 +11,8 @@ from librobot_vlm_ros.bench.models import TINY, qwen_words
 from librobot_vlm_ros.bench.scripted import Scripted
 from librobot_vlm_ros.bench.tabletop import ask
 from librobot_vlm_ros.models import create_vlm
-from librobot_vlm_ros.models.decode import Generated, decode
+from librobot_vlm_ros.models.generation.config import Generated
+from librobot_vlm_ros.models.generation.loop import generate
 
 __all__ = ["structured"]
 
@@ -30,7 +31,7 @@ _TEXT = {
 
 def _model(device: str) -> Any:
     """A Qwen3-VL of random weights with a tokenizer of letters."""
-    from librobot_vlm_ros.models.conformance_qwen_folder import IDS, THIRD
+    from librobot_vlm_ros.models.testing.qwen_vl import IDS, THIRD
 
     tokenizer, marks = qwen_words("qwen3-vl-4b", THIRD)
     ends = {"eos_token_id": IDS["<|im_end|>"], "bos_token_id": IDS["<|endoftext|>"]}
@@ -62,9 +63,9 @@ def structured(bench: Bench) -> None:
             counted[bound] = scripted = Scripted(decoder, [script])
             rules = vlm.rules(request.params)
             grammars = [vlm.grammar(request)] if bound else []
-            scripted.first = _held(scripted.first())  # type: ignore[method-assign]
+            scripted.prefill = _held(scripted.prefill())  # type: ignore[method-assign]
             spent, (row,) = bench.seconds(
-                lambda: decode(scripted, rules, history, grammars=grammars)
+                lambda: generate(scripted, rules, history, grammars=grammars)
             )
         assert isinstance(row, Generated)
         return spent, row.ids

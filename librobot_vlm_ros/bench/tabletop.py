@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from librobot_vlm_ros.bench.measure import Bench
 from librobot_vlm_ros.core import Frame, GenerationParams, InferenceRequest, ModelAnswer
 from librobot_vlm_ros.models import create_vlm
-from librobot_vlm_ros.models.florence_prompts import FLORENCE_TASKS, build_prompt
+from librobot_vlm_ros.models.families.florence2.processor import FLORENCE_TASKS, build_prompt
 
 __all__ = ["Transformers", "ask", "shipped_frames", "tabletop"]
 

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from .main import main
+from librobot_vlm_ros.cli.main import main
 
 sys.exit(main())

@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .argument_types import at_least_one, count, node_name, positive
+from librobot_vlm_ros.cli.argument_types import at_least_one, count, node_name, positive
 
 if TYPE_CHECKING:
-    from .annotate_job import Job
+    pass
 
 _MOST_WORKERS = 64
 
@@ -127,45 +127,10 @@ def _workers(text: str) -> int:
 
 def main(args: argparse.Namespace) -> int:
     """Annotate; 1 when no frame got an answer."""
-    from .annotate_run import annotate
+    from librobot_vlm_ros.annotate.run import annotate
 
     if len(args.bags) < 2:
         argparse.ArgumentParser(prog="librobot-vlm annotate").error(
             "expected at least one bag to read and last the one to write"
         )
     return annotate(args)
-
-
-def make_job(args: argparse.Namespace, types: dict[str, str]) -> tuple[Job, dict[str, str]]:
-    """(the job, compressed topics left out -> their raw twins) of the arguments and the topics of
-    the bags. Raises `VlmError` for what does not fit.
-    """
-    from .annotate_job import Job, find_cameras, find_instruction_topic
-
-    cameras, twins = find_cameras(types, args.topics)
-    values = {
-        "model": args.model,
-        "weights": args.weights,
-        "model_config": args.model_config,
-        "device": args.device,
-        "dtype": args.dtype,
-        "quantization": args.quantization,
-        "tasks": tuple(args.tasks),
-        "instruction": args.instruction,
-        "max_batch": args.batch,
-        "max_new_tokens": args.max_new_tokens,
-        "num_beams": args.num_beams,
-        "min_score": args.min_score,
-        "allow_depth": args.allow_depth,
-    }
-    job = Job(
-        bags=tuple(args.bags[:-1]),
-        salvage=args.salvage,
-        values=values,
-        cameras=cameras,
-        instruction_topic=find_instruction_topic(types, args.instruction_topic, args.node),
-        node=args.node,
-        every=args.every,
-        rate_hz=args.rate,
-    )
-    return job, twins

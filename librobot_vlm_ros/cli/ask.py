@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .argument_types import count
+from librobot_vlm_ros.cli.argument_types import count
 
 if TYPE_CHECKING:
     from librobot_vlm_ros.core import Frame, InferenceRequest, ModelAnswer
@@ -54,11 +54,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Ask, print and draw. Everything that can be wrong is found before the model is loaded."""
+    from librobot_vlm_ros.console import log_on_stderr
     from librobot_vlm_ros.core import Frame, GenerationParams, VlmError, get_task, make_request
+    from librobot_vlm_ros.core.images.picture_files import read_picture
     from librobot_vlm_ros.models import create_vlm, model_info
-
-    from .log_lines import log_on_stderr
-    from .picture_file import read_picture
 
     info = model_info(args.model)
     _check_task(info, get_task(args.task).name)
@@ -109,8 +108,7 @@ def _out_path(image: Path, asked: Path | None) -> Path:
     from PIL import Image
 
     from librobot_vlm_ros.core import ErrorCode, RequestError
-
-    from .picture_file import FORMATS
+    from librobot_vlm_ros.core.images.picture_files import FORMATS
 
     out = asked or image.with_name(f"{image.name}.answer.png")
     Image.init()
@@ -156,7 +154,7 @@ def _draw(out: Path, frame: Frame, request: InferenceRequest, answer: ModelAnswe
 def _as_dict(
     vlm: Any, frame: Frame, request: InferenceRequest, answer: ModelAnswer, out: Path
 ) -> dict[str, Any]:
-    from .answers import number_or_none
+    from librobot_vlm_ros.console import number_or_none
 
     found = answer.embedding
     return {
@@ -190,7 +188,7 @@ def _as_dict(
 
 
 def _print(vlm: Any, request: InferenceRequest, answer: ModelAnswer, out: Path) -> None:
-    from .answers import embedding_words, print_answer
+    from librobot_vlm_ros.console import embedding_words, print_answer
 
     found = answer.embedding
     words = "" if found is None else embedding_words(str(found.array.dtype), found.array.shape)

@@ -40,10 +40,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Convert and say what came of it."""
+    from librobot_vlm_ros.console import log_on_stderr
     from librobot_vlm_ros.models import get_vlm
-    from librobot_vlm_ros.models.convert_folder import convert_folder
-
-    from .log_lines import log_on_stderr
+    from librobot_vlm_ros.models.checkpoints.conversion import convert_folder
 
     get_vlm("florence-2-base")  # names a package that is missing
     with log_on_stderr():

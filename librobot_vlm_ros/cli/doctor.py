@@ -9,12 +9,11 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from .doctor_finding import Finding, found_by
+from librobot_vlm_ros.doctor.finding import Finding, found_by
 
 if TYPE_CHECKING:
-    from librobot_vlm_ros.models.base import ModelInfo
-
-    from .console import Console
+    from librobot_vlm_ros.console import Console
+    from librobot_vlm_ros.models.backend import ModelInfo
 
 SUMMARY = "look at Python, torch, GPU, ROS, shared memory, weights; say what to mend"
 
@@ -45,9 +44,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Look at everything; 1 when there is a problem."""
+    from librobot_vlm_ros.console import Console
     from librobot_vlm_ros.models import model_info
-
-    from .console import Console
 
     info = model_info(args.model)  # a wrong name is the caller's error, not the machine's
     console = Console()
@@ -76,8 +74,8 @@ def _counted(number: int, what: str) -> str:
 def _checks(
     info: ModelInfo, args: argparse.Namespace
 ) -> Iterable[tuple[str, Callable[[], Iterable[Finding]]]]:
-    from . import doctor_system as system
-    from .doctor_model import ModelDoctor
+    from librobot_vlm_ros.doctor import system
+    from librobot_vlm_ros.doctor.model import ModelDoctor
 
     model = ModelDoctor(info, args.weights, args.device, args.dtype)
     yield "python", system.check_python

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .argument_types import node_name
+from librobot_vlm_ros.cli.argument_types import node_name
 
+_SOURCE = Path(__file__).parents[1] / "client" / "policy_node.py"
 SUMMARY = "run a small policy on the node's results (pointing target); its source is to be copied"
 
 _EPILOG = """\
@@ -31,13 +32,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Spin the policy until a signal comes."""
     if args.source:
-        print(Path(__file__).with_name("policy_node.py").read_text(encoding="utf-8"), end="")
+        print(_SOURCE.read_text(encoding="utf-8"), end="")
         return 0
     import rclpy
     from rclpy.executors import SingleThreadedExecutor
     from rclpy.signals import SignalHandlerOptions
 
-    from .policy_node import PointingPolicy
+    from librobot_vlm_ros.client.policy_node import PointingPolicy
 
     # Signals raise in this thread, as for every command.
     rclpy.init(args=[], signal_handler_options=SignalHandlerOptions.NO)

@@ -12,9 +12,8 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from librobot_vlm_ros import __version__
-from librobot_vlm_ros.ros.libraries import let_libraries_warn
-
-from . import signals
+from librobot_vlm_ros.client import signals
+from librobot_vlm_ros.ros.third_party import let_libraries_warn
 
 __all__ = ["COMMANDS", "in_flags", "main"]
 
@@ -126,7 +125,7 @@ def _parser(
 def _report(command: str, error: Exception, flags: Collection[str]) -> int:
     """Print a coded error; with its traceback when it is a defect of ours."""
     from librobot_vlm_ros.core import ErrorCode, as_vlm_error
-    from librobot_vlm_ros.ros.refusals import known_refusal
+    from librobot_vlm_ros.ros.rcl_errors import known_refusal
 
     coded = known_refusal(error) or as_vlm_error(error)
     if coded.code == ErrorCode.INTERNAL:

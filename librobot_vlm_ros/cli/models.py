@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from librobot_vlm_ros.models.base import ModelInfo
-    from librobot_vlm_ros.models.conformance import Conformance
+    from librobot_vlm_ros.models.backend import ModelInfo
+    from librobot_vlm_ros.models.testing.conformance import Conformance
 
 SUMMARY = "list the models with size, tasks, memory, licence and weights; --check tries each"
 
@@ -64,12 +64,11 @@ def main(args: argparse.Namespace) -> int:
 
 def _sha256(folder: Path) -> int:
     """Print the digest of a folder's weights, as `weights_sha256` takes it."""
+    from librobot_vlm_ros.console import log_on_stderr
     from librobot_vlm_ros.models import get_vlm
 
-    from .log_lines import log_on_stderr
-
     get_vlm("florence-2-base")  # names a package that is missing
-    from librobot_vlm_ros.models.checksum import weights_sha256
+    from librobot_vlm_ros.models.checkpoints.checksum import weights_sha256
 
     with log_on_stderr():
         print(weights_sha256(folder))
@@ -77,9 +76,8 @@ def _sha256(folder: Path) -> int:
 
 
 def _list(infos: list[ModelInfo], as_json: bool, asked: list[str]) -> int:
-    from librobot_vlm_ros.ros.weights_here import weights_present
-
-    from .console import table
+    from librobot_vlm_ros.console import table
+    from librobot_vlm_ros.models.checkpoints.local_weights import weights_present
 
     if as_json:
         print(json.dumps([_as_dict(info, weights_present(info)) for info in infos], indent=2))
@@ -131,9 +129,8 @@ def _as_dict(info: ModelInfo, here: bool) -> dict[str, Any]:
 
 
 def _check(infos: list[ModelInfo], as_json: bool) -> int:
-    from librobot_vlm_ros.models.conformance import check_model
-
-    from .console import table
+    from librobot_vlm_ros.console import table
+    from librobot_vlm_ros.models.testing.conformance import check_model
 
     found: list[Conformance] = []
     for info in infos:

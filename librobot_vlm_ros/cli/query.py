@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .argument_types import count, node_name, positive, stamp
+from librobot_vlm_ros.cli.argument_types import count, node_name, positive, stamp
 
 SUMMARY = "ask the running node about the newest camera frame, or about a picture"
 
@@ -56,10 +56,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Ask and print; 1 when the node answers with an error."""
+    from librobot_vlm_ros.client.session import Session
     from librobot_vlm_ros.core import make_error
     from librobot_vlm_ros.srv import Query
-
-    from .spinning import Session
 
     request = Query.Request(
         task=args.task,
@@ -95,7 +94,7 @@ def _image_message(path: Path) -> Any:
 
     from sensor_msgs.msg import Image
 
-    from .picture_file import read_picture
+    from librobot_vlm_ros.core.images.picture_files import read_picture
 
     pixels = read_picture(path)
     height, width = pixels.shape[:2]
@@ -106,7 +105,7 @@ def _image_message(path: Path) -> Any:
 
 
 def _as_dict(answer: Any) -> dict[str, Any]:
-    from .answers import number_or_none
+    from librobot_vlm_ros.console import number_or_none
 
     info = answer.info
     regions = [
@@ -139,7 +138,7 @@ def _as_dict(answer: Any) -> dict[str, Any]:
 
 
 def _print(answer: Any) -> None:
-    from .answers import embedding_words, print_answer
+    from librobot_vlm_ros.console import embedding_words, print_answer
 
     shape, info = list(answer.embedding.shape), answer.info
     regions = [

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .argument_types import node_name, positive, remapping, seconds
+from librobot_vlm_ros.cli.argument_types import node_name, positive, remapping, seconds
 
 if TYPE_CHECKING:
-    from .bag_publishers import PlayOptions, PlayReport
-    from .console import Console
+    from librobot_vlm_ros.console import Console
+    from librobot_vlm_ros.replay.publishers import PlayOptions, PlayReport
 
 SUMMARY = "play a db3 or MCAP bag into topics, at its own timing or in step with the node"
 
@@ -105,11 +105,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Play; 1 when frames stayed without results in lock-step."""
     from librobot_vlm_ros.bags import BagReader, shipped_bag
-
-    from .console import Console
-    from .node_link import NodeLink
-    from .player import Player
-    from .spinning import Session
+    from librobot_vlm_ros.client.session import Session
+    from librobot_vlm_ros.console import Console
+    from librobot_vlm_ros.replay.lock_step import NodeLink
+    from librobot_vlm_ros.replay.player import Player
 
     console = Console()
     options = _options(args)
@@ -145,7 +144,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _options(args: argparse.Namespace) -> PlayOptions:
-    from .bag_publishers import PlayOptions
+    from librobot_vlm_ros.replay.publishers import PlayOptions
 
     return PlayOptions(
         rate=args.rate if args.rate or args.lock_step else 1.0,
@@ -169,7 +168,7 @@ def _announce(console: Console, report: PlayReport) -> None:
 
 
 def _summary(console: Console, report: PlayReport, *, lock_step: bool) -> int:
-    from .console import table
+    from librobot_vlm_ros.console import table
 
     rows = [(name, str(count)) for name, count in sorted(report.published.items())]
     console.line(table(rows, header=("topic", "messages"), right="lr"))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from librobot_vlm_ros.ros.arguments import Argument
+    from librobot_vlm_ros.ros.parameters.arguments import Argument
 
 SUMMARY = "start the node: run model:=florence-2-base image_topic:=/camera/image_raw"
 
@@ -32,7 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the node until a signal comes."""
-    from librobot_vlm_ros.ros.arguments import (
+    from librobot_vlm_ros.ros.parameters.arguments import (
         ENCLAVE_VARIABLE,
         arguments,
         parse_values,
@@ -47,8 +47,8 @@ def main(args: argparse.Namespace) -> int:
     texts = split_arguments(args.arguments, [item.name for item in known])
     values = parse_values(texts)
     words = ros_arguments(texts)
-    from librobot_vlm_ros.ros.transport import TRANSPORT_VARIABLE
-    from librobot_vlm_ros.ros.vlm_node import main as run_node
+    from librobot_vlm_ros.ros.dds import TRANSPORT_VARIABLE
+    from librobot_vlm_ros.ros.main import main as run_node
 
     if "transport" in texts:
         os.environ[TRANSPORT_VARIABLE] = texts["transport"]

@@ -1,12 +1,10 @@
-"""Regions and words drawn into pictures: for `~/annotated`, `librobot-vlm ask` and the demo alike.
-
-Imported by whoever draws, not by the room as a whole: most of the package needs no Pillow.
-"""
+"""Regions and words drawn into pictures: for `~/annotated`, `librobot-vlm ask` and the demo."""
 
 from __future__ import annotations
 
 import functools
 import math
+import zlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,19 +12,63 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from .colours import Rgb, colour_of, ink_on
-from .results import Region
+from librobot_vlm_ros.core.results import Region
 
 __all__ = [
+    "Rgb",
+    "colour_of",
     "draw",
     "draw_outlines",
     "draw_tags",
     "font",
+    "hexadecimal",
+    "ink_on",
     "region_words",
     "scaled_box",
     "tag",
     "wrapped",
 ]
+
+Rgb = tuple[int, int, int]
+
+_NAMED: dict[str, Rgb] = {
+    "red": (239, 68, 68),
+    "yellow": (250, 204, 21),
+    "green": (34, 197, 94),
+    "cyan": (34, 211, 238),
+    "blue": (96, 130, 255),
+    "purple": (192, 90, 250),
+    "orange": (251, 146, 60),
+    "white": (240, 240, 240),
+}
+_OTHERS: tuple[Rgb, ...] = (
+    (251, 146, 60),
+    (244, 114, 182),
+    (163, 230, 53),
+    (45, 212, 191),
+    (250, 240, 190),
+    (196, 181, 253),
+)
+
+
+def colour_of(label: str) -> Rgb:
+    """The colour that a label begins with, else one of a few that stays the same for it."""
+    words = label.lower().split()
+    if words and words[0] in _NAMED:
+        return _NAMED[words[0]]
+    return _OTHERS[zlib.crc32(label.lower().encode()) % len(_OTHERS)]
+
+
+def ink_on(colour: Rgb) -> Rgb:
+    """Black or white, whichever reads better on `colour`."""
+    red, green, blue = colour
+    return (17, 24, 39) if 0.299 * red + 0.587 * green + 0.114 * blue > 110 else (255, 255, 255)
+
+
+def hexadecimal(colour: Rgb) -> str:
+    """`#rrggbb`"""
+    return "#{:02x}{:02x}{:02x}".format(*colour)
+
 
 _DARK: Rgb = (15, 23, 42)
 _LIGHT: Rgb = (226, 232, 240)

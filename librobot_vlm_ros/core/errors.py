@@ -16,7 +16,7 @@ from __future__ import annotations
 import errno
 from enum import IntEnum
 
-from .logtext import escape_for_log
+from librobot_vlm_ros.core.logtext import escape_for_log
 
 __all__ = [
     "BagError",

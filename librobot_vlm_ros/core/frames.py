@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ErrorCode, ImageError
+from librobot_vlm_ros.core.errors import ErrorCode, ImageError
 
 __all__ = ["Frame"]
 

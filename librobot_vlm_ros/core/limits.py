@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from .errors import ErrorCode, RequestError
+from librobot_vlm_ros.core.errors import ErrorCode, RequestError
 
 __all__ = ["DEFAULT_LIMITS", "Limits"]
 

@@ -13,9 +13,9 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-from .errors import ErrorCode, RequestError
-from .limits import DEFAULT_LIMITS, Limits
-from .logtext import shortened
+from librobot_vlm_ros.core.errors import ErrorCode, RequestError
+from librobot_vlm_ros.core.limits import DEFAULT_LIMITS, Limits
+from librobot_vlm_ros.core.logtext import shortened
 
 __all__ = ["clean_prompt"]
 

@@ -8,12 +8,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import ErrorCode, RequestError
-from .frames import Frame
-from .limits import DEFAULT_LIMITS, Limits
-from .logtext import shortened
-from .prompts import clean_prompt
-from .tasks import TaskSpec, get_task
+from librobot_vlm_ros.core.errors import ErrorCode, RequestError
+from librobot_vlm_ros.core.frames import Frame
+from librobot_vlm_ros.core.limits import DEFAULT_LIMITS, Limits
+from librobot_vlm_ros.core.logtext import shortened
+from librobot_vlm_ros.core.prompts import clean_prompt
+from librobot_vlm_ros.core.tasks import TaskSpec, get_task
 
 __all__ = ["Box", "GenerationParams", "InferenceRequest", "make_request"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ErrorCode, InferenceError, VlmError
+from librobot_vlm_ros.core.errors import ErrorCode, InferenceError, VlmError
 
 __all__ = ["EmbeddingData", "InferenceInfo", "ModelAnswer", "Region", "Result"]
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-from .errors import ErrorCode, RequestError
-from .logtext import shortened
+from librobot_vlm_ros.core.errors import ErrorCode, RequestError
+from librobot_vlm_ros.core.logtext import shortened
 
 __all__ = ["TASKS", "TaskOutput", "TaskSpec", "get_task", "task_names"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from librobot_vlm_ros.models.base import ModelInfo, VlmBackend
+from librobot_vlm_ros.models.backend import ModelInfo, VlmBackend
 from librobot_vlm_ros.models.registry import (
     create_vlm,
     get_vlm,
@@ -22,7 +22,7 @@ from librobot_vlm_ros.models.registry import (
 #: Names that need torch, and the module of this package that holds each.
 _LAZY = {
     "AbstractVLM": "abstract",
-    "load_module": "checkpoint",
+    "load_module": "checkpoints.loading",
 }
 
 __all__ = [

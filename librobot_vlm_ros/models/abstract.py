@@ -25,14 +25,16 @@ from librobot_vlm_ros.core import (
     ModelError,
     RequestError,
 )
-from librobot_vlm_ros.models.adapters import adapter_parameters
 from librobot_vlm_ros.models.adapting import Adapting
-from librobot_vlm_ros.models.decode import Decoder, DecodeRules, Generated, decode
-from librobot_vlm_ros.models.frame_cache import FrameCache
+from librobot_vlm_ros.models.cache.image_features import FrameCache
+from librobot_vlm_ros.models.families.preprocess import Resizing, resizing
+from librobot_vlm_ros.models.generation.config import Generated, GenerationConfig
+from librobot_vlm_ros.models.generation.decoder import Decoder
+from librobot_vlm_ros.models.generation.fast.graph_runner import StepPool
+from librobot_vlm_ros.models.generation.fast.weights import DECODERS, make_step
+from librobot_vlm_ros.models.generation.loop import generate
 from librobot_vlm_ros.models.registry import model_info
-from librobot_vlm_ros.models.resize import Resizing, resizing
-from librobot_vlm_ros.models.step_parts import DECODERS, make_step
-from librobot_vlm_ros.models.step_pool import StepPool
+from librobot_vlm_ros.models.training.lora import adapter_parameters
 
 __all__ = ["AbstractVLM"]
 
@@ -171,11 +173,11 @@ class AbstractVLM(Adapting):
         return beams, wanted
 
     def _written(
-        self, decoder: Decoder, history: Tensor, rules: DecodeRules, seed: int | None
+        self, decoder: Decoder, history: Tensor, rules: GenerationConfig, seed: int | None
     ) -> Tensor:
         """Token ids [B, L] of the answers; each row samples from a seed of its own."""
         seeds = [None if seed is None else seed + row for row in range(len(history))]
-        generated = decode(decoder, rules, history, seeds=seeds)
+        generated = generate(decoder, rules, history, seeds=seeds)
         ids = [torch.tensor(row.ids) for row in generated if isinstance(row, Generated)]
         return pad_sequence(ids, batch_first=True, padding_value=rules.pad).to(self.torch_device)
 

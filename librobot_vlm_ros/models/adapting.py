@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
-from librobot_vlm_ros.models import adapters
 from librobot_vlm_ros.models.answering import Answering
-from librobot_vlm_ros.models.model_config import ModelConfig
+from librobot_vlm_ros.models.checkpoints.hub import folder_digest
+from librobot_vlm_ros.models.configuration import ModelConfig
 from librobot_vlm_ros.models.placement import missing_for_flash
-from librobot_vlm_ros.models.quantize import quantize, refuse_unknown
 from librobot_vlm_ros.models.registry import model_info
-from librobot_vlm_ros.models.weights import folder_digest
+from librobot_vlm_ros.models.training import lora as adapters
+from librobot_vlm_ros.models.training.quantization import quantize, refuse_unknown
 
 __all__ = ["Adapting", "quantization_for"]
 

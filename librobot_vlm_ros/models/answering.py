@@ -32,10 +32,12 @@ from librobot_vlm_ros.core import (
     VlmError,
     as_vlm_error,
 )
-from librobot_vlm_ros.models.base import OnToken, ShouldStop, stop_reason
-from librobot_vlm_ros.models.decode import Decoder, DecodeRules, Generated, Grammar, decode
-from librobot_vlm_ros.models.detokenize import TextStream
-from librobot_vlm_ros.models.frame_cache import FrameEntry
+from librobot_vlm_ros.models.backend import OnToken, ShouldStop, stop_reason
+from librobot_vlm_ros.models.cache.image_features import FrameEntry
+from librobot_vlm_ros.models.generation.config import Generated, GenerationConfig, Grammar
+from librobot_vlm_ros.models.generation.decoder import Decoder
+from librobot_vlm_ros.models.generation.loop import generate
+from librobot_vlm_ros.models.generation.streaming import TextStream
 from librobot_vlm_ros.models.holding import Holding
 from librobot_vlm_ros.models.registry import models_with_task
 
@@ -96,7 +98,7 @@ class Answering(Holding):
         """Take in the prompts; gives the decoder and the history for `decode` (see there)."""
 
     @abstractmethod
-    def rules(self, params: GenerationParams) -> DecodeRules:
+    def rules(self, params: GenerationParams) -> GenerationConfig:
         """How to decode: the published settings where `params` leaves them open."""
 
     @abstractmethod
@@ -247,7 +249,7 @@ class Answering(Holding):
             if text and on_token is not None:
                 on_token(jobs[row].index, text)
 
-        generated = decode(
+        generated = generate(
             decoder,
             rules,
             history,

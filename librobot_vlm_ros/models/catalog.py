@@ -6,7 +6,7 @@ not; tests build each configuration on the meta device, or load the shipped weig
 
 from __future__ import annotations
 
-from librobot_vlm_ros.models.base import ModelInfo
+from librobot_vlm_ros.models.backend import ModelInfo
 
 __all__ = ["CATALOG"]
 
@@ -68,7 +68,7 @@ CATALOG: tuple[ModelInfo, ...] = (
     ),
     ModelInfo(
         name="florence-2-tabletop",
-        module="florence",
+        module="families.florence2.model",
         family="florence-2",
         parameters=8_540_112,
         tasks=("caption", "detect", "embed", "ground"),
@@ -80,7 +80,7 @@ CATALOG: tuple[ModelInfo, ...] = (
     ),
     ModelInfo(
         name="florence-2-base",
-        module="florence",
+        module="families.florence2.model",
         family="florence-2",
         parameters=231_414_016,
         tasks=_FLORENCE_TASKS,
@@ -93,7 +93,7 @@ CATALOG: tuple[ModelInfo, ...] = (
     ),
     ModelInfo(
         name="florence-2-large",
-        module="florence",
+        module="families.florence2.model",
         family="florence-2",
         parameters=776_465_408,
         tasks=_FLORENCE_TASKS,
@@ -106,7 +106,7 @@ CATALOG: tuple[ModelInfo, ...] = (
     ),
     ModelInfo(
         name="internvl2-2b",
-        module="internvl",
+        module="families.internvl2.model",
         family="internvl2",
         parameters=2_205_754_368,
         tasks=_INTERNVL_TASKS,
@@ -119,7 +119,7 @@ CATALOG: tuple[ModelInfo, ...] = (
     ),
     ModelInfo(
         name="internvl2-8b",
-        module="internvl",
+        module="families.internvl2.model",
         family="internvl2",
         parameters=8_075_365_376,
         tasks=_INTERNVL_TASKS,
@@ -132,7 +132,7 @@ CATALOG: tuple[ModelInfo, ...] = (
     ),
     ModelInfo(
         name="llava-v1.5-7b",
-        module="llava",
+        module="families.llava.model",
         family="llava-1.5",
         parameters=7_063_427_072,
         tasks=_LLAVA_TASKS,
@@ -145,7 +145,7 @@ CATALOG: tuple[ModelInfo, ...] = (
     ),
     ModelInfo(
         name="llava-v1.5-13b",
-        module="llava",
+        module="families.llava.model",
         family="llava-1.5",
         parameters=13_351_494_656,
         tasks=_LLAVA_TASKS,
@@ -158,7 +158,7 @@ CATALOG: tuple[ModelInfo, ...] = (
     ),
     ModelInfo(
         name="paligemma-3b",
-        module="paligemma",
+        module="families.paligemma.model",
         family="paligemma",
         parameters=2_923_466_480,
         tasks=(
@@ -180,7 +180,7 @@ CATALOG: tuple[ModelInfo, ...] = (
     ),
     ModelInfo(
         name="qwen2-vl-2b",
-        module="qwen2",
+        module="families.qwen_vl.model",
         family="qwen2-vl",
         parameters=2_208_985_600,
         tasks=_QWEN_TASKS,
@@ -193,7 +193,7 @@ CATALOG: tuple[ModelInfo, ...] = (
     ),
     ModelInfo(
         name="qwen2-vl-7b",
-        module="qwen2",
+        module="families.qwen_vl.model",
         family="qwen2-vl",
         parameters=8_291_375_616,
         tasks=_QWEN_TASKS,
@@ -206,7 +206,7 @@ CATALOG: tuple[ModelInfo, ...] = (
     ),
     ModelInfo(
         name="qwen3-vl-4b",
-        module="qwen3",
+        module="families.qwen_vl.model",
         family="qwen3-vl",
         parameters=4_437_815_808,
         tasks=_QWEN_TASKS,
@@ -219,7 +219,7 @@ CATALOG: tuple[ModelInfo, ...] = (
     ),
     ModelInfo(
         name="qwen3-vl-8b",
-        module="qwen3",
+        module="families.qwen_vl.model",
         family="qwen3-vl",
         parameters=8_767_123_696,
         tasks=_QWEN_TASKS,

@@ -28,7 +28,7 @@ from librobot_vlm_ros.core import (
     VlmError,
     as_vlm_error,
 )
-from librobot_vlm_ros.models.base import OnToken, ShouldStop, stop_reason
+from librobot_vlm_ros.models.backend import OnToken, ShouldStop, stop_reason
 from librobot_vlm_ros.models.registry import model_info, register_vlm
 
 __all__ = ["FakeConfig", "FakeVlm"]

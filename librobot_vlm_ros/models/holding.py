@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from librobot_vlm_ros.core import ErrorCode, Frame, ModelError
-from librobot_vlm_ros.models.frame_cache import FrameCache
+from librobot_vlm_ros.models.cache.image_features import FrameCache
+from librobot_vlm_ros.models.families.preprocess import ahead_of
+from librobot_vlm_ros.models.generation.fast.weights import states
 from librobot_vlm_ros.models.placement import dtype_name, free_bytes, move, usable_cores
-from librobot_vlm_ros.models.resize import ahead_of
-from librobot_vlm_ros.models.step_parts import states
 
 __all__ = ["Holding"]
 

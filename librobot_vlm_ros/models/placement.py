@@ -1,14 +1,13 @@
-"""Where a model goes and how it computes: device, dtype and attention.
-
-An explicit choice is honoured or refused with a code, never replaced. ``auto`` takes the best that
-this machine can do; the caller logs what it was.
-"""
+"""Where a model runs and how: device, dtype, attention, and how many CPU threads."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,10 +19,12 @@ __all__ = [
     "Placement",
     "dtype_name",
     "free_bytes",
+    "is_light",
     "missing_for_flash",
     "move",
     "place",
     "resolve_dtype",
+    "threads_for",
     "usable_cores",
 ]
 
@@ -196,3 +197,27 @@ def missing_for_flash(device: torch.device, dtype: torch.dtype) -> str:
     if importlib.util.find_spec("flash_attn") is None:
         return "the package flash_attn is not installed"
     return ""
+
+
+#: Weights of a matrix up to which a second thread costs more than it brings, where it is multiplied
+#: with a few rows alone (measured up to eight), and far more on a machine that has other work.
+_LIGHT = 1 << 20
+
+
+def is_light(step: Any) -> bool:
+    """Whether one CPU thread computes a step (`LlamaStep`, `BartStep`) as fast as several."""
+    return step.device.type == "cpu" and step.largest <= _LIGHT
+
+
+@contextmanager
+def threads_for(decoder: Any) -> Iterator[None]:
+    """Torch computes in the calling thread alone meanwhile where the decoder's steps are light."""
+    if not getattr(decoder, "light", False):
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

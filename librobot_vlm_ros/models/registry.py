@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from librobot_vlm_ros.core import ErrorCode, ModelError, RequestError
-from librobot_vlm_ros.models.base import ModelInfo
+from librobot_vlm_ros.models.backend import ModelInfo
 from librobot_vlm_ros.models.catalog import CATALOG
 
 __all__ = [
@@ -30,7 +30,6 @@ __all__ = [
     "sha256_list",
 ]
 
-_PACKAGE = "librobot_vlm_ros.models"
 _rows: dict[str, ModelInfo] = {info.name: info for info in CATALOG}
 _classes: dict[str, type[Any]] = {}
 _Class = TypeVar("_Class", bound=type)
@@ -95,7 +94,7 @@ def get_vlm(name: str) -> type[Any]:
     """
     info = model_info(name)
     if info.name not in _classes:
-        module = info.module if "." in info.module else f"{_PACKAGE}.{info.module}"
+        module = info.full_module
         _share_cores()
         try:
             importlib.import_module(module)

@@ -25,9 +25,8 @@ from lifecycle_msgs.msg import State, Transition
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 
 from librobot_vlm_ros.core import ErrorCode, VlmError, as_vlm_error
-
-from .deferred import Reply, defer
-from .refusals import known_refusal
+from librobot_vlm_ros.ros.rcl_errors import known_refusal
+from librobot_vlm_ros.ros.services.async_service import Reply, defer
 
 __all__ = ["GuardedLifecycleNode"]
 

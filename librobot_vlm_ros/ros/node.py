@@ -29,29 +29,38 @@ from librobot_vlm_ros.core import (
     VlmError,
     escape_for_log,
 )
+from librobot_vlm_ros.ros.dds import give_back_memory
+from librobot_vlm_ros.ros.engine_config import (
+    camera_configs,
+    engine_config,
+    standing_tasks,
+    waiting_tasks,
+)
+from librobot_vlm_ros.ros.inputs.camera import Camera
+from librobot_vlm_ros.ros.inputs.image_decoder import Decoder
+from librobot_vlm_ros.ros.inputs.instruction import Instruction
+from librobot_vlm_ros.ros.inputs.qos import MatchedSubscription
+from librobot_vlm_ros.ros.lifecycle import GuardedLifecycleNode
+from librobot_vlm_ros.ros.model_loading import create_backend, load_model, loaded_text, switch_model
+from librobot_vlm_ros.ros.monitoring.diagnostics import (
+    camera_status,
+    diagnostics,
+    engine_status,
+    model_status,
+)
+from librobot_vlm_ros.ros.monitoring.duplicate_node import Namesakes
+from librobot_vlm_ros.ros.monitoring.log_throttle import Throttled, guarded, result_text
+from librobot_vlm_ros.ros.outputs.annotated import Annotator
+from librobot_vlm_ros.ros.outputs.publishing import ResultPublisher
+from librobot_vlm_ros.ros.parameters.live_parameters import LiveParameters
+from librobot_vlm_ros.ros.parameters.parameter_requests import guard_parameter_services
+from librobot_vlm_ros.ros.parameters.settings import Settings
+from librobot_vlm_ros.ros.rcl_errors import known_refusal
+from librobot_vlm_ros.ros.services.executor_barrier import CaughtUp
+from librobot_vlm_ros.ros.services.generate import GenerateAction
+from librobot_vlm_ros.ros.services.query import Services
+from librobot_vlm_ros.ros.services.request_conversion import Served, not_active, timeout_of
 from librobot_vlm_ros.runtime import CameraEvent, Engine, LoadReport, settle
-
-from .annotate import Annotator
-from .camera import Camera
-from .caught_up import CaughtUp
-from .decoder import Decoder
-from .diagnostics import camera_status, diagnostics, engine_status, model_status
-from .generate import GenerateAction
-from .instruction import Instruction
-from .lifecycle import GuardedLifecycleNode
-from .live_parameters import LiveParameters
-from .loading import create_backend, load_model, loaded_text, switch_model
-from .matching import MatchedSubscription
-from .namesakes import Namesakes
-from .on_demand import Served, not_active, timeout_of
-from .parameter_requests import guard_parameter_services
-from .publishing import ResultPublisher
-from .refusals import known_refusal
-from .reporting import Throttled, guarded, result_text
-from .services import Services
-from .settings import Settings
-from .standing import camera_configs, engine_config, standing_tasks, waiting_tasks
-from .transport import give_back_memory
 
 __all__ = ["VlmNode"]
 

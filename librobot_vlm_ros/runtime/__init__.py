@@ -6,14 +6,14 @@ Needs neither ROS nor torch.
 
 from __future__ import annotations
 
-from .config import CameraConfig, DropReason, EngineConfig, EngineState
-from .engine import Engine
-from .garbage import collect, settle
-from .loader import BackendFactory, LoadReport, available_memory_bytes
-from .results import frame_age_s, with_age
-from .standing import StandingTask
-from .stats import CameraStats, EngineStats
-from .watchdog import CameraEvent
+from librobot_vlm_ros.runtime.config import CameraConfig, DropReason, EngineConfig, EngineState
+from librobot_vlm_ros.runtime.engine import Engine
+from librobot_vlm_ros.runtime.garbage import collect, settle
+from librobot_vlm_ros.runtime.loader import BackendFactory, LoadReport, available_memory_bytes
+from librobot_vlm_ros.runtime.results import frame_age_s, with_age
+from librobot_vlm_ros.runtime.standing import StandingTask
+from librobot_vlm_ros.runtime.stats import CameraStats, EngineStats
+from librobot_vlm_ros.runtime.watchdog import CameraEvent
 
 __all__ = [
     "BackendFactory",

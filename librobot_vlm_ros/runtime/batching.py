@@ -11,8 +11,8 @@ from collections import OrderedDict, deque
 from collections.abc import Hashable, Sequence
 from statistics import median
 
-from .config import NANOSECONDS
-from .requests import Ticket
+from librobot_vlm_ros.runtime.config import NANOSECONDS
+from librobot_vlm_ros.runtime.requests import Ticket
 
 # A batch of n frames pays when it takes less than this fraction of n single runs.
 PAYS_BELOW = 0.75

@@ -22,18 +22,25 @@ from librobot_vlm_ros.core import (
     Result,
     VlmError,
 )
-
-from .ahead import AheadThread
-from .config import CameraConfig, DropReason, EngineConfig, EngineState
-from .health import take_stats
-from .life import EngineLife
-from .loader import BackendFactory, Loader, LoadReport
-from .model_thread import ModelThread
-from .requests import OnText, Ticket, busy, cancelled, not_active, shutting_down, too_late
-from .shared import OnCamera, OnFatal, OnResult, Shared
-from .standing import StandingTask
-from .stats import EngineStats
-from .timer_thread import TimerThread
+from librobot_vlm_ros.runtime.config import CameraConfig, DropReason, EngineConfig, EngineState
+from librobot_vlm_ros.runtime.engine_state import OnCamera, OnFatal, OnResult, Shared
+from librobot_vlm_ros.runtime.health import take_stats
+from librobot_vlm_ros.runtime.life import EngineLife
+from librobot_vlm_ros.runtime.loader import BackendFactory, Loader, LoadReport
+from librobot_vlm_ros.runtime.model_thread import ModelThread
+from librobot_vlm_ros.runtime.prefetch import AheadThread
+from librobot_vlm_ros.runtime.requests import (
+    OnText,
+    Ticket,
+    busy,
+    cancelled,
+    not_active,
+    shutting_down,
+    too_late,
+)
+from librobot_vlm_ros.runtime.standing import StandingTask
+from librobot_vlm_ros.runtime.stats import EngineStats
+from librobot_vlm_ros.runtime.timer_thread import TimerThread
 
 # Settings that hold for an engine's whole life: changing them would mix two kinds of counting or
 # order.

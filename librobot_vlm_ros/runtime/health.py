@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from .config import to_s
-from .scheduler import drops
-from .shared import Shared
-from .stats import CameraStats, EngineStats, percentile
+from librobot_vlm_ros.runtime.config import to_s
+from librobot_vlm_ros.runtime.engine_state import Shared
+from librobot_vlm_ros.runtime.scheduler import drops
+from librobot_vlm_ros.runtime.stats import CameraStats, EngineStats, percentile
 
 
 def take_stats(shared: Shared) -> EngineStats:

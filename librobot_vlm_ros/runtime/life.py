@@ -13,10 +13,9 @@ from concurrent.futures import Future
 from typing import Any
 
 from librobot_vlm_ros.core import EngineError, ErrorCode, VlmError
-
-from .loader import LoadJob, LoadReport, UnloadJob
-from .requests import shutting_down
-from .shared import Shared, no_model
+from librobot_vlm_ros.runtime.engine_state import Shared, no_model
+from librobot_vlm_ros.runtime.loader import LoadJob, LoadReport, UnloadJob
+from librobot_vlm_ros.runtime.requests import shutting_down
 
 
 class EngineLife:

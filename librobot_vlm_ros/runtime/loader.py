@@ -20,10 +20,9 @@ from librobot_vlm_ros.core import (
     VlmError,
     as_vlm_error,
 )
-from librobot_vlm_ros.models.base import VlmBackend
-
-from .garbage import collect
-from .runner import forget_frames
+from librobot_vlm_ros.models.backend import VlmBackend
+from librobot_vlm_ros.runtime.batch_executor import forget_frames
+from librobot_vlm_ros.runtime.garbage import collect
 
 logger = logging.getLogger("librobot_vlm_ros.runtime")
 

@@ -10,8 +10,7 @@ import dataclasses
 from collections import Counter, deque
 
 from librobot_vlm_ros.core import ErrorCode, Frame, RequestError
-
-from .config import DropReason, to_ns, to_s
+from librobot_vlm_ros.runtime.config import DropReason, to_ns, to_s
 
 # Frames of a camera that were prepared lately and may still be the best choice.
 _BEGUN = 3

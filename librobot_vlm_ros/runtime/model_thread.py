@@ -14,16 +14,15 @@ from librobot_vlm_ros.core import (
     VlmError,
     as_vlm_error,
 )
-from librobot_vlm_ros.models.base import VlmBackend
-
-from .ahead import CountsFrames, KnowsInputSize, PreparesFrames
-from .batching import BatchPlanner
-from .config import to_ns
-from .loader import Loader, LoadJob, UnloadJob, free_memory_of
-from .requests import Ticket
-from .runner import Run, run_batch
-from .selection import Batch, Selector
-from .shared import Ended, Shared, no_model
+from librobot_vlm_ros.models.backend import VlmBackend
+from librobot_vlm_ros.runtime.batch_executor import Run, run_batch
+from librobot_vlm_ros.runtime.batching import BatchPlanner
+from librobot_vlm_ros.runtime.config import to_ns
+from librobot_vlm_ros.runtime.engine_state import Ended, Shared, no_model
+from librobot_vlm_ros.runtime.loader import Loader, LoadJob, UnloadJob, free_memory_of
+from librobot_vlm_ros.runtime.prefetch import CountsFrames, KnowsInputSize, PreparesFrames
+from librobot_vlm_ros.runtime.requests import Ticket
+from librobot_vlm_ros.runtime.selection import Batch, Selector
 
 logger = logging.getLogger("librobot_vlm_ros.runtime")
 

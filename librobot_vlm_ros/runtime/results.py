@@ -12,9 +12,8 @@ from librobot_vlm_ros.core import (
     Result,
     VlmError,
 )
-
-from .loader import LoadReport
-from .standing import StandingTask
+from librobot_vlm_ros.runtime.loader import LoadReport
+from librobot_vlm_ros.runtime.standing import StandingTask
 
 
 def frame_age_s(frame: Frame, now_ns: int) -> float:

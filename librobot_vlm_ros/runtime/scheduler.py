@@ -11,10 +11,9 @@ from collections import deque
 from collections.abc import Collection, Iterable, Mapping
 
 from librobot_vlm_ros.core import Frame
-
-from .config import CameraConfig, DropReason, EngineConfig
-from .mailbox import Mailbox
-from .standing import RateGate, StandingTask, check_unique, unknown_camera
+from librobot_vlm_ros.runtime.config import CameraConfig, DropReason, EngineConfig
+from librobot_vlm_ros.runtime.mailbox import Mailbox
+from librobot_vlm_ros.runtime.standing import RateGate, StandingTask, check_unique, unknown_camera
 
 
 @dataclasses.dataclass(frozen=True)

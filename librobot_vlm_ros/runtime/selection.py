@@ -12,13 +12,12 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 from librobot_vlm_ros.core import ErrorCode, InferenceRequest, RequestError
-
-from .batching import BatchPlanner, companions, kind_of
-from .config import to_s
-from .requests import Ticket
-from .results import make_refusal
-from .scheduler import Work
-from .shared import Ended, Shared
+from librobot_vlm_ros.runtime.batching import BatchPlanner, companions, kind_of
+from librobot_vlm_ros.runtime.config import to_s
+from librobot_vlm_ros.runtime.engine_state import Ended, Shared
+from librobot_vlm_ros.runtime.requests import Ticket
+from librobot_vlm_ros.runtime.results import make_refusal
+from librobot_vlm_ros.runtime.scheduler import Work
 
 LONGEST_WAIT_S = 3600.0  # a condition cannot wait for ever and a day
 

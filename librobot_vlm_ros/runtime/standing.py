@@ -13,8 +13,7 @@ from librobot_vlm_ros.core import (
     RequestError,
     get_task,
 )
-
-from .config import to_ns
+from librobot_vlm_ros.runtime.config import to_ns
 
 # A frame that comes this fraction of a period early still counts as on time when rates are counted
 # on stamps: cameras jitter, and a 10 Hz task on a 10 Hz camera must not lose every other frame.

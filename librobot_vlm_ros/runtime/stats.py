@@ -11,8 +11,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 
 from librobot_vlm_ros.core import ErrorCode, ModelAnswer, VlmError
-
-from .config import EngineState, to_ns, to_s
+from librobot_vlm_ros.runtime.config import EngineState, to_ns, to_s
 
 MAX_SAMPLES = 4096
 

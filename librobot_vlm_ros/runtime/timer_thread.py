@@ -8,10 +8,10 @@ import threading
 from collections.abc import Callable
 from functools import partial
 
-from .config import to_s
-from .requests import too_late
-from .shared import Ended, Shared
-from .watchdog import CameraEvent
+from librobot_vlm_ros.runtime.config import to_s
+from librobot_vlm_ros.runtime.engine_state import Ended, Shared
+from librobot_vlm_ros.runtime.requests import too_late
+from librobot_vlm_ros.runtime.watchdog import CameraEvent
 
 LONGEST_WAIT_S = 3600.0
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
-from .config import CameraConfig, to_ns, to_s
+from librobot_vlm_ros.runtime.config import CameraConfig, to_ns, to_s
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,21 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from librobot_vlm_ros.core import (
-    Frame,
-    InferenceRequest,
-    ModelAnswer,
-    Region,
-    VlmError,
-    caption_exact,
-    detection_scores,
-    grounding_hit,
-)  # fmt: skip
-
-from .labels import LABELS
-from .renders import FIRST_TRAINING_SEED
-from .scenes import Scene, render_scene
-from .world import World
+from librobot_vlm_ros.core import Frame, InferenceRequest, ModelAnswer, Region, VlmError
+from librobot_vlm_ros.evaluation.metrics import caption_exact, detection_scores, grounding_hit
+from librobot_vlm_ros.tabletop.labels import LABELS
+from librobot_vlm_ros.tabletop.renders import FIRST_TRAINING_SEED
+from librobot_vlm_ros.tabletop.scenes import Scene, render_scene
+from librobot_vlm_ros.tabletop.world import World
 
 __all__ = ["evaluate", "score_scenes"]
 

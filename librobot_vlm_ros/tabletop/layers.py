@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .labels import COLOURED_KINDS, COLOURS, PLAIN_KINDS
-from .scenes import (
+from librobot_vlm_ros.tabletop.labels import COLOURED_KINDS, COLOURS, PLAIN_KINDS
+from librobot_vlm_ros.tabletop.scenes import (
     MAX_OBJECTS,
     SceneObject,
     random_placement,
@@ -25,7 +25,7 @@ from .scenes import (
     set_stage,
     visible_objects,
 )  # fmt: skip
-from .world import World
+from librobot_vlm_ros.tabletop.world import World
 
 __all__ = ["Bank", "Composite", "Layer", "compose", "render_view"]
 

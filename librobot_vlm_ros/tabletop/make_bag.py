@@ -15,9 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from librobot_vlm_ros.bags import TruthObject, write_camera_bag
-
-from .scenes import Scene, draw_placements, random_view, render_placements
-from .world import World
+from librobot_vlm_ros.tabletop.scenes import Scene, draw_placements, random_view, render_placements
+from librobot_vlm_ros.tabletop.world import World
 
 RATE_HZ = 3.0
 SECONDS = 10.0

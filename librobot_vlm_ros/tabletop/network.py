@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .labels import LABELS
+from librobot_vlm_ros.tabletop.labels import LABELS
 
 if TYPE_CHECKING:
     import torch

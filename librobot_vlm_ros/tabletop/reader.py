@@ -15,8 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .network import BOS, CELLS, EOS, LOC_BINS, PAD, QUIET_X, QUIET_Y, build_tokenizer
-from .targets import Question
+from librobot_vlm_ros.tabletop.network import (
+    BOS,
+    CELLS,
+    EOS,
+    LOC_BINS,
+    PAD,
+    QUIET_X,
+    QUIET_Y,
+    build_tokenizer,
+)
+from librobot_vlm_ros.tabletop.targets import Question
 
 __all__ = ["Reader", "cells_to_keep", "location_basis"]
 

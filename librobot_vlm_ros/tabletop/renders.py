@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .scenes import render_scene_with_masks
-from .world import World
+from librobot_vlm_ros.tabletop.scenes import render_scene_with_masks
+from librobot_vlm_ros.tabletop.world import World
 
 __all__ = ["write_frames"]
 

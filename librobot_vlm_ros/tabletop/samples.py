@@ -15,9 +15,9 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from .labels import COLOURS, KINDS
-from .layers import Bank
-from .network import CELLS, IMAGE_SIZE
+from librobot_vlm_ros.tabletop.labels import COLOURS, KINDS
+from librobot_vlm_ros.tabletop.layers import Bank
+from librobot_vlm_ros.tabletop.network import CELLS, IMAGE_SIZE
 
 __all__ = ["FrameStream", "Sample", "jitter", "parts"]
 

@@ -11,8 +11,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .labels import COLOURED_KINDS, COLOURS, PLAIN_KINDS, label_of
-from .world import SHAPES, TABLE_TOP, Camera, Light, Pose, World, shape_extent
+from librobot_vlm_ros.tabletop.labels import COLOURED_KINDS, COLOURS, PLAIN_KINDS, label_of
+from librobot_vlm_ros.tabletop.world import (
+    SHAPES,
+    TABLE_TOP,
+    Camera,
+    Light,
+    Pose,
+    World,
+    shape_extent,
+)
 
 __all__ = [
     "Placement", "Scene", "SceneObject", "View", "draw_labels", "draw_placements",

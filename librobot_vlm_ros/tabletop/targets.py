@@ -13,8 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from .labels import COLOURED_KINDS, LABELS, article
-from .network import EOS, INSTRUCTIONS, LOC_BINS, PAIRS, PROMPTS, build_tokenizer
+from librobot_vlm_ros.tabletop.labels import COLOURED_KINDS, LABELS, article
+from librobot_vlm_ros.tabletop.network import (
+    EOS,
+    INSTRUCTIONS,
+    LOC_BINS,
+    PAIRS,
+    PROMPTS,
+    build_tokenizer,
+)
 
 __all__ = ["Question", "caption_of", "caption_question", "detect_question", "ground_question"]
 

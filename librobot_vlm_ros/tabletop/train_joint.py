@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from .network import build_model, save_folder
-from .reader import Reader, cells_to_keep
-from .samples import FrameStream
-from .train_text import questions_of
-from .train_tower import (
+from librobot_vlm_ros.tabletop.network import build_model, save_folder
+from librobot_vlm_ros.tabletop.reader import Reader, cells_to_keep
+from librobot_vlm_ros.tabletop.samples import FrameStream
+from librobot_vlm_ros.tabletop.train_text import questions_of
+from librobot_vlm_ros.tabletop.train_tower import (
     average_gradients,
     batches,
     dense_loss,

@@ -15,12 +15,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from .labels import LABELS
-from .network import CELLS, QUIET_X, QUIET_Y, build_model
-from .reader import Reader, cells_to_keep
-from .samples import Sample
-from .targets import Question, caption_question, detect_question, ground_question
-from .train_tower import (
+from librobot_vlm_ros.tabletop.labels import LABELS
+from librobot_vlm_ros.tabletop.network import CELLS, QUIET_X, QUIET_Y, build_model
+from librobot_vlm_ros.tabletop.reader import Reader, cells_to_keep
+from librobot_vlm_ros.tabletop.samples import Sample
+from librobot_vlm_ros.tabletop.targets import (
+    Question,
+    caption_question,
+    detect_question,
+    ground_question,
+)
+from librobot_vlm_ros.tabletop.train_tower import (
     BOX,
     COLOUR,
     KIND,

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .labels import COLOURS, KINDS
-from .network import CELLS, QUIET_X, QUIET_Y, build_model
-from .samples import MEAN, STD, FrameStream, Sample, parts
+from librobot_vlm_ros.tabletop.labels import COLOURS, KINDS
+from librobot_vlm_ros.tabletop.network import CELLS, QUIET_X, QUIET_Y, build_model
+from librobot_vlm_ros.tabletop.samples import MEAN, STD, FrameStream, Sample, parts
 
 KIND = slice(0, len(KINDS) + 1)
 COLOUR = slice(KIND.stop, KIND.stop + len(COLOURS))

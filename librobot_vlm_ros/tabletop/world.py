@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .labels import COLOURS
+from librobot_vlm_ros.tabletop.labels import COLOURS
 
 __all__ = ["Camera", "Light", "Pose", "Rendering", "World", "shape_extent"]
 

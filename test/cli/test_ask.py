@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from librobot_vlm_ros.cli.main import main
-from librobot_vlm_ros.cli.picture_file import read_picture
 from librobot_vlm_ros.core import ErrorCode, ImageError, Limits, Region, VlmError
 from librobot_vlm_ros.core.drawing import draw
+from librobot_vlm_ros.core.images.picture_files import read_picture
 from librobot_vlm_ros.models import registry
 
 CORNERS = np.zeros((40, 60, 3), np.uint8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 
-from librobot_vlm_ros.cli.console import Console, table
+from librobot_vlm_ros.console import Console, table
 
 
 class Terminal(io.StringIO):

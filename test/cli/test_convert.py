@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -16,19 +15,19 @@ from safetensors.torch import load_file, save_file  # noqa: E402  needs torch
 
 from librobot_vlm_ros.cli.main import main  # noqa: E402
 from librobot_vlm_ros.core import ErrorCode, VlmError  # noqa: E402
-from librobot_vlm_ros.models import convert_folder as converting  # noqa: E402
 from librobot_vlm_ros.models import create_vlm, load_module, model_info  # noqa: E402
 from librobot_vlm_ros.models.catalog import CATALOG  # noqa: E402
-from librobot_vlm_ros.models.checksum import weights_sha256  # noqa: E402
-from librobot_vlm_ros.models.convert_folder import convert_folder  # noqa: E402
+from librobot_vlm_ros.models.checkpoints import conversion as converting  # noqa: E402
+from librobot_vlm_ros.models.checkpoints.checksum import weights_sha256  # noqa: E402
+from librobot_vlm_ros.models.checkpoints.conversion import convert_folder  # noqa: E402
+from librobot_vlm_ros.models.testing.conformance import hooks_of  # noqa: E402
 
-#: One model of each module that has a published checkpoint.
-MODELS = sorted({row.module: row.name for row in CATALOG if row.default_pretrained}.values())
+#: One model of each family that has a published checkpoint.
+MODELS = sorted({row.family: row.name for row in CATALOG if row.default_pretrained}.values())
 
 
 def hooks(name: str) -> Any:
-    module = model_info(name).module
-    return importlib.import_module(f"librobot_vlm_ros.models.conformance_{module}")
+    return hooks_of(model_info(name))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from librobot_vlm_ros.cli.main import main
-from librobot_vlm_ros.models import conformance, list_vlms, model_info
+from librobot_vlm_ros.models import list_vlms, model_info
+from librobot_vlm_ros.models.checkpoints.local_weights import shipped_folder
+from librobot_vlm_ros.models.testing import conformance
 
 
 def test_every_model_is_listed_with_its_tasks(capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,7 +101,7 @@ def test_the_digest_of_a_folder_is_printed(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     pytest.importorskip("torch")
-    folder = Path(conformance.__file__).parent / "weights" / "florence_2_tabletop"
+    folder = shipped_folder() / "florence_2_tabletop"
     assert main(["models", "--sha256", str(folder)]) == 0
     data = (folder / "model.safetensors").read_bytes()
     assert capsys.readouterr().out.strip() == hashlib.sha256(data).hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,8 @@ from transformers.utils import logging as transformers_logging
 from librobot_vlm_ros.core import Frame, InferenceRequest
 from librobot_vlm_ros.models import AbstractVLM, create_vlm, model_info
 from librobot_vlm_ros.models.catalog import CATALOG
-from librobot_vlm_ros.models.tiny import tiny_florence_folder
+from librobot_vlm_ros.models.testing.conformance import hooks_of
+from librobot_vlm_ros.models.testing.florence2 import tiny_florence_folder
 
 transformers_logging.disable_progress_bar()
 torch.set_num_threads(1)
@@ -64,8 +64,8 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     logging.getLogger("librobot_vlm_ros").setLevel(logging.INFO)
 
 
-#: One model of each family that is loaded from official checkpoints, by the family's module.
-FAMILIES = {info.module: info.name for info in reversed(CATALOG) if info.default_pretrained}
+#: One model of each family that is loaded from official checkpoints, by the family.
+FAMILIES = {info.family: info.name for info in reversed(CATALOG) if info.default_pretrained}
 
 
 @pytest.fixture(scope="session", params=sorted(FAMILIES.values()))
@@ -78,10 +78,7 @@ def family(request: pytest.FixtureRequest) -> str:
 def family_folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny checkpoint of the family in its official layout; tests never write to it."""
     folder = tmp_path_factory.mktemp("official") / family
-    hooks = importlib.import_module(
-        f"librobot_vlm_ros.models.conformance_{model_info(family).module}"
-    )
-    hooks.write_official(folder)
+    hooks_of(model_info(family)).write_official(folder)
     return folder
 
 

@@ -80,8 +80,8 @@ def test_the_attention_asked_for_reaches_every_part(tiny_folder, attention: str)
 
 
 def test_flash_attention_serves_the_text_model_only() -> None:
-    from librobot_vlm_ros.models.florence_config import FlorenceConfig
-    from librobot_vlm_ros.models.florence_convert import attention_parts
+    from librobot_vlm_ros.models.families.florence2.checkpoint import attention_parts
+    from librobot_vlm_ros.models.families.florence2.configuration import FlorenceConfig
 
     config = FlorenceConfig().to_transformers()
     config._attn_implementation = attention_parts("flash_attention_2")

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from librobot_vlm_ros.core import EngineError, ErrorCode, GenerationParams
-from librobot_vlm_ros.models import threads
-from librobot_vlm_ros.models.decode import decode
+from librobot_vlm_ros.models import placement as threads
+from librobot_vlm_ros.models.generation.loop import generate
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def seen_while_answering(vlm: Any, beams: int, stop: Any = lambda row: None) -> 
     with vlm._answering():
         decoder, history = vlm._start(None, [[5, 6, 7]])
         rules = vlm.rules(GenerationParams(max_new_tokens=6, num_beams=beams))
-        decode(decoder, rules, history, stop=note)
+        generate(decoder, rules, history, stop=note)
     return seen
 
 

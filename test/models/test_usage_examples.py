@@ -14,7 +14,7 @@ import torch
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
 from librobot_vlm_ros.models import AbstractVLM, create_vlm, get_vlm, list_vlms
-from librobot_vlm_ros.models.qwen_vl import QwenVLConfig
+from librobot_vlm_ros.models.families.qwen_vl.model import QwenVLConfig
 
 SIZES: dict[str, Any] = {
     "image_token_id": 1100,

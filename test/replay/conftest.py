@@ -14,7 +14,7 @@ RESULT_TOPICS = ("/vlm/caption", "/vlm/grounding", "/vlm/embedding")
 @pytest.fixture
 def session(ros_env: dict[str, str]) -> Iterator[Any]:
     """An rclpy node of this process on the tests' domain."""
-    from librobot_vlm_ros.cli.spinning import Session
+    from librobot_vlm_ros.client.session import Session
 
     with Session("replay_tests") as session:
         yield session
@@ -53,9 +53,9 @@ def start_node(
 def lock_step(session: Any) -> Callable[..., tuple[Any, list[Any]]]:
     """`lock_step(bag, remap={...}, **options)`: the report of a replay, and the results."""
     from librobot_vlm_ros.bags import BagReader
-    from librobot_vlm_ros.cli.bag_publishers import PlayOptions
-    from librobot_vlm_ros.cli.node_link import NodeLink
-    from librobot_vlm_ros.cli.player import Player
+    from librobot_vlm_ros.replay.lock_step import NodeLink
+    from librobot_vlm_ros.replay.player import Player
+    from librobot_vlm_ros.replay.publishers import PlayOptions
 
     def replay(bag: Path, **options: Any) -> tuple[Any, list[Any]]:
         results: list[Any] = []

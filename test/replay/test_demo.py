@@ -15,7 +15,7 @@ import pytest
 
 from librobot_vlm_ros.bags import BagReader, read_truth
 from librobot_vlm_ros.bags.synthetic import write_rectangle_bag
-from librobot_vlm_ros.cli.demo.scores import SUMMARY_KEYS
+from librobot_vlm_ros.demo.scores import SUMMARY_KEYS
 
 FRAMES = 8
 

@@ -209,7 +209,7 @@ def test_a_bag_without_the_cameras_topic_names_those_it_has(
 def test_without_a_node_the_command_says_what_to_start(
     bag: Path, ros_env: dict[str, str], session: Any
 ) -> None:
-    from librobot_vlm_ros.cli.node_link import NodeLink
+    from librobot_vlm_ros.replay.lock_step import NodeLink
 
     with pytest.raises(EngineError, match="librobot-vlm run") as caught:
         NodeLink(session, "/nobody").connect(0.5)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from librobot_vlm_ros.cli.node_process import NodeProcess
+from librobot_vlm_ros.client.node_process import NodeProcess
 from librobot_vlm_ros.core import EngineError, ErrorCode, ModelError, VlmError
 
 
@@ -57,7 +57,7 @@ def test_it_is_ended_also_when_an_exception_passes(tmp_path: Path, session: Any)
 def test_a_process_that_does_not_end_is_killed(
     tmp_path: Path, session: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("librobot_vlm_ros.cli.node_process._ORDERLY_END_S", 0.5)
+    monkeypatch.setattr("librobot_vlm_ros.client.node_process._ORDERLY_END_S", 0.5)
     started = NodeProcess(["model:=fake", "autostart:=true"], tmp_path / "log")
     with started as process:
         process.wait_until_active(session, "/vlm", 60)

@@ -30,7 +30,7 @@ class Listener:
     def __init__(self, session: Any, topics: dict[str, str], reliable: bool = True) -> None:
         from rclpy.qos import QoSProfile, ReliabilityPolicy
 
-        from librobot_vlm_ros.cli.message_types import import_message
+        from librobot_vlm_ros.replay.message_types import import_message
 
         self.received: dict[str, list[tuple[float, bytes]]] = defaultdict(list)
         kind = ReliabilityPolicy.RELIABLE if reliable else ReliabilityPolicy.BEST_EFFORT

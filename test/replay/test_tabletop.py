@@ -15,7 +15,7 @@ import pytest
 
 from librobot_vlm_ros.bags import BagReader, FrameTruth, read_truth, shipped_bag
 from librobot_vlm_ros.core import Region
-from librobot_vlm_ros.core.metrics import (
+from librobot_vlm_ros.evaluation.metrics import (
     caption_exact,
     detection_scores,
     grounding_hit,

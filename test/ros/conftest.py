@@ -263,7 +263,7 @@ def start_vlm(
             parameters["model_config"] = json.dumps(fake)
         words = [
             "python",
-            *(["-c", code] if code else ["-m", "librobot_vlm_ros.ros.vlm_node"]),
+            *(["-c", code] if code else ["-m", "librobot_vlm_ros.ros.main"]),
             "--ros-args",
             "-r",
             f"__ns:={namespace}",

@@ -131,7 +131,7 @@ def test_the_query_command_needs_no_more_than_a_clients_rights(
 ) -> None:
     from librobot_vlm_ros.srv import Query
 
-    from librobot_vlm_ros.cli.spinning import Session
+    from librobot_vlm_ros.client.session import Session
 
     policy = allowed("/vlm_client")
     with Session("librobot_vlm_query") as session:
@@ -152,7 +152,7 @@ def test_security_that_cannot_be_had_ends_the_node_with_what_to_do(
         "ROS_SECURITY_ENABLE": "true",
         "ROS_SECURITY_STRATEGY": "Enforce",
     }
-    words = ["python", "-m", "librobot_vlm_ros.ros.vlm_node"]
+    words = ["python", "-m", "librobot_vlm_ros.ros.main"]
     words += ["--ros-args", "-p", "model:=fake", "--enclave", "/vlm"]
     process = start_process(words, "without_keys", env=secure)
     assert process.wait(30.0) == 1

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from librobot_vlm_ros.ros.shared_memory import SHARED_MEMORY, clear_dead_segments
+from librobot_vlm_ros.ros.dds import SHARED_MEMORY, clear_dead_segments
 
 
 def make_segment(folder: Path, name: str, age_s: float = 60.0) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from librobot_vlm_ros.ros import transport
+from librobot_vlm_ros.ros import dds as transport
 
 CONFIG = Path(__file__).parents[2] / "config"
 

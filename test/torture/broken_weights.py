@@ -70,7 +70,7 @@ def _stored_as(name: str) -> Callable[[Path], None]:
 
 
 def _edited(folder: Path, **values: Any) -> None:
-    from librobot_vlm_ros.models.tiny import edit_json
+    from librobot_vlm_ros.models.testing.florence2 import edit_json
 
     edit_json(folder / "config.json", **values)
 

@@ -108,7 +108,7 @@ def main() -> int:
     import rclpy
     from rclpy.qos import QoSProfile
 
-    from librobot_vlm_ros.ros.transport import use_image_profile
+    from librobot_vlm_ros.ros.dds import use_image_profile
 
     use_image_profile()
     rclpy.init(args=[])

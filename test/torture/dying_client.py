@@ -19,7 +19,7 @@ import rclpy
 from librobot_vlm_ros.action import Generate
 from rclpy.action import ActionClient
 
-from librobot_vlm_ros.ros.transport import use_image_profile
+from librobot_vlm_ros.ros.dds import use_image_profile
 
 
 def main() -> None:

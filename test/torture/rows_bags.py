@@ -149,7 +149,7 @@ def annotating_broken_off(found: Findings) -> None:
     """Killed at any time, or out of disk (full, or limited): resuming loses and doubles nothing."""
     from librobot_vlm_ros.bags.synthetic import write_rectangle_bag
 
-    contents = borrowed("cli/test_annotate.py").contents
+    contents = borrowed("annotate/test_annotate.py").contents
     rng = random.Random(5)
     with tempfile.TemporaryDirectory() as base:
         bag, whole = Path(base) / "bag", Path(base) / "whole"

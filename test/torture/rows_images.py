@@ -15,7 +15,7 @@ _GROWTH_MIB = 32.0
 @row
 def malformed_images(found: Findings) -> None:
     """Refused with their code, at once, and nothing kept."""
-    module = borrowed("core/test_malformed_images.py")
+    module = borrowed("core/images/test_malformed_images.py")
     module.decode_compressed(module.picture(random.Random(0), "png"))
     cases, slowest, before = found.number(10_000, len(module.KINDS)), 0.0, 0
     warm = min(10 * len(module.KINDS), cases // 2)
@@ -43,7 +43,7 @@ def malformed_images_at_the_node(found: Findings) -> None:
     from librobot_vlm_ros.msg import Caption
     from sensor_msgs.msg import Image
 
-    module = borrowed("core/test_malformed_images.py")
+    module = borrowed("core/images/test_malformed_images.py")
     cases = found.number(500, 20)
     with robot_and_node(image_topic="/torture/image", tasks=["caption"], autostart=True) as (
         robot,

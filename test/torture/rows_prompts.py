@@ -63,7 +63,7 @@ def nasty(rng: random.Random, tokens: list[str]) -> str:
 def tiny_models() -> Iterator[Iterator[Any]]:
     """A tiny model of each module of the registry that holds a network."""
     from librobot_vlm_ros.models import create_vlm, list_vlms, model_info
-    from librobot_vlm_ros.models.conformance import hooks_of
+    from librobot_vlm_ros.models.testing.conformance import hooks_of
 
     with tempfile.TemporaryDirectory() as scratch:
 

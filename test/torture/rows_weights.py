@@ -27,7 +27,7 @@ _TINY = "florence-2-base"
 
 def _options(case: Case, good: Path) -> dict[str, Any]:
     """As `create_vlm` and the node take them."""
-    from librobot_vlm_ros.models.checksum import weights_sha256
+    from librobot_vlm_ros.models.checkpoints.checksum import weights_sha256
 
     if "weights_sha256" in case.options:
         return {"weights_sha256": [weights_sha256(good)]}
@@ -38,7 +38,7 @@ def _options(case: Case, good: Path) -> dict[str, Any]:
 def _hub(good: Path) -> Iterator[Any]:
     """A hub of our own that serves the whole checkpoint."""
     files = {file.name: file.read_bytes() for file in good.iterdir() if file.is_file()}
-    hub = borrowed("models/test_downloads.py").Hub(files)
+    hub = borrowed("models/checkpoints/test_downloads.py").Hub(files)
     try:
         yield hub
     finally:
@@ -110,7 +110,7 @@ def broken_checkpoints(found: Findings) -> None:
     No permission and a full disk are the kernel's own.
     """
     from librobot_vlm_ros.models import create_vlm
-    from librobot_vlm_ros.models.tiny import tiny_florence_folder
+    from librobot_vlm_ros.models.testing.florence2 import tiny_florence_folder
 
     with tempfile.TemporaryDirectory() as base:
         ran, good = Path(base) / "ran", tiny_florence_folder(Path(base) / "good")
@@ -157,7 +157,7 @@ def broken_checkpoints_at_the_node(found: Findings) -> None:
     """Configuring fails with the code, the node stays unconfigured, good weights load then.
     The node's cache lies on a full disk, and permissions hold for it.
     """
-    from librobot_vlm_ros.models.tiny import tiny_florence_folder
+    from librobot_vlm_ros.models.testing.florence2 import tiny_florence_folder
 
     with tempfile.TemporaryDirectory() as base:
         ran, good = Path(base) / "ran", tiny_florence_folder(Path(base) / "good")

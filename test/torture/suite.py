@@ -150,13 +150,13 @@ def robot_and_node(
 
     `before`: a command that becomes the node (see hardship.py). `environment`: added to the node's.
     """
-    from librobot_vlm_ros.cli.isolation import isolated_ros
+    from librobot_vlm_ros.client.ros_domain import isolated_ros
 
     ros, common = borrowed("ros/conftest.py"), borrowed("conftest.py")
     parameters = {"model": "fake", "annotated": False, **parameters}
     if fake:
         parameters["model_config"] = json.dumps(fake)
-    words = [*before, sys.executable, "-m", "librobot_vlm_ros.ros.vlm_node", "--ros-args"]
+    words = [*before, sys.executable, "-m", "librobot_vlm_ros.ros.main", "--ros-args"]
     words += ["-r", "__ns:=/torture"]
     for name, value in parameters.items():
         words += ["-p", f"{name}:={json.dumps(value)}"]

@@ -1,0 +1,1 @@
+"""A model over recorded bags: resumable, in several processes."""

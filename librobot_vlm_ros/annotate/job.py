@@ -1,0 +1,252 @@
+"""What one run of `annotate` is asked to do, resolved against its bags: cameras, tasks, topics.
+
+A `Job` is plain data: it goes to worker processes, and its `fingerprint` tells a run that can go on
+where another stopped from one that was asked something else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from librobot_vlm_ros.bags import BagReader
+from librobot_vlm_ros.core import BagError, ErrorCode, RequestError, get_task
+from librobot_vlm_ros.replay.message_types import IMAGE_TYPES
+
+if TYPE_CHECKING:
+    from librobot_vlm_ros.ros.parameters.settings import Settings
+    from librobot_vlm_ros.runtime import StandingTask
+
+__all__ = ["TEXT_TYPE", "Job", "find_cameras", "find_instruction_topic", "open_bags", "tasks_of"]
+
+TEXT_TYPE = "std_msgs/msg/String"
+_ENDINGS = ("compressed", "image_raw", "image_rect", "image_rect_color", "image_color", "image")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One run. Topic names are absolute."""
+
+    bags: tuple[Path, ...]
+    salvage: bool
+    values: Mapping[str, Any]
+    """Parameters of the node (`Settings`): model, tasks, limits."""
+    cameras: Mapping[str, str]
+    """Image topic -> name of its camera."""
+    instruction_topic: str
+    """"" where there is none."""
+    node: str
+    """Results are named as the node of this name would name them."""
+    every: int
+    rate_hz: float
+    """At most so many frames of each camera per second of its stamps; 0 = all."""
+
+    def settings(self) -> Settings:
+        """The node's settings. Raises `RequestError` for a value that is no good."""
+        from librobot_vlm_ros.ros.parameters.settings import Settings
+
+        cameras = tuple(f"{name}=/{name}" for name in self.cameras.values())
+        return Settings(**self.values, cameras=cameras)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """All that the results depend on."""
+        return {
+            "bags": [[str(path.absolute()), _files(path)] for path in self.bags],
+            "salvage": self.salvage,
+            "parameters": {name: _plain(value) for name, value in sorted(self.values.items())},
+            "cameras": dict(sorted(self.cameras.items())),
+            "instruction_topic": self.instruction_topic,
+            "node": self.node,
+            "every": self.every,
+            "rate": self.rate_hz,
+        }
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _files(path: Path) -> list[list[Any]]:
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    stats = [(file.name, file.stat()) for file in files if file.is_file()]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+
+
+@contextlib.contextmanager
+def open_bags(paths: Sequence[Path], *, salvage: bool) -> Iterator[list[BagReader]]:
+    """The bags, open. Raises `BagError` as `BagReader` does."""
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(BagReader(path, salvage=salvage)) for path in paths]
+
+
+def topic_types(readers: Sequence[BagReader]) -> dict[str, str]:
+    """Type of each topic of the bags; raises `BagError` (WRONG_TYPE) where two bags disagree."""
+    types: dict[str, str] = {}
+    for reader in readers:
+        for topic in reader.topics:
+            known = types.setdefault(topic.name, topic.type)
+            if known != topic.type:
+                raise BagError(
+                    ErrorCode.WRONG_TYPE,
+                    f"topic {topic.name} holds {topic.type} in {reader.path} and {known} in "
+                    "another of the bags",
+                    "Annotate them one by one.",
+                )
+    return types
+
+
+def find_cameras(
+    types: Mapping[str, str], asked: Sequence[str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """(image topic -> camera name, topic left out -> its raw twin) of what was asked for.
+
+    `asked` holds `/topic` or `name=/topic`; empty means every image topic, except for the
+    compressed twin of a raw one: those are the same frames. Raises `BagError` TOPIC_NOT_IN_BAG and
+    WRONG_TYPE, `RequestError` (BAD_PARAMETER) for a name or topic that stands there twice.
+    """
+    images = {name for name, kind in types.items() if kind in IMAGE_TYPES}
+    twins: dict[str, str] = {}
+    if not asked:
+        for name in images:
+            raw, _, ending = name.rpartition("/")
+            if ending == "compressed" and raw in images:
+                twins[name] = raw
+        asked = sorted(images - set(twins))
+        if not asked:
+            raise BagError(
+                ErrorCode.TOPIC_NOT_IN_BAG,
+                "there is no topic of images: expected sensor_msgs/msg/Image or CompressedImage",
+                f"Topics are: {', '.join(sorted(types)) or 'none at all'}.",
+            )
+    pairs = [_pair(entry, types) for entry in asked]
+    free = ["camera"] if len(pairs) == 1 else []  # what the node calls its only camera
+    cameras: dict[str, str] = {}
+    for name, topic in pairs:
+        chosen = name or (free[0] if free else _name_of(topic, set(cameras.values())))
+        if topic in cameras or chosen in cameras.values():
+            raise RequestError(
+                ErrorCode.BAD_PARAMETER,
+                f"the topic {topic} or the camera name {chosen} stands there twice",
+                "Examples: --topics /front/image_raw wrist=/wrist/image_raw/compressed.",
+            )
+        cameras[topic] = chosen
+    return cameras, twins
+
+
+def _pair(entry: str, types: Mapping[str, str]) -> tuple[str, str]:
+    name, sign, topic = entry.rpartition("=")
+    topic = topic if topic.startswith("/") else f"/{topic}"
+    if sign and not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
+        raise RequestError(
+            ErrorCode.BAD_PARAMETER, f"{name!r} is no camera name: expected letters, digits and _"
+        )
+    if topic not in types:
+        raise BagError(
+            ErrorCode.TOPIC_NOT_IN_BAG,
+            f"no bag has the topic {topic}",
+            f"Topics are: {', '.join(sorted(types)) or 'none at all'}.",
+        )
+    if types[topic] not in IMAGE_TYPES:
+        raise BagError(
+            ErrorCode.WRONG_TYPE,
+            f"topic {topic} holds {types[topic]}, expected one of {', '.join(IMAGE_TYPES)}",
+        )
+    return name, topic
+
+
+def _name_of(topic: str, taken: set[str]) -> str:
+    words = [word for word in topic.split("/") if word]
+    while len(words) > 1 and words[-1] in _ENDINGS:
+        words.pop()
+    name = "_".join(words)
+    name = name if name[:1].isalpha() else f"camera_{name}"
+    number, free = 1, name
+    while free in taken:
+        number += 1
+        free = f"{name}_{number}"
+    return free
+
+
+def find_instruction_topic(types: Mapping[str, str], asked: str | None, node: str) -> str:
+    """The topic whose texts standing tasks follow; "" for none.
+
+    Left open (None) it is the node's own `<node>/instruction`, else `/instruction`, where a bag has
+    one. Raises `BagError` TOPIC_NOT_IN_BAG and WRONG_TYPE for one that was asked for.
+    """
+    if asked is None:
+        likely = (f"{node}/instruction", "/instruction")
+        return next((name for name in likely if types.get(name) == TEXT_TYPE), "")
+    if not asked:
+        return ""
+    name = asked if asked.startswith("/") else f"/{asked}"
+    if name not in types:
+        raise BagError(ErrorCode.TOPIC_NOT_IN_BAG, f"no bag has the topic {name}")
+    if types[name] != TEXT_TYPE:
+        raise BagError(
+            ErrorCode.WRONG_TYPE, f"topic {name} holds {types[name]}, expected {TEXT_TYPE}"
+        )
+    return name
+
+
+def tasks_of(settings: Settings, text: str, number: int) -> list[StandingTask]:
+    """The standing tasks under the instruction `text`, which is the `number`-th."""
+    from librobot_vlm_ros.ros.engine_config import standing_tasks
+    from librobot_vlm_ros.ros.inputs.instruction import Instruction
+
+    instruction = Instruction(text)
+    instruction.number = number
+    return standing_tasks(settings, instruction)
+
+
+def check_tasks(settings: Settings, supported: Sequence[str]) -> None:
+    """Raises `RequestError` for tasks the model cannot do, or when there are none."""
+    tasks = settings.task_list()
+    if not tasks:
+        raise RequestError(
+            ErrorCode.BAD_PARAMETER, "there is no task", "Name some: --tasks caption detect."
+        )
+    for task in tasks:
+        if get_task(task.task).name not in supported:
+            raise RequestError(
+                ErrorCode.TASK_NOT_SUPPORTED,
+                f"{settings.model} cannot do {task.task!r}",
+                f"It can do: {', '.join(sorted(supported))}.",
+            )
+
+
+def make_job(args: argparse.Namespace, types: dict[str, str]) -> tuple[Job, dict[str, str]]:
+    """(the job, compressed topics left out -> their raw twins) of the arguments and the topics of
+    the bags. Raises `VlmError` for what does not fit.
+    """
+    cameras, twins = find_cameras(types, args.topics)
+    values = {
+        "model": args.model,
+        "weights": args.weights,
+        "model_config": args.model_config,
+        "device": args.device,
+        "dtype": args.dtype,
+        "quantization": args.quantization,
+        "tasks": tuple(args.tasks),
+        "instruction": args.instruction,
+        "max_batch": args.batch,
+        "max_new_tokens": args.max_new_tokens,
+        "num_beams": args.num_beams,
+        "min_score": args.min_score,
+        "allow_depth": args.allow_depth,
+    }
+    job = Job(
+        bags=tuple(args.bags[:-1]),
+        salvage=args.salvage,
+        values=values,
+        cameras=cameras,
+        instruction_topic=find_instruction_topic(types, args.instruction_topic, args.node),
+        node=args.node,
+        every=args.every,
+        rate_hz=args.rate,
+    )
+    return job, twins

@@ -1,0 +1,1 @@
+"""The node under the load of a robot, measured."""

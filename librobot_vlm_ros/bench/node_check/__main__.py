@@ -1,0 +1,187 @@
+"""The node under the load of a robot, measured: cameras at full rate, the fake model, queries.
+
+`make node-check` runs it. Node and cameras are processes of their own on a ROS domain of their own,
+over real DDS with the profile that ships; figures and the limits they are held to go to
+`summary.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from librobot_vlm_ros.bench.node_check.report import (
+    SLOWER,
+    Answer,
+    Ask,
+    limits,
+    misses,
+    single_limits,
+    single_summary,
+    summary,
+)
+from librobot_vlm_ros.bench.node_check.robot import NODE, Robot, camera_process, said, say
+from librobot_vlm_ros.cli.argument_types import positive
+from librobot_vlm_ros.client.node_process import NodeProcess
+from librobot_vlm_ros.client.ros_domain import isolated_ros
+from librobot_vlm_ros.client.session import Session
+from librobot_vlm_ros.runtime.stats import percentile
+
+__all__ = ["check", "main"]
+
+_START_S = 60.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print and write the figures; 1 when one is outside its limit."""
+    parser = argparse.ArgumentParser(prog="node-check", description=__doc__)
+    parser.add_argument("--seconds", type=positive, default=60.0, help="default 60")
+    parser.add_argument("--cameras", type=int, default=3, choices=range(1, 9), help="default 3")
+    parser.add_argument("--rate", type=positive, default=30.0, help="of a camera [Hz], default 30")
+    parser.add_argument("--latency", type=positive, default=0.05, help="of the model [s]")
+    parser.add_argument("--query-period", type=positive, default=0.5, help="[s], default 0.5")
+    parser.add_argument(
+        "--single", type=float, default=10.0, help="of the runs with one camera [s], default 10"
+    )
+    parser.add_argument("--reliable", action="store_true", help="cameras publish as reliable")
+    parser.add_argument("--out", type=Path, default=Path("build/node"), help="folder")
+    args = parser.parse_args(argv)
+    figures = check(
+        args.out,
+        seconds=args.seconds,
+        cameras=args.cameras,
+        rate_hz=args.rate,
+        latency_s=args.latency,
+        query_period_s=args.query_period,
+        reliable=args.reliable,
+        single_s=args.single,
+    )
+    print(json.dumps(figures, indent=2))
+    for miss in figures["misses"]:
+        print(f"node-check: {miss}", file=sys.stderr)
+    return 1 if figures["misses"] else 0
+
+
+def check(
+    out: Path,
+    *,
+    seconds: float = 60.0,
+    cameras: int = 3,
+    rate_hz: float = 30.0,
+    latency_s: float = 0.05,
+    query_period_s: float = 0.5,
+    reliable: bool = False,
+    single_s: float = 10.0,
+) -> dict[str, Any]:
+    """Run once; the figures, which are also written to `out`/summary.json.
+
+    After the run with all cameras, two of `single_s` seconds with one camera (0 leaves them out):
+    of a model that takes no time, for the node's own overhead, and of one that takes five periods
+    of the camera. Raises `VlmError` when node or cameras cannot be started.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    names = [f"camera{number}" for number in range(1, cameras + 1)]
+    load = _Load(names, seconds, rate_hz, latency_s, query_period_s, reliable)
+    run = _measure(load, out / "node.log")
+    figures = summary(
+        run.answers,
+        run.asks,
+        names=names,
+        sent=run.sent,
+        received=run.received,
+        cpu_share=run.cpu_share,
+        percentile=percentile,
+    )
+    figures["seconds"] = seconds
+    figures["limits"] = limits(latency_s, rate_hz)
+    if single_s:
+        slow_s = SLOWER / rate_hz
+        single = _Load(names[:1], single_s, rate_hz, 0.0, 0.0, reliable, counted=False)
+        idle = _measure(single, out / "node-overhead.log")
+        slow = _measure(dataclasses.replace(single, latency_s=slow_s), out / "node-slow.log")
+        figures |= single_summary(idle.answers, slow.answers, slow_s, percentile)
+        figures["limits"] |= single_limits(slow_s, rate_hz)
+    figures["misses"] = misses(figures, figures["limits"])
+    (out / "summary.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return figures
+
+
+@dataclass(frozen=True)
+class _Load:
+    """What a node is put under."""
+
+    names: Sequence[str]
+    seconds: float
+    rate_hz: float
+    latency_s: float
+    query_period_s: float
+    reliable: bool
+    counted: bool = True
+    """Whether to wait for the node's own count of frames at the end."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What was heard of it."""
+
+    answers: list[Answer]
+    asks: list[Ask]
+    sent: int
+    received: dict[str, int]
+    cpu_share: float
+
+
+def _measure(load: _Load, log: Path) -> _Run:
+    """One node, from its start to its end."""
+    arguments = [
+        "model:=fake",
+        f"model_config:={json.dumps({'latency_s': load.latency_s})}",
+        f"cameras:=[{', '.join(f'{name}=/{name}/image_raw' for name in load.names)}]",
+        "tasks:=[caption]",
+        "autostart:=true",
+        "camera_timeout_s:=30.0",  # between the parts of the run the cameras pause
+    ]
+    with ExitStack() as stack:
+        stack.enter_context(isolated_ros())
+        process = stack.enter_context(NodeProcess(arguments, log))
+        running = [
+            stack.enter_context(camera_process(f"/{name}/image_raw", load.rate_hz, load.reliable))
+            for name in load.names
+        ]
+        session = stack.enter_context(Session("node_check"))
+        process.wait_until_active(session, NODE, _START_S)
+        robot = Robot(session, load.names)
+        robot.find(_START_S, running)
+        before, cpu_before = robot.received(), _cpu_s(process.pid)
+        started = time.monotonic()
+        answers_from = len(robot.answers)
+        for camera in running:
+            say(camera, load.seconds)
+        asks = robot.ask(started + load.seconds, load.query_period_s)
+        wall_s = time.monotonic() - started
+        cpu_s = _cpu_s(process.pid) - cpu_before
+        sent = sum(said(camera) for camera in running)
+        if load.counted:
+            robot.settle()
+        received = {name: count - before[name] for name, count in robot.received().items()}
+        process.check()
+    return _Run(robot.answers[answers_from:], asks, sent, received, cpu_s / wall_s)
+
+
+def _cpu_s(pid: int) -> float:
+    """Seconds of processor time that a process has used (Linux)."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

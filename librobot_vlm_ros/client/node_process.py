@@ -1,0 +1,146 @@
+"""The node as a process of its own, which never outlives the command that started it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from librobot_vlm_ros.client.session import Session
+from librobot_vlm_ros.core import EngineError, ErrorCode, VlmError, make_error
+
+__all__ = ["NodeProcess"]
+
+_ACTIVE = 3  # lifecycle_msgs/State.PRIMARY_STATE_ACTIVE
+_ORDERLY_END_S = 8.0
+_ERROR_LINE = re.compile(r"^\[ERROR\]|^\[FATAL\]|^(vlm_node|librobot-vlm)\b")
+_CODED = re.compile(r"\b[A-Z_]{4,}\((\d{3})\): (.*)")
+
+
+class NodeProcess:
+    """`librobot-vlm run` with `arguments` (name:=value), its output in the file `log`.
+
+    A context manager: on leaving, by whatever way, the process and all it started are ended. Start
+    it before rclpy is initialised in this process.
+    """
+
+    def __init__(self, arguments: Sequence[str], log: Path) -> None:
+        self.log = log
+        self._arguments = list(arguments)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> NodeProcess:
+        command = [sys.executable, "-m", "librobot_vlm_ros.cli", "run", *self._arguments]
+        with self.log.open("wb") as sink:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                start_new_session=True,  # Ctrl-C in the terminal reaches us alone
+                preexec_fn=_end_with_parent,
+            )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.end()
+
+    @property
+    def pid(self) -> int:
+        """Process id; also that of its process group."""
+        return self._running.pid
+
+    def check(self) -> None:
+        """Raises the error that the node ended with, if it has ended."""
+        code = self._running.poll()
+        if code is None:
+            return
+        why = self.last_error() if code > 0 else None  # a signal is reason enough
+        if why is not None:
+            raise why
+        raise EngineError(
+            ErrorCode.NOT_ACTIVE, f"the node ended with exit code {code}", f"See {self.log}."
+        )
+
+    def wait_until_active(self, session: Session, name: str, timeout_s: float) -> None:
+        """Wait until the node has loaded its model and works.
+
+        Raises the node's own error when it gave up, `EngineError` DEADLINE_EXCEEDED otherwise.
+        """
+        from lifecycle_msgs.srv import GetState
+
+        client = session.node.create_client(GetState, f"{name}/get_state")
+        until_s = time.monotonic() + timeout_s
+        while time.monotonic() < until_s:
+            self.check()
+            if "autostart stopped" in self.output():
+                raise self.last_error() or EngineError(
+                    ErrorCode.NOT_ACTIVE, "the node could not start", f"See {self.log}."
+                )
+            session.spin_until(client.service_is_ready, time.monotonic() + 0.2)
+            if not client.service_is_ready():
+                continue
+            with contextlib.suppress(EngineError):  # it is busy starting
+                if session.call(client, GetState.Request(), 2.0).current_state.id == _ACTIVE:
+                    return
+            session.spin_until(lambda: False, time.monotonic() + 0.05)
+        raise EngineError(
+            ErrorCode.DEADLINE_EXCEEDED,
+            f"the node was not active after {timeout_s:g} s",
+            f"See {self.log}.",
+        )
+
+    def output(self) -> str:
+        """What it has written so far."""
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def last_error(self) -> VlmError | None:
+        """The last coded error that it wrote; warnings are none."""
+        lines = [line for line in self.output().splitlines() if _ERROR_LINE.search(line)]
+        found = [match for line in lines for match in [_CODED.search(line)] if match]
+        if not found:
+            return None
+        code, text = found[-1].groups()
+        return make_error(int(code), text, f"That is from the node's log, {self.log}.")
+
+    def end(self) -> int:
+        """End it as Ctrl-C does; after a few seconds, and in any case its children, by force."""
+        process = self._process
+        if process is None:
+            return 0
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_ORDERLY_END_S)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        return process.wait()
+
+    @property
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is None:
+            raise VlmError(ErrorCode.INTERNAL, "the node was not started")
+        return self._process
+
+
+def _end_with_parent() -> None:
+    """Ask Linux to end this (child) process when its parent is killed outright."""
+    with contextlib.suppress(Exception):
+        import ctypes
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

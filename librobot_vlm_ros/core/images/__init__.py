@@ -1,0 +1,1 @@
+"""Images as they come, checked before they are decoded: messages, JPEG, PNG, picture files."""

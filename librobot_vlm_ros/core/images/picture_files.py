@@ -1,0 +1,126 @@
+"""Pictures from files: turned as their EXIF says, checked before they are decoded."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from librobot_vlm_ros.core import (
+    DEFAULT_LIMITS,
+    ErrorCode,
+    ImageError,
+    Limits,
+    as_vlm_error,
+    decode_compressed,
+)
+from librobot_vlm_ros.core.files import kind_of
+from librobot_vlm_ros.core.images.buffers import check_size
+
+__all__ = ["FORMATS", "read_picture"]
+
+#: Formats that Pillow may read. It knows some that it has other programs read (EPS: Ghostscript).
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000")
+
+_OPEN_ALREADY = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")
+_JPEG, _PNG = b"\xff\xd8", b"\x89PNG"
+_ORIENTATION = 0x0112  # of EXIF
+_MODES_16_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
+
+
+def read_picture(path: Path, limits: Limits = DEFAULT_LIMITS) -> npt.NDArray[np.uint8]:
+    """RGB uint8 [H, W, 3] of a picture file, upright.
+
+    JPEG and PNG go through the same checks as a camera's compressed images; the others of `FORMATS`
+    are read by Pillow once their size is known to be within `limits`. Unlike a camera's images,
+    files are turned as their EXIF orientation says: a telephone stores its pictures lying.
+
+    Raises `ImageError` as `decode_compressed` does, BAD_IMAGE for what is no picture; `VlmError`
+    FILE_NOT_FOUND, PERMISSION_DENIED.
+    """
+    data = _read(path, limits.max_compressed_bytes)
+    try:
+        if data.startswith((_JPEG, _PNG)):
+            return _turned(decode_compressed(data, limits=limits), _orientation(data))
+        return _by_pillow(path, data, limits)
+    except ImageError as error:
+        raise ImageError(error.code, f"{path}: {error.message}", error.hint) from error
+
+
+def _read(path: Path, most: int) -> bytes:
+    """Never more than `most` bytes: a device, or a file that grows, need not end."""
+    try:
+        kind = kind_of(path)
+        # A pipe of the shell's is open already; one found in a folder waits for who writes to it.
+        if kind and (kind == "a folder" or not str(path).startswith(_OPEN_ALREADY)):
+            raise ImageError(
+                ErrorCode.BAD_IMAGE, f"{path} is {kind}, expected a picture in a regular file"
+            )
+        with path.open("rb") as file:
+            data = file.read(most + 1)
+    except OSError as error:
+        raise as_vlm_error(error) from error
+    if len(data) > most:
+        raise ImageError(
+            ErrorCode.IMAGE_TOO_LARGE, f"{path} has more than the {most} bytes that are allowed"
+        )
+    return data
+
+
+def _by_pillow(path: Path, data: bytes, limits: Limits) -> npt.NDArray[np.uint8]:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            check_size(picture.width, picture.height, limits)  # before anything is decoded
+            if picture.mode in _MODES_16_BIT:
+                values = np.asarray(picture, dtype=np.uint16)
+                grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+                pixels = np.repeat(grey[..., None], 3, axis=2)
+            else:
+                pixels = np.asarray(picture.convert("RGB"))
+            return _turned(pixels, int(picture.getexif().get(_ORIENTATION, 1)))
+    except ImageError:
+        raise
+    except MemoryError as error:
+        raise as_vlm_error(error) from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(ErrorCode.IMAGE_TOO_LARGE, f"it is too large: {error}") from error
+    except UnidentifiedImageError as error:  # its text names only the buffer
+        raise ImageError(
+            ErrorCode.BAD_IMAGE,
+            f"it is no picture of a format that is read, expected one of {', '.join(FORMATS)}",
+            "Use JPEG or PNG.",
+        ) from error
+    except Exception as error:  # each of Pillow's formats has errors of its own
+        raise ImageError(
+            ErrorCode.BAD_IMAGE, f"it cannot be read as a picture: {error}", "Use JPEG or PNG."
+        ) from error
+
+
+def _orientation(data: bytes) -> int:
+    """1 to 8; a file whose EXIF is damaged is still a picture, and taken as it lies."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            return int(picture.getexif().get(_ORIENTATION, 1))
+    except Exception:
+        return 1
+
+
+def _turned(pixels: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.uint8]:
+    turns: dict[int, Any] = {
+        2: lambda p: p[:, ::-1],
+        3: lambda p: p[::-1, ::-1],
+        4: lambda p: p[::-1],
+        5: lambda p: p.transpose(1, 0, 2),
+        6: lambda p: p.transpose(1, 0, 2)[:, ::-1],
+        7: lambda p: p.transpose(1, 0, 2)[::-1, ::-1],
+        8: lambda p: p.transpose(1, 0, 2)[::-1],
+    }
+    turn = turns.get(orientation)
+    return pixels if turn is None else np.ascontiguousarray(turn(pixels))

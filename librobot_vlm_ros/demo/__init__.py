@@ -1,0 +1,1 @@
+"""The node, a model and a bag, from start to report."""

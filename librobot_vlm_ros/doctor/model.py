@@ -1,0 +1,240 @@
+"""The doctor's look at torch, the device, memory, weights, and whether answers hold NaN."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from librobot_vlm_ros.doctor.child_process import ask_probe
+from librobot_vlm_ros.doctor.finding import Finding, gib
+from librobot_vlm_ros.models.backend import ModelInfo
+
+__all__ = ["ModelDoctor"]
+
+#: The least versions that work, as in setup.py (a test compares).
+MINIMUM = {"torch": (2, 4), "transformers": (5, 0)}
+_PROBE_S = 1800.0
+_FACTS_S = 120.0
+
+
+class ModelDoctor:
+    """One model with its weights on one device."""
+
+    def __init__(self, info: ModelInfo, weights: str, device: str, dtype: str) -> None:
+        self._info, self._weights, self._device, self._dtype = info, weights, device, dtype
+        self._needs_torch = "torch" in info.requires
+        self._placed: dict[str, Any] = {}
+        self._fitting: list[str] = []
+        self._own = False
+
+    def check_libraries(self) -> Iterator[Finding]:
+        """torch, CUDA, transformers."""
+        asked = {"model": self._info.name, "device": self._device, "dtype": self._dtype}
+        facts, why = ask_probe(asked, _FACTS_S)
+        known = {fact["fact"]: fact for fact in facts}
+        missing = {"error": why or "it said nothing"}
+        yield self._library("torch", known.get("torch", missing))
+        if "error" in known.get("torch", missing):
+            return
+        yield self._cuda(known.get("cuda", missing), known["torch"])
+        yield self._library("transformers", known.get("transformers", missing))
+        if "error" in known.get("transformers", missing):
+            return
+        placed = known.get("placement", missing)
+        if "error" in placed:
+            yield Finding(
+                "device", "problem", placed["error"], "choose others with --device, --dtype"
+            )
+        else:
+            self._placed = placed
+            yield Finding("device", "ok", f"{placed['device']}, {placed['dtype']}")
+
+    def check_memory(self) -> Iterator[Finding]:
+        """Free memory against the weights by dtype."""
+        from librobot_vlm_ros.models.backend import BYTES_PER_PARAMETER
+        from librobot_vlm_ros.runtime.loader import HEADROOM, available_memory_bytes
+
+        if not self._placed or not self._info.parameters:
+            return
+        on_gpu = self._placed["free_bytes"] is not None
+        free = self._placed["free_bytes"] if on_gpu else available_memory_bytes()
+        if free is None:
+            yield Finding("memory", "warning", "how much is free is not told by this system")
+            return
+        needs = {
+            kind: self._info.memory_bytes(kind) * HEADROOM
+            for kind in BYTES_PER_PARAMETER
+            if kind != "bfloat16"
+        }
+        halves = ("float16", "bfloat16")
+        fit = [kind for kind, need in needs.items() if need <= free]
+        self._fitting = [
+            k for k in ("float32", *halves) if ("float16" if k in halves else k) in fit
+        ]
+        listed = ", ".join(f"{kind} {gib(need)}" for kind, need in needs.items())
+        text = f"{gib(free)} free on {self._placed['device']}; {self._info.name} takes {listed}"
+        wanted = self._placed["dtype"]
+        if ("float16" if wanted in halves else wanted) in fit:
+            yield Finding("memory", "ok", text)
+        elif fit:
+            way = f"dtype:={fit[0]}" if fit[0].startswith("float") else f"quantization:={fit[0]}"
+            yield Finding("memory", "warning", f"{text}; {wanted} does not fit", way)
+        else:
+            fix = "end what takes memory, take a smaller model, or another computer"
+            yield Finding("memory", "problem", f"{text}: nothing fits", fix)
+
+    def check_weights(self) -> Iterator[Finding]:
+        """Whether they are here, and where."""
+        from librobot_vlm_ros.models.checkpoints.local_weights import (
+            downloaded,
+            is_hub_id,
+            shipped_folder,
+            weights_present,
+        )
+
+        info, wanted = self._info, self._weights
+        if not wanted and info.default_pretrained is None and info.shipped_folder is None:
+            return
+        folder = Path(wanted).expanduser() if wanted else None
+        if folder is not None and folder.is_dir():
+            yield self._in_folder(folder)
+            return
+        if not wanted and info.shipped_folder is not None:
+            folder = shipped_folder() / info.shipped_folder
+            if weights_present(info):
+                self._own = True
+                yield Finding("weights", "ok", f"ship with the package: {folder}")
+            else:
+                fix = "install the package whole; git clones need no extra step"
+                yield Finding("weights", "problem", f"{folder} holds none", fix)
+            return
+        if wanted and not is_hub_id(wanted):
+            fix = "name a folder with config.json and *.safetensors, or a hub id (owner/name)"
+            yield Finding("weights", "problem", f"{wanted} is no folder and no hub id", fix)
+            return
+        hub_id, _, revision = (wanted or str(info.default_pretrained)).partition("@")
+        if not revision and hub_id == info.default_pretrained:
+            revision = info.pinned_revision or ""
+        here = downloaded(hub_id, revision or None)
+        named = f"{hub_id} at {revision or 'main'}"
+        if here is not None:
+            self._own = True
+            yield Finding("weights", "ok", f"{named}: {here}")
+            return
+        pin = f" --revision {revision}" if revision else ""
+        offline = os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on")
+        yield Finding(
+            "weights",
+            "problem" if offline else "warning",
+            f"{named} is not downloaded" + (" and HF_HUB_OFFLINE is set" if offline else ""),
+            f"with a network: hf download {hub_id}{pin}"
+            + ("" if offline else " (or the first use does it)")
+            + "; a folder with config.json and *.safetensors: weights:=/path/to/folder (--weights)"
+            "; or the model that ships with this package: model:=florence-2-tabletop (--model)",
+        )
+
+    def check_answers(self) -> Iterator[Finding]:
+        """A picture asked in each dtype that the device does."""
+        if not self._placed or not self._needs_torch:
+            return
+        own = self._own and bool(self._fitting)
+        asked = {
+            "model": self._info.name,
+            "weights": self._weights,
+            "device": self._placed["device"],
+            "own": own,
+            "dtypes": self._fitting if own else None,
+            "probe": True,
+        }
+        facts, why = ask_probe(asked, _PROBE_S)
+        which = self._info.name if own else f"tiny {self._info.family}"
+        for fact in facts:
+            if fact["fact"] == "probe":
+                yield self._answer(fact, which)
+        if why:
+            fix = "look into the system's log (dmesg): memory, driver, processor"
+            yield Finding("NaN probe", "problem", f"{which}: {why}", fix)
+
+    def _in_folder(self, folder: Path) -> Finding:
+        files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+        if not (folder / "config.json").is_file() or not files:
+            fix = "a checkpoint folder holds config.json and *.safetensors"
+            return Finding("weights", "problem", f"{folder} is none", fix)
+        fix = "the download or copy is not complete: do it again"
+        try:
+            missing = _missing_shards(folder)
+        except (
+            AttributeError,
+            LookupError,
+            OSError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as error:
+            return Finding("weights", "problem", f"{folder}: no index of shards: {error!r}", fix)
+        if missing:
+            return Finding("weights", "problem", f"{folder} lacks {', '.join(missing[:3])}", fix)
+        self._own = True
+        size = sum(path.stat().st_size for path in files)
+        return Finding("weights", "ok", f"{folder}: {gib(size)} in {len(files)} files")
+
+    def _answer(self, fact: dict[str, Any], which: str) -> Finding:
+        dtype = fact["dtype"]
+        name = f"NaN probe {dtype}"
+        if "error" in fact:
+            used = dtype in (self._placed["dtype"], "any")
+            fix = "the error says what to do" if used else f"leave {dtype} alone on this device"
+            return Finding(name, "problem" if used else "warning", f"{which}: {fact['error']}", fix)
+        text = f"{which}, {fact['seconds']:.1f} s"
+        if fact["finite"]:
+            return Finding(name, "ok", f"{text}: answers without NaN")
+        if dtype == "float32":
+            fix = "the weights or the device are damaged: load the weights anew, try another device"
+            return Finding(name, "problem", f"{text}: NaN", fix)
+        fix = "dtype:=bfloat16 or float32 (the node changes by itself when it meets NaN)"
+        return Finding(name, "warning", f"{text}: NaN", fix)
+
+    def _library(self, name: str, fact: dict[str, Any]) -> Finding:
+        if "error" in fact:
+            status = "problem" if self._needs_torch else "warning"
+            fix = f"pip install --force-reinstall {name}"
+            if "No module named" in fact["error"]:
+                fix = f"pip install {name}"
+            return Finding(name, status, f"cannot be imported: {fact['error']}", fix)  # type: ignore[arg-type]
+        version = fact["version"]
+        least = ".".join(map(str, MINIMUM[name]))
+        numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
+        if numbers < MINIMUM[name]:
+            return Finding(name, "problem", version, f"pip install -U '{name}>={least}'")
+        return Finding(name, "ok", version)
+
+    def _cuda(self, fact: dict[str, Any], torch: dict[str, Any]) -> Finding:
+        if "error" in fact:
+            fix = "nvidia-smi says whether the driver works"
+            return Finding("cuda", "warning", f"cannot be asked: {fact['error']}", fix)
+        if fact["gpus"]:
+            gpus = [
+                f"{gpu['name']} ({gib(gpu['free'])} of {gib(gpu['total'])} free, "
+                f"capability {gpu['capability']})"
+                for gpu in fact["gpus"]
+            ]
+            return Finding("cuda", "ok", f"{torch['cuda_build']}: {'; '.join(gpus)}")
+        if not glob.glob("/dev/nvidia[0-9]*"):
+            return Finding("cuda", "ok", "no GPU: models run on the CPU")
+        if torch["cuda_build"] is None:
+            fix = "install the CUDA build of torch: see pytorch.org"
+            return Finding("cuda", "warning", "there is a GPU, but this torch is a CPU build", fix)
+        fix = f"the driver must be made for CUDA {torch['cuda_build']}: see nvidia-smi"
+        return Finding("cuda", "warning", "there is a GPU, but torch cannot use it", fix)
+
+
+def _missing_shards(folder: Path) -> list[str]:
+    """Files that an index names and the folder lacks; raises what a broken index makes Python."""
+    names: set[str] = set()
+    for index in folder.glob("*.index.json"):
+        names |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return sorted(name for name in names if not (folder / name).is_file())

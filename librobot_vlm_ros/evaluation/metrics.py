@@ -1,0 +1,222 @@
+"""How good answers are against ground truth: detection, grounding and caption scores."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from librobot_vlm_ros.core.results import Region
+
+__all__ = [
+    "DetectionScores",
+    "Match",
+    "best_assignment",
+    "caption_exact",
+    "detection_scores",
+    "grounding_hit",
+    "iou",
+    "iou_matrix",
+    "match_boxes",
+    "named_objects",
+]
+
+
+def iou(first: Sequence[float], second: Sequence[float]) -> float:
+    """Intersection over union of two boxes, 0 to 1; 0 where both have no area."""
+    return float(iou_matrix([first], [second])[0, 0])
+
+
+def iou_matrix(first: npt.ArrayLike, second: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Intersection over union of all boxes [N, 4] with all of `second` [M, 4], as [N, M].
+
+    Boxes are (x_min, y_min, x_max, y_max); one that is inside out or not finite overlaps nothing.
+    """
+    a, b = _as_boxes(first), _as_boxes(second)
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        low = np.maximum(a[:, None, :2], b[None, :, :2])
+        high = np.minimum(a[:, None, 2:], b[None, :, 2:])
+        shared = np.maximum(high - low, 0.0).prod(axis=2)
+        areas_a, areas_b = _areas(a)[:, None], _areas(b)[None, :]
+        ratio = shared / (areas_a + areas_b - shared)
+    usable = (areas_a > 0) & (areas_b > 0) & np.isfinite(ratio)
+    return np.where(usable, ratio, 0.0)
+
+
+def _as_boxes(boxes: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    return np.asarray(boxes, np.float64).reshape(-1, 4)
+
+
+def _areas(boxes: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    sides = np.nan_to_num(boxes[:, 2:] - boxes[:, :2], nan=0.0, posinf=0.0, neginf=0.0)
+    areas: npt.NDArray[np.float64] = np.maximum(sides, 0.0).prod(axis=1)
+    return areas
+
+
+def best_assignment(weights: npt.NDArray[np.float64]) -> list[tuple[int, int]]:
+    """Pairs (row, column) of the largest total weight, each row and column at most once.
+
+    `weights` is [N, M], finite. min(N, M) pairs are given, in order of the rows.
+    """
+    rows, columns = weights.shape
+    if rows > columns:
+        return sorted((row, column) for column, row in best_assignment(weights.T))
+    cost = (-weights).tolist()
+    # One-based, as usual for this formulation: column 0 holds the row that is being placed.
+    row_potential = [0.0] * (rows + 1)
+    column_potential = [0.0] * (columns + 1)
+    row_of = [0] * (columns + 1)
+    for row in range(1, rows + 1):
+        row_of[0] = row
+        column = 0
+        slack = [math.inf] * (columns + 1)
+        came_from = [0] * (columns + 1)
+        visited = [False] * (columns + 1)
+        while row_of[column]:
+            visited[column] = True
+            current = row_of[column]
+            step, following = math.inf, 0
+            for j in range(1, columns + 1):
+                if visited[j]:
+                    continue
+                reduced = cost[current - 1][j - 1] - row_potential[current] - column_potential[j]
+                if reduced < slack[j]:
+                    slack[j], came_from[j] = reduced, column
+                if slack[j] < step:
+                    step, following = slack[j], j
+            for j in range(columns + 1):
+                if visited[j]:
+                    row_potential[row_of[j]] += step
+                    column_potential[j] -= step
+                else:
+                    slack[j] -= step
+            column = following
+        while column:  # shift the chain of placements by one
+            row_of[column] = row_of[came_from[column]]
+            column = came_from[column]
+    return sorted((row_of[j] - 1, j - 1) for j in range(1, columns + 1) if row_of[j])
+
+
+@dataclass(frozen=True)
+class Match:
+    """A predicted box and the true box that it is counted for."""
+
+    predicted: int
+    """Index among the predicted boxes."""
+    truth: int
+    """Index among the true boxes."""
+    iou: float
+
+
+def match_boxes(
+    predicted: npt.ArrayLike,
+    truth: npt.ArrayLike,
+    *,
+    iou_threshold: float = 0.5,
+    predicted_labels: Sequence[str] | None = None,
+    truth_labels: Sequence[str] | None = None,
+) -> list[Match]:
+    """Pairs boxes [N, 4] with boxes [M, 4] one to one, in order of the predicted ones.
+
+    A pair needs an IoU of at least `iou_threshold` and, where both lists of labels are given, equal
+    labels. Of all ways to pair, the one with most pairs is taken, and among those the one with the
+    largest sum of IoU (optimal, not greedy: the order of the boxes does not matter).
+    """
+    overlaps = iou_matrix(predicted, truth)
+    if overlaps.size == 0:
+        return []
+    allowed = (overlaps >= iou_threshold) & (overlaps > 0)
+    if predicted_labels is not None and truth_labels is not None:
+        allowed &= np.array(
+            [[mine == theirs for theirs in truth_labels] for mine in predicted_labels], bool
+        )
+    # All IoUs together weigh less than one pair more.
+    weights = np.where(allowed, 1.0 + overlaps / (1 + min(overlaps.shape)), 0.0)
+    return [
+        Match(row, column, float(overlaps[row, column]))
+        for row, column in best_assignment(weights)
+        if allowed[row, column]
+    ]
+
+
+@dataclass(frozen=True)
+class DetectionScores:
+    """Counts and scores over a set of frames."""
+
+    frames: int
+    predicted: int
+    """Boxes that were predicted."""
+    expected: int
+    """Boxes in the ground truth."""
+    matched: int
+    precision: float
+    """matched / predicted; without predictions 1 when nothing was expected either, else 0."""
+    recall: float
+    """matched / expected; 1 when nothing was expected."""
+    mean_iou: float
+    """Mean IoU of the matches; 0 without any."""
+
+
+def detection_scores(
+    frames: Iterable[tuple[Sequence[Region], Sequence[Region]]], *, iou_threshold: float = 0.5
+) -> DetectionScores:
+    """Scores of (predicted, true) regions of each frame; a match needs label and IoU."""
+    count = predicted = expected = 0
+    overlaps: list[float] = []
+    for found, truth in frames:
+        count += 1
+        predicted += len(found)
+        expected += len(truth)
+        matches = match_boxes(
+            [region.box for region in found],
+            [region.box for region in truth],
+            iou_threshold=iou_threshold,
+            predicted_labels=[region.label for region in found],
+            truth_labels=[region.label for region in truth],
+        )
+        overlaps += [match.iou for match in matches]
+    matched = len(overlaps)
+    return DetectionScores(
+        frames=count,
+        predicted=predicted,
+        expected=expected,
+        matched=matched,
+        precision=matched / predicted if predicted else float(expected == 0),
+        recall=matched / expected if expected else 1.0,
+        mean_iou=sum(overlaps) / matched if matched else 0.0,
+    )
+
+
+def grounding_hit(
+    found: Sequence[Region], truth: Sequence[Sequence[float]], *, iou_threshold: float = 0.5
+) -> bool:
+    """Whether the first box found for a phrase meets any of the true boxes of that phrase.
+
+    The usual measure of phrase grounding (recall at 1, any box of the phrase counts).
+    """
+    return bool(found) and any(iou(found[0].box, box) >= iou_threshold for box in truth)
+
+
+def named_objects(text: str, vocabulary: Iterable[str]) -> frozenset[str]:
+    """The names of `vocabulary` that occur in `text` as whole words, singular or with a plural "s"
+    or "es".
+
+    The longest name wins: "a red cube" names "red cube", not also "cube".
+    """
+    names = {name.lower(): name for name in vocabulary if name}
+    if not names:
+        return frozenset()
+    longest_first = sorted(names, key=lambda name: (-len(name), name))
+    pattern = rf"(?<!\w)({'|'.join(map(re.escape, longest_first))})(?:e?s)?(?!\w)"
+    plain = " ".join(text.lower().split())
+    return frozenset(names[match] for match in re.findall(pattern, plain))
+
+
+def caption_exact(caption: str, present: Iterable[str], vocabulary: Iterable[str]) -> bool:
+    """Whether a caption names exactly the objects present: none missing, none invented."""
+    expected = frozenset(present)
+    return named_objects(caption, frozenset(vocabulary) | expected) == expected

@@ -1,0 +1,233 @@
+"""InternVL2 configurations: ours, those of the official checkpoints, and transformers' own.
+
+The official ones (OpenGVLab/InternVL2-*, ``internvl_chat``) have an InternViT and, in the sizes
+that are known here, an InternLM2: a Llama whose queries, keys and values lie in one matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from librobot_vlm_ros.core import ErrorCode, ModelError
+from librobot_vlm_ros.models.configuration import ModelConfig, unreadable
+
+__all__ = ["InternVLConfig", "is_original", "original_to_native", "tile_side", "tile_tokens"]
+
+#: InternViT-300M-448px: the tower of both sizes.
+_INTERNVIT_300M: dict[str, Any] = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "attention_bias": True,
+    "image_size": 448,
+    "patch_size": 14,
+}
+#: `<IMG_CONTEXT>`, and how many of the added tokens stand behind it with itself.
+_IMAGE_TOKEN, _FROM_IMAGE_TOKEN = 92546, 7
+_TEXT_COMMON: dict[str, Any] = {
+    "vocab_size": _IMAGE_TOKEN + _FROM_IMAGE_TOKEN,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": [92542, 2],
+    "pad_token_id": 2,
+    "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1000000.0},
+}
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "internvl2-2b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+    },
+    "internvl2-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+}
+#: Fields by their official name, and what transformers calls them where that differs.
+_VISION_FIELDS = {
+    "hidden_size": "",
+    "intermediate_size": "",
+    "num_hidden_layers": "",
+    "num_attention_heads": "",
+    "num_channels": "",
+    "image_size": "",
+    "patch_size": "",
+    "hidden_act": "",
+    "layer_norm_eps": "",
+    "norm_type": "",
+    "attention_dropout": "",
+    "dropout": "projection_dropout",
+    "qkv_bias": "attention_bias",
+    "qk_normalization": "use_qk_norm",
+}
+_TEXT_FIELDS = {
+    "vocab_size": "",
+    "hidden_size": "",
+    "intermediate_size": "",
+    "num_hidden_layers": "",
+    "num_attention_heads": "",
+    "num_key_value_heads": "",
+    "max_position_embeddings": "",
+    "rms_norm_eps": "",
+    "hidden_act": "",
+    "bos_token_id": "",
+    "eos_token_id": "",
+    "pad_token_id": "",
+    "bias": "attention_bias",
+}
+#: The only epsilon that transformers' InternViT has for the norms of queries and keys.
+_QK_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class InternVLConfig(ModelConfig):
+    """An InternVL2 architecture: a published variant, and what differs from it.
+
+    `vision_config` and `text_config` take the fields of transformers' InternVLVisionConfig and
+    LlamaConfig. Raises ModelError BAD_CONFIG for an unknown variant.
+    """
+
+    variant: str = "internvl2-2b"
+    vision_config: Mapping[str, Any] = field(default_factory=dict)
+    text_config: Mapping[str, Any] = field(default_factory=dict)
+    image_token_id: int = _IMAGE_TOKEN
+    #: Most tiles of an image, its thumbnail not counted; None means those of the checkpoint.
+    max_tiles: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.variant not in _VARIANTS:
+            raise ModelError(
+                ErrorCode.BAD_CONFIG,
+                f"there is no InternVL2 variant {self.variant!r}",
+                f"variants: {', '.join(_VARIANTS)}",
+            )
+
+    def to_transformers(self) -> Any:
+        """transformers' InternVLConfig with a LlamaConfig. Raises ModelError BAD_CONFIG."""
+        text = {**_TEXT_COMMON, **_VARIANTS[self.variant], **self.text_config}
+        words = text["vocab_size"]
+        if self.image_token_id >= words:
+            raise ModelError(
+                ErrorCode.BAD_CONFIG,
+                f"image_token_id is {self.image_token_id}, the vocabulary has {words}",
+                "give a smaller vocabulary its own image_token_id",
+            )
+        return _native({**_INTERNVIT_300M, **self.vision_config}, text, self.image_token_id)
+
+
+def is_original(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is in the layout of the official checkpoints."""
+    return config.get("model_type") == "internvl_chat"
+
+
+def original_to_native(config: Mapping[str, Any], image_token: int | None) -> Any:
+    """transformers' InternVLConfig for an official config.json.
+
+    `image_token`: id of ``<IMG_CONTEXT>``; None means its published place, seventh from the end.
+    Raises ModelError BAD_CONFIG for what is missing, and for what InternVL2 does not have.
+    """
+    with unreadable("config.json of an official InternVL2 cannot be read"):
+        vision, text = dict(config["vision_config"]), dict(config["llm_config"])
+        _refuse_others(config, vision, text)
+        native_text = _taken(text, _TEXT_FIELDS)
+        rope = dict(text.get("rope_scaling") or {"type": "default"})
+        rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type")
+        native_text["rope_parameters"] = {**rope, "rope_theta": text.get("rope_theta", 10000.0)}
+        if image_token is None:
+            image_token = int(text["vocab_size"]) - _FROM_IMAGE_TOKEN
+        extra = {
+            "downsample_ratio": float(config.get("downsample_ratio", 0.5)),
+            "vision_feature_layer": int(config.get("select_layer", -1)),
+        }
+        if config.get("system_message"):
+            extra["system_message"] = str(config["system_message"])
+        seen = _taken(vision, _VISION_FIELDS)
+    return _native(seen, native_text, image_token, **extra)
+
+
+def tile_side(config: Any) -> int:
+    """Pixels of a tile's side, of transformers' InternVLConfig."""
+    height, width = config.vision_config.image_size
+    if height != width:
+        raise ModelError(ErrorCode.BAD_CONFIG, f"tiles of {height}x{width} pixels are not square")
+    return int(height)
+
+
+def tile_tokens(config: Any) -> int:
+    """Vectors of a tile: a square of patches becomes one. Raises ModelError BAD_CONFIG."""
+    ratio, grid = config.downsample_ratio, f"patches of {config.vision_config.patch_size} pixels"
+    with unreadable(f"config.json of an InternVL: downsample_ratio is {ratio!r}, {grid}"):
+        side, (patch, _) = tile_side(config), config.vision_config.patch_size
+        merge = round(1 / ratio)
+        if min(patch, merge) < 1 or side % (patch * merge) or merge * ratio != 1:
+            raise ModelError(
+                ErrorCode.BAD_CONFIG,
+                f"tiles of {side} pixels are no grid of {merge}x{merge} patches of {patch} pixels",
+            )
+    return int(side // (patch * merge)) ** 2
+
+
+def _taken(given: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {new or old: given[old] for old, new in names.items() if given.get(old) is not None}
+
+
+def _refuse_others(
+    config: Mapping[str, Any], vision: Mapping[str, Any], text: Mapping[str, Any]
+) -> None:
+    """Refuse what transformers' classes would compute otherwise, and other language models."""
+    kind = (text.get("architectures") or [text.get("model_type")])[0]
+    expected: tuple[tuple[str, Any, Any], ...] = (
+        # Version 1 leaves the image transposed; the original's own default is version 1.
+        ("ps_version", config.get("ps_version", "v1"), "v2"),
+        ("llm_config.architectures", kind, "InternLM2ForCausalLM"),
+        ("tie_word_embeddings", bool(config.get("tie_word_embeddings")), False),
+        ("llm_config.tie_word_embeddings", bool(text.get("tie_word_embeddings")), False),
+        (
+            "force_image_size",
+            config.get("force_image_size") or vision["image_size"],
+            vision["image_size"],
+        ),
+        ("use_backbone_lora", config.get("use_backbone_lora") or 0, 0),
+        ("use_llm_lora", config.get("use_llm_lora") or 0, 0),
+    )
+    if vision.get("qk_normalization"):
+        eps = float(vision.get("layer_norm_eps", _QK_NORM_EPS))
+        expected += (("vision_config.layer_norm_eps", eps, _QK_NORM_EPS),)
+    for name, found, wanted in expected:
+        if found != wanted:
+            raise ModelError(
+                ErrorCode.BAD_CONFIG,
+                f"config.json of an InternVL2: {name} is {found!r}, expected {wanted!r}",
+                "InternVL2-2B and InternVL2-8B can be loaded",
+            )
+
+
+def _native(
+    vision: Mapping[str, Any], text: Mapping[str, Any], image_token: int, **extra: Any
+) -> Any:
+    from transformers import InternVLConfig as NativeConfig
+    from transformers import InternVLVisionConfig, LlamaConfig
+
+    try:
+        config = NativeConfig(
+            vision_config=InternVLVisionConfig(**vision),
+            text_config=LlamaConfig(**{**text, "tie_word_embeddings": False}),
+            image_token_id=image_token,
+            # Its default is True, and would make the output layer the table of words.
+            tie_word_embeddings=False,
+            **extra,
+        )
+    except Exception as error:  # transformers' strict configs raise errors of their own kinds
+        raise ModelError(ErrorCode.BAD_CONFIG, f"InternVL2 configuration: {error}") from error
+    config.image_seq_length = tile_tokens(config)
+    return config

@@ -1,0 +1,154 @@
+"""LLaVA-1.5 configurations: ours, those of the official checkpoints, and transformers' own.
+
+The official checkpoints (liuhaotian/llava-v1.5-*) carry ``model_type: llava`` too, but are a Llama
+configuration with fields of their own, and transformers would silently read them as defaults. They
+have no token for the image: transformers marks its places with one, so rows are added behind the
+vocabulary, padded to a multiple of 64 as in the published conversions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from librobot_vlm_ros.core import ErrorCode, ModelError
+from librobot_vlm_ros.models.configuration import ModelConfig, unreadable
+
+__all__ = ["LlavaConfig", "is_original", "original_to_native"]
+
+#: CLIP ViT-L/14 at 336 pixels: the tower of both published sizes.
+CLIP_LARGE_336: dict[str, Any] = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+_TEXT_COMMON: dict[str, Any] = {
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "llava-v1.5-7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
+    "llava-v1.5-13b": {
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+    },
+}
+_VISION_FIELDS = (*CLIP_LARGE_336, "num_channels", "hidden_act", "layer_norm_eps")
+_TEXT_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "hidden_act",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+_ROW_MULTIPLE = 64
+
+
+@dataclass(frozen=True)
+class LlavaConfig(ModelConfig):
+    """A LLaVA-1.5 architecture: a published variant, and what differs from it.
+
+    `vision_config` and `text_config` take the fields of transformers' CLIPVisionConfig and
+    LlamaConfig; `vocab_size` is that of the words, without the image token. Raises ModelError
+    BAD_CONFIG for an unknown variant.
+    """
+
+    variant: str = "llava-v1.5-7b"
+    vision_config: Mapping[str, Any] = field(default_factory=dict)
+    text_config: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.variant not in _VARIANTS:
+            raise ModelError(
+                ErrorCode.BAD_CONFIG,
+                f"there is no LLaVA variant {self.variant!r}",
+                f"variants: {', '.join(_VARIANTS)}",
+            )
+
+    def to_transformers(self) -> Any:
+        """transformers' LlavaConfig."""
+        text = {**_TEXT_COMMON, **_VARIANTS[self.variant], **self.text_config}
+        return _native({**CLIP_LARGE_336, **self.vision_config}, text, -2, "default")
+
+
+def is_original(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is in the layout of the official checkpoints."""
+    kinds = config.get("architectures")
+    return "mm_projector_type" in config or (
+        isinstance(kinds, list) and "LlavaLlamaForCausalLM" in kinds
+    )
+
+
+def original_to_native(config: Mapping[str, Any], vision: Mapping[str, Any]) -> Any:
+    """transformers' LlavaConfig for an official config.json and its tower's configuration.
+
+    Raises ModelError BAD_CONFIG for what is missing, and for what LLaVA-1.5 does not have.
+    """
+    expected = {
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "image_aspect_ratio": "pad",
+        "tie_word_embeddings": False,
+    }
+    for name, value in expected.items():
+        if config.get(name, value) != value:
+            raise ModelError(
+                ErrorCode.BAD_CONFIG,
+                f"config.json of a LLaVA: {name} is {config[name]!r}, LLaVA-1.5 has {value!r}",
+            )
+    with unreadable("config.json of an official LLaVA cannot be read"):
+        text = {name: config[name] for name in _TEXT_FIELDS if config.get(name) is not None}
+        text["vocab_size"] = int(config["vocab_size"])
+        rope = dict(config.get("rope_scaling") or {"type": "default"})
+        rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type")
+        text["rope_parameters"] = {**rope, "rope_theta": config.get("rope_theta", 10000.0)}
+        layer = int(config["mm_vision_select_layer"])
+        kind = {"patch": "default", "cls_patch": "full"}[
+            config.get("mm_vision_select_feature", "patch")
+        ]
+        seen = {name: vision[name] for name in _VISION_FIELDS if vision.get(name) is not None}
+    return _native(seen, text, layer, kind)
+
+
+def _native(vision: Mapping[str, Any], text: Mapping[str, Any], layer: int, kind: str) -> Any:
+    from transformers import CLIPVisionConfig, LlamaConfig
+    from transformers import LlavaConfig as NativeConfig
+
+    words = int(text["vocab_size"])
+    # Behind the words: the image's token and a pad token.
+    rows = -(-(words + 2) // _ROW_MULTIPLE) * _ROW_MULTIPLE
+    try:
+        return NativeConfig(
+            vision_config=CLIPVisionConfig(**vision),
+            text_config=LlamaConfig(**{**text, "vocab_size": rows, "tie_word_embeddings": False}),
+            image_token_index=words,
+            vision_feature_layer=layer,
+            vision_feature_select_strategy=kind,
+            tie_word_embeddings=False,
+        )
+    except Exception as error:  # transformers' strict configs raise errors of their own kinds
+        raise ModelError(ErrorCode.BAD_CONFIG, f"LLaVA configuration: {error}") from error

@@ -1,0 +1,1 @@
+"""Generation: from a prefilled prompt to tokens with their probabilities."""

@@ -1,0 +1,1 @@
+"""Token masks that keep an answer to its notation of boxes."""

@@ -1,0 +1,432 @@
+"""Boxes that are written as text, read one character at a time.
+
+A notation says after each character whether what has been written can still become a box that the
+family's parser reads, or is lost. It follows the parser exactly: marks count however they were
+spelt, blanks stand where the parser lets them, and what stands outside of a box is free.
+`token_grammar` makes a token mask of it."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from librobot_vlm_ros.models.families.boxes import MOST_BLANKS, SCALE
+
+__all__ = [
+    "BLANKS",
+    "Corners",
+    "JSON_PLACES",
+    "JsonBoxes",
+    "ListBoxes",
+    "Notation",
+    "Tail",
+    "TokenBoxes",
+]
+
+#: What `\s` matches in ASCII.
+BLANKS = " \t\n\r\f\v"
+_DIGITS = frozenset(string.digits)
+
+
+class Notation(Protocol):
+    """A way to write boxes. States are opaque; the first is `start`."""
+
+    start: Hashable
+
+    def step(self, state: Any, char: str) -> Any:
+        """The state behind one more character; None where no box can come of it any more."""
+
+    def ends(self, state: Any) -> bool:
+        """Whether an answer may end here."""
+
+    def closed(self, state: Any) -> bool:
+        """Whether a box has begun, so that only its own characters can follow."""
+
+    def fatal(self, state: Any) -> str:
+        """Where it is not closed: characters of which a text must hold one to be lost from here;
+        "" where nothing is lost.
+        """
+
+
+class Corners(NamedTuple):
+    """Four numbers on their way. `item`: place in the template; `text`: of the number there."""
+
+    item: int = 0
+    text: str = ""
+    #: The first corner in `Box`'s unit, as far as it is written: the second must not lie before it.
+    near: tuple[int, ...] = ()
+    #: Blanks that stand last.
+    blanks: int = 0
+
+    def blank(self) -> Corners | None:
+        """The state behind one blank more."""
+        return self._replace(blanks=self.blanks + 1) if self.blanks < MOST_BLANKS else None
+
+
+@dataclass
+class Box:
+    """How four numbers are written: characters, and "" where a number stands; blanks between."""
+
+    template: Sequence[str]
+    blanks: str = BLANKS
+    #: Digits before and behind the point, and whether the first may be a 0 that adds nothing.
+    whole: int = 5
+    places: int = 6
+    zeros: bool = True
+
+    def __post_init__(self) -> None:
+        #: Numbers are counted in the smallest that can be written.
+        self._unit = 10**self.places
+        self._most = SCALE * self._unit
+
+    def step(self, state: Corners, char: str) -> Corners | None:
+        """See `Notation`. A state whose item is `len(template)` is a whole box."""
+        if state.item == len(self.template):
+            return self._blank(state, char)
+        wanted = self.template[state.item]
+        if wanted:
+            if char != wanted:
+                return self._blank(state, char)
+            return state._replace(item=state.item + 1, blanks=0)
+        low = self._low(state)
+        if char in _DIGITS or (char == "." and state.text):
+            text = state.text + char
+            can = self._can_be(text, low)
+            return state._replace(text=text, blanks=0) if can else None
+        if not state.text:
+            return self._blank(state, char)
+        if state.text.endswith(".") or not low <= self._value(state.text) <= self._most:
+            return None
+        near = state.near
+        if len(near) < 2:
+            near = (*near, self._value(state.text))
+        return self.step(Corners(state.item + 1, "", near), char)
+
+    def _blank(self, state: Corners, char: str) -> Corners | None:
+        return state.blank() if char in self.blanks else None
+
+    def _value(self, text: str) -> int:
+        whole, _, part = text.partition(".")
+        return int(whole + part.ljust(self.places, "0"))
+
+    def _low(self, state: Corners) -> int:
+        """What the number here must be at least."""
+        number = self.template[: state.item].count("")
+        return state.near[number - 2] if number >= 2 else 0
+
+    def _can_be(self, text: str, low: int) -> bool:
+        """Whether `text` is, or can become, a number from `low` to the end of the scale."""
+        whole, point, part = text.partition(".")
+        if len(whole) > self.whole or len(part) > self.places or "." in part:
+            return False
+        nought = whole[0] == "0"
+        if nought and len(whole) > 1 and not self.zeros:
+            return False
+        if point:
+            least = self._value(text)
+            return least <= self._most and least + 10 ** (self.places - len(part)) > low
+        # With more digits before the point it begins at ten times the number, and so on.
+        least, end = int(whole) * self._unit, (int(whole) + 1) * self._unit
+        for _ in range(self.whole - len(whole) + 1):
+            if least > self._most:
+                return False
+            if end > low:
+                return True
+            if nought and not self.zeros:
+                return False
+            least, end = least * 10, end * 10
+        return False
+
+
+class Tail:
+    """Finds marks in a text by what stands at its end."""
+
+    def __init__(self, *marks: str) -> None:
+        self.marks = frozenset(marks)
+        self._begun = frozenset(mark[:n] for mark in marks for n in range(1, len(mark)))
+
+    def step(self, tail: str, char: str) -> str:
+        """The longest end of the text that is a mark, or the beginning of one."""
+        tail += char
+        while tail and tail not in self.marks and tail not in self._begun:
+            tail = tail[1:]
+        return tail
+
+
+class _At(NamedTuple):
+    """A state: where, with what else is known."""
+
+    where: str
+    tail: str = ""
+    box: Corners = Corners()
+    #: How many lists of numbers there were in this pair of marks: 0, or 1 for some.
+    some: int = 0
+
+
+class TokenBoxes:
+    """Qwen2-VL's: ``<|box_start|>(x1,y1),(x2,y2)<|box_end|>``. The last mark may be left out where
+    the answer ends, or another mark follows.
+    """
+
+    start = _At("free")
+    _box = Box(("(", "", ",", "", ")", ",", "(", "", ",", "", ")"))
+    _opening = Tail("<|box_start|>")
+    _closing = Tail("<|box_", "<|object_ref_")
+
+    def step(self, state: _At, char: str) -> _At | None:
+        """See `Notation`."""
+        if state.where == "free":
+            tail = self._opening.step(state.tail, char)
+            return _At("box") if tail in self._opening.marks else _At("free", tail)
+        if state.tail or (char == "<" and self._whole(state)):
+            tail = self._closing.step(state.tail, char)
+            if tail != state.tail + char:
+                return None
+            if tail in self._closing.marks:
+                return _At("free", tail if self._opening.step(tail[:-1], tail[-1]) else "")
+            return state._replace(tail=tail)
+        box = self._box.step(state.box, char)
+        return None if box is None else state._replace(box=box)
+
+    def _whole(self, state: _At) -> bool:
+        return state.box.item == len(self._box.template)
+
+    def ends(self, state: _At) -> bool:
+        """See `Notation`."""
+        return state.where == "free" or (self._whole(state) and not state.tail)
+
+    def closed(self, state: _At) -> bool:
+        """See `Notation`."""
+        return state.where == "box"
+
+    def fatal(self, state: _At) -> str:
+        """See `Notation`."""
+        return ">" if state.tail else ""
+
+
+class ListBoxes:
+    """InternVL2's: ``<box>[[x1, y1, x2, y2], ...]</box>``. Between its marks every list that holds
+    no list is a box, and there is one at least; other text may stand between the lists.
+    """
+
+    start = _At("free")
+    _box = Box(("", ",", "", ",", "", ",", "", "]"))
+    _opening = Tail("<box>")
+    _marks = Tail("<box>", "</box>", "<ref>", "</ref>")
+
+    def step(self, state: _At, char: str) -> _At | None:
+        """See `Notation`."""
+        if state.where == "free":
+            tail = self._opening.step(state.tail, char)
+            return _At("inside") if tail in self._opening.marks else _At("free", tail)
+        if state.where == "inside":
+            if char == "[":
+                return _At("open", some=state.some)
+            tail = self._marks.step(state.tail, char)
+            if tail not in self._marks.marks:
+                return state._replace(tail=tail)
+            if not state.some:
+                return None
+            return _At("inside" if tail == "<box>" else "free")
+        if state.where == "open":
+            if char == "[":
+                return state._replace(box=Corners())
+            if char in BLANKS:
+                box = state.box.blank()
+                return None if box is None else state._replace(box=box)
+            state = state._replace(where="list")
+        box = self._box.step(state.box, char)
+        if box is None:
+            return None
+        whole = box.item == len(self._box.template)
+        return _At("inside", some=1) if whole else state._replace(box=box)
+
+    def ends(self, state: _At) -> bool:
+        """See `Notation`."""
+        return state.where == "free" or (state.where == "inside" and bool(state.some))
+
+    def closed(self, state: _At) -> bool:
+        """See `Notation`."""
+        return state.where in ("open", "list")
+
+    def fatal(self, state: _At) -> str:
+        """See `Notation`."""
+        return "[>" if state.where == "inside" or state.tail else ""
+
+
+_KEY = "bbox_2d"
+_BLANKS = " \t\n\r"
+#: Digits behind the point that a number of a box may have: floats keep the order of such numbers.
+JSON_PLACES = 12
+_JSON_DIGITS, _HEX = frozenset(string.digits), frozenset(string.hexdigits)
+#: What cannot stand in a string as it is.
+_CONTROL = "".join(map(chr, range(32)))
+#: What Python's parser takes for a value, less strings, numbers, lists and objects.
+_WORDS = {"t": "true", "f": "false", "n": "null", "N": "NaN", "I": "Infinity"}
+#: Where a number is to where each kind of character leads; those in _WHOLE may be its end.
+_NUMBER = {
+    "sign": {"0": "nought", "1": "whole"},
+    "nought": {".": "point", "e": "power"},
+    "whole": {"0": "whole", "1": "whole", ".": "point", "e": "power"},
+    "point": {"0": "part", "1": "part"},
+    "part": {"0": "part", "1": "part", "e": "power"},
+    "power": {"+": "signed", "0": "powers", "1": "powers"},
+    "signed": {"0": "powers", "1": "powers"},
+    "powers": {"0": "powers", "1": "powers"},
+}
+_WHOLE = frozenset({"nought", "whole", "part", "powers"})
+
+
+class _In(NamedTuple):
+    """A place in a text; `stack` holds the brackets that are open, from the outermost on.
+
+    `where`: free; name (behind a brace), more (behind a comma: another name), key, colon, first
+    (behind a bracket: a value or its end), value, string, word, after a value; a number's places;
+    of a box's value: box (before it), list (behind its first bracket), corners, between, next.
+    """
+
+    where: str
+    stack: str = ""
+    #: Of a key: what was read of it while it can be the one of boxes, else None.
+    key: str | None = None
+    #: Of a string: 5 behind a backslash, 4 to 1 digits of an escape to come.
+    escape: int = 0
+    #: Of a word: its rest.
+    rest: str = ""
+    #: Of a box's value: whether it is a list of boxes.
+    several: bool = False
+    corners: Corners = Corners()
+
+
+class JsonBoxes:
+    """Qwen3-VL's: ``{"bbox_2d": [x1, y1, x2, y2], "label": ...}``, in lists and other objects.
+
+    What begins with a brace is an object of JSON, whole before the answer ends. In it the value of
+    the key is four numbers, or a list of such, wherever the object stands. Numbers of a box are
+    decimals without sign and exponent. Text outside of objects is free, and so are other keys,
+    values, and what a string says. (Of a key that comes twice the parser takes the last value, and
+    it reads no object within one that has a box; here all of them are bound.)
+    """
+
+    start = _In("free")
+    _box = Box(
+        ("", ",", "", ",", "", ",", "", "]"),
+        blanks=_BLANKS, whole=4, places=JSON_PLACES, zeros=False,
+    )  # fmt: skip
+    _BOXED = frozenset({"box", "list", "corners", "between", "next"})
+
+    def step(self, state: _In, char: str) -> _In | None:
+        """See `Notation`."""
+        where, stack = state.where, state.stack
+        if where in self._BOXED:
+            return self._in_box(state, char)
+        if where == "free":
+            return _In("name", "{") if char == "{" else state
+        if where in ("string", "key"):
+            return self._in_string(state, char)
+        if where == "word":
+            return _word(stack, state.rest[1:]) if char == state.rest[0] else None
+        if where in _NUMBER:
+            return self._in_number(state, char)
+        if char in _BLANKS:
+            return state
+        if where in ("name", "more"):
+            if char == '"':
+                return _In("key", stack, key="")
+            return _closed(stack) if char == "}" and where == "name" else None
+        if where == "colon":
+            found = _In("box" if state.key is not None else "value", stack)
+            return found if char == ":" else None
+        if where in ("first", "value"):
+            if char == "]" and where == "first":
+                return _closed(stack)
+            return self._value(stack, char)
+        if char == ",":
+            return _In("more" if stack[-1] == "{" else "value", stack)
+        return _closed(stack) if char == {"{": "}", "[": "]"}[stack[-1]] else None
+
+    def ends(self, state: _In) -> bool:
+        """See `Notation`."""
+        return state.where == "free"
+
+    def closed(self, state: _In) -> bool:
+        """See `Notation`."""
+        return state.where not in ("free", "string", "key") or state.escape > 0
+
+    def fatal(self, state: _In) -> str:
+        """See `Notation`."""
+        return "" if state.where == "free" else f'"\\{_CONTROL}'
+
+    def _in_box(self, state: _In, char: str) -> _In | None:
+        where, stack = state.where, state.stack
+        if where != "corners" and char in _BLANKS:
+            corners = state.corners.blank()
+            return None if corners is None else state._replace(corners=corners)
+        if where == "corners" or (where == "list" and char != "["):
+            corners = self._box.step(state.corners, char)
+            if corners is None:
+                return None
+            if corners.item < len(self._box.template):
+                return state._replace(where="corners", corners=corners)
+            return _In("between" if state.several else "after", stack)
+        if where == "list":
+            several = state._replace(several=True, corners=Corners())
+            return None if state.several else several
+        if where == "box":
+            return _In("list", stack) if char == "[" else None
+        if where == "next":
+            return _In("list", stack, several=True) if char == "[" else None
+        if char == ",":
+            return _In("next", stack)
+        return _In("after", stack) if char == "]" else None
+
+    def _in_string(self, state: _In, char: str) -> _In | None:
+        if state.escape == 5:
+            if char == "u":
+                return state._replace(escape=4)
+            return state._replace(escape=0) if char in '"\\/bfnrt' else None
+        if state.escape:
+            return state._replace(escape=state.escape - 1) if char in _HEX else None
+        if char < " ":
+            return None
+        if char == '"':
+            if state.where == "string":
+                return _In("after", state.stack)
+            return _In("colon", state.stack, key=state.key if state.key == _KEY else None)
+        if char == "\\":
+            return state._replace(escape=5, key=None)
+        if state.key is not None:
+            key = state.key + char
+            return state._replace(key=key if _KEY.startswith(key) else None)
+        return state
+
+    def _in_number(self, state: _In, char: str) -> _In | None:
+        if state.where == "sign" and char == "I":
+            return _word(state.stack, "nfinity")
+        kind = "1" if char in _JSON_DIGITS and char != "0" else {"E": "e", "-": "+"}.get(char, char)
+        further = _NUMBER[state.where].get(kind)
+        if further is not None:
+            return state._replace(where=further)
+        return self.step(_In("after", state.stack), char) if state.where in _WHOLE else None
+
+    def _value(self, stack: str, char: str) -> _In | None:
+        if char in '"{[':
+            opened = {'"': "string", "{": "name", "[": "first"}
+            return _In(opened[char], stack if char == '"' else stack + char)
+        if char in _WORDS:
+            return _word(stack, _WORDS[char][1:])
+        if char == "-":
+            return _In("sign", stack)
+        number = "nought" if char == "0" else "whole"
+        return _In(number, stack) if char in _JSON_DIGITS else None
+
+
+def _word(stack: str, rest: str) -> _In:
+    return _In("word", stack, rest=rest) if rest else _In("after", stack)
+
+
+def _closed(stack: str) -> _In:
+    """Behind the bracket that closes the innermost one."""
+    return _In("after", stack[:-1]) if len(stack) > 1 else _In("free")

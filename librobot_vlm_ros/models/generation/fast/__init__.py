@@ -1,0 +1,1 @@
+"""Decode steps and a vision tower as plain arithmetic on the modules' own weights."""

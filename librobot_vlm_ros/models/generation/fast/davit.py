@@ -1,0 +1,233 @@
+"""DaViT's tower as plain arithmetic on its module's own weights, for a CPU.
+
+The module carries each block's result from channels last to channels first and back, and adds what
+a convolution could have added. Here the channels stay last, and on small towers the matrices are
+laid out once as oneDNN multiplies them. The module remains the reference, takes what is not known
+here, and trains.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from librobot_vlm_ros.models.generation.fast.weights import UnsupportedError, plain
+
+__all__ = ["DavitPass", "make_pass"]
+
+_log = logging.getLogger(__name__)
+
+#: Bytes of matrices up to which a second copy of them, laid out for oneDNN, is worth its memory.
+_PACKED = 64 << 20
+
+_Norm = tuple[Tensor, Tensor, float]
+
+
+@dataclass(frozen=True)
+class _Conv:
+    """Weights [out, in / groups, kh, kw], channels last in memory, and how they are applied."""
+
+    weight: Tensor
+    bias: Tensor
+    stride: Any
+    padding: Any
+    groups: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] to the same with other sizes."""
+        found = functional.conv2d(
+            x.permute(0, 3, 1, 2), self.weight, self.bias, self.stride, self.padding, 1, self.groups
+        )
+        return found.permute(0, 2, 3, 1)
+
+
+class _Linear:
+    """x W + b, `packed` for oneDNN or as the module has it."""
+
+    def __init__(self, layer: Any, packed: bool) -> None:
+        weight, self.bias = plain(layer)
+        self.weight, self._packed = weight.t(), packed
+        if packed:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), 144)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out]."""
+        if not self._packed:
+            return functional.linear(x, self.weight, self.bias)
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x, self.weight, self.bias, "none", [], ""
+        )
+        return found
+
+
+@dataclass(frozen=True)
+class _Half:
+    """Half a block: a convolution, attention in windows or among channels, another, an MLP."""
+
+    before: _Conv
+    norm: _Norm
+    qkv: _Linear
+    out: _Linear
+    between: _Conv
+    mlp_norm: _Norm
+    wide: _Linear
+    narrow: _Linear
+    heads: int
+
+
+class DavitPass:
+    """The tower [B, 3, H, W] to [B, D, h, w]; holds views of its weights, and copies of small ones.
+
+    Raises UnsupportedError, with the reason, for what it does not know.
+    """
+
+    def __init__(self, tower: Any) -> None:
+        config = tower.config
+        weights = list(tower.parameters())
+        if any(w.device.type != "cpu" or w.dtype != torch.float32 for w in weights):
+            raise UnsupportedError("it is for float32 on a CPU")
+        if tower.training:
+            raise UnsupportedError("it is in training mode")
+        if config._attn_implementation != "sdpa" or config.activation_function != "gelu":
+            raise UnsupportedError(f"{config._attn_implementation}, {config.activation_function}")
+        self._modules = tuple(tower.modules())
+        if self.hooked:
+            raise UnsupportedError("a module of it has hooks")
+        matrices = sum(w.nbytes for w in weights if w.dim() == 2)
+        packed = matrices <= _PACKED and _can_pack()
+        self._window = int(config.window_size)
+        self._stages = [
+            (
+                _norm(embed.norm),
+                bool(embed.pre_norm),
+                _conv(embed.conv),
+                [
+                    (
+                        _half(block.spatial_block, block.spatial_block.window_attn, packed),
+                        _half(block.channel_block, block.channel_block.channel_attn, packed),
+                    )
+                    for block in blocks
+                ],
+            )
+            for embed, blocks in zip(tower.convs, tower.blocks, strict=True)
+        ]
+
+    @property
+    def hooked(self) -> bool:
+        """Whether somebody waits for what a module of the tower does, which it does not do here."""
+        return any(m._forward_hooks or m._forward_pre_hooks for m in self._modules)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """See the class."""
+        x = pixels.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+        for norm, first, conv, blocks in self._stages:
+            x = conv(_normed(x, norm)) if first else _normed(conv(x), norm)
+            for spatial, channel in blocks:
+                x = _applied(spatial, x, self._in_windows)
+                x = _applied(channel, x, _among_channels)
+        return x.permute(0, 3, 1, 2)
+
+    def _in_windows(self, half: _Half, normed: Tensor, x: Tensor) -> Tensor:
+        """x and what attention within each window finds in `normed`, both [B, H, W, C]."""
+        batch, height, width, size = x.shape
+        side = self._window
+        below, right = -height % side, -width % side
+        if below or right:
+            normed = functional.pad(normed, (0, 0, 0, right, 0, below))
+        rows, columns = (height + below) // side, (width + right) // side
+        tokens = normed.reshape(batch, rows, side, columns, side, size).transpose(2, 3)
+        tokens = tokens.reshape(-1, side * side, size)
+        qkv = half.qkv(tokens).view(*tokens.shape[:2], 3, half.heads, -1).permute(2, 0, 3, 1, 4)
+        seen = functional.scaled_dot_product_attention(*qkv.unbind(0)).transpose(1, 2)
+        seen = seen.reshape(tokens.shape)
+        if rows == columns == 1 and not (below or right):  # the window is the whole image
+            return half.out(seen).view(x.shape).add_(x)
+        found = half.out(seen).view(batch, rows, columns, side, side, size).transpose(2, 3)
+        found = found.reshape(batch, height + below, width + right, size)
+        return x + found[:, :height, :width]
+
+
+def make_pass(tower: Any) -> DavitPass | None:
+    """A pass over the tower's weights; None where the module itself is to see."""
+    try:
+        return DavitPass(tower)
+    except (UnsupportedError, AttributeError) as reason:
+        _log.debug("%s sees through its module: %s", type(tower).__name__, reason)
+        return None
+
+
+def _applied(half: _Half, x: Tensor, attend: Callable[[_Half, Tensor, Tensor], Tensor]) -> Tensor:
+    x = half.before(x)
+    x = attend(half, _normed(x, half.norm), x)
+    x = half.between(x)
+    # oneDNN could do both in its multiplication, and takes longer for it.
+    wide = functional.gelu(half.wide(_normed(x, half.mlp_norm)))
+    return half.narrow(wide).add_(x)
+
+
+def _among_channels(half: _Half, normed: Tensor, x: Tensor) -> Tensor:
+    """x and what attention among the channels of each group finds in `normed`."""
+    batch, height, width, size = x.shape
+    count = height * width
+    qkv = half.qkv(normed.reshape(batch, count, size)).view(batch, count, 3, half.heads, -1)
+    query, key, value = qkv.permute(2, 0, 3, 4, 1).unbind(0)  # [B, groups, C / groups, H W]
+    shares = torch.matmul(query * count**-0.5, key.transpose(2, 3)).softmax(-1)
+    seen = torch.matmul(value.transpose(2, 3), shares.transpose(2, 3))
+    seen = seen.transpose(1, 2).reshape(batch, count, size)
+    return half.out(seen).view(x.shape).add_(x)
+
+
+def _normed(x: Tensor, norm: _Norm) -> Tensor:
+    return torch.layer_norm(x, x.shape[-1:], norm[0], norm[1], norm[2])
+
+
+def _half(block: Any, attention: Any, packed: bool) -> _Half:
+    return _Half(
+        before=_conv(block.conv1, plus_input=True),
+        norm=_norm(block.norm1),
+        qkv=_Linear(attention.qkv, packed),
+        out=_Linear(attention.proj, packed),
+        between=_conv(block.conv2, plus_input=True),
+        mlp_norm=_norm(block.norm2),
+        wide=_Linear(block.ffn.fc1, packed),
+        narrow=_Linear(block.ffn.fc2, packed),
+        heads=int(attention.num_heads if hasattr(attention, "num_heads") else attention.groups),
+    )
+
+
+def _conv(layer: Any, *, plus_input: bool = False) -> _Conv:
+    """`plus_input`: of one kernel a channel; the block adds the convolution's input to its result,
+    which the middle of each kernel does as well.
+    """
+    if type(layer) is not nn.Conv2d or layer.dilation != (1, 1) or layer.bias is None:
+        raise UnsupportedError(f"a {type(layer).__name__} stands in a convolution's place")
+    weight = layer.weight.detach()
+    if plus_input:
+        weight = weight.clone()
+        weight[:, 0, weight.shape[2] // 2, weight.shape[3] // 2] += 1.0
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    return _Conv(weight, layer.bias.detach(), layer.stride, layer.padding, layer.groups)
+
+
+def _norm(layer: Any) -> _Norm:
+    if type(layer) is not nn.LayerNorm:
+        raise UnsupportedError(f"a {type(layer).__name__} stands in a norm's place")
+    return layer.weight.detach(), layer.bias.detach(), float(layer.eps)
+
+
+def _can_pack() -> bool:
+    """Whether this build of torch has oneDNN's linear layers (they are what its compiler uses).
+
+    Measured on x86-64 alone: elsewhere another library may do the work.
+    """
+    if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
+        return False
+    names = ("_reorder_linear_weight", "_linear_pointwise")
+    return all(hasattr(torch.ops.mkldnn, name) for name in names)

@@ -1,0 +1,253 @@
+"""The decoding loop: tokens out of a model, one step at a time, for every family.
+
+A family gives a `Decoder` (a prefilled prompt with its KV cache) and a `GenerationConfig`; what
+comes back is one `Generated` or one error per row. Each row can be stopped on its own before any
+token. Answers equal those of transformers' `generate` with the same settings (tested), and hold
+besides the probability that the model itself gave each token, before any rule touched it. Where a
+row has no choice (a forced token, a grammar that leaves one), the model is not asked.
+
+On CUDA the host runs one step ahead: the next step is asked for before the token is read that it
+starts from, so that the device never waits for the host. The price is one step for nothing at the
+end of an answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from librobot_vlm_ros.core import VlmError
+from librobot_vlm_ros.models.generation.beam_search import beam_search, search_in_notation
+from librobot_vlm_ros.models.generation.config import (
+    Except,
+    Generated,
+    GenerationConfig,
+    Grammar,
+    Some,
+)
+from librobot_vlm_ros.models.generation.decoder import Decoder, StopRow, TellIds, take_in
+from librobot_vlm_ros.models.generation.sampler import Sampler, not_finite
+from librobot_vlm_ros.models.placement import threads_for
+
+__all__ = ["generate"]
+
+
+def generate(
+    decoder: Decoder,
+    rules: GenerationConfig,
+    history: Tensor,
+    *,
+    stop: StopRow = lambda row: None,
+    tell: TellIds | None = None,
+    seeds: Sequence[int | None] | None = None,
+    grammars: Sequence[Grammar | None] = (),
+    again: Callable[[Sequence[int]], tuple[Decoder, Tensor]] | None = None,
+) -> list[Generated | VlmError]:
+    """Generate until every row has ended.
+
+    `history`: int64 [rows, H], tokens before the first new one that the n-gram rule sees.
+    `seeds`: one a row, for sampling; None draws one. `grammars`: one a row; samples are free.
+    `again`: takes in the prompts of some rows anew, which beams need to keep to grammars; without
+    it they are free, too.
+    Raises InferenceError NAN_LOGITS when the model gives no usable numbers.
+    """
+    if rules.num_beams > 1:
+        if again is not None and any(grammars):
+            return search_in_notation(
+                decoder, rules, history, grammars, again, stop=stop, tell=tell
+            )
+        return beam_search(decoder, rules, history, stop=stop, tell=tell)
+    return _Loop(decoder, rules, history, seeds, grammars).run(stop, tell)
+
+
+class _Loop:
+    """One batch on its way through `generate`, without beams."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        rules: GenerationConfig,
+        history: Tensor,
+        seeds: Sequence[int | None] | None,
+        grammars: Sequence[Grammar | None] = (),
+    ) -> None:
+        self._decoder, self._rules = decoder, rules
+        self._chooser = Sampler(rules, history, seeds)
+        rows = history.shape[0]
+        self._ids: list[list[int]] = [[] for _ in range(rows)]
+        self._log_probs: list[list[float]] = [[] for _ in range(rows)]
+        self._open = list(range(rows))
+        #: The row of the answers that each row of the decoder writes.
+        self._written_by = list(range(rows))
+        self._device = history.device
+        self._ahead = history.is_cuda
+        self._eos = torch.tensor(rules.eos, device=history.device)
+        #: Rows that have ended, as the device knows them.
+        self._ended = torch.zeros(rows, dtype=torch.bool, device=history.device)
+        #: Tokens that the decoder has not taken in yet, and whether it has taken in the prompts.
+        self._unread: list[Tensor] = []
+        self._begun = False
+        #: As soon as it is known.
+        self._vocabulary = 0
+        #: What is undone at the end.
+        self._at_end = contextlib.ExitStack()
+        free = rules.temperature > 0 or not any(grammars)
+        self._grammars = () if free else tuple(grammars)
+
+    def run(self, stop: StopRow, tell: TellIds | None) -> list[Generated | VlmError]:
+        """See `generate`."""
+        with self._at_end:
+            return self._run(stop, tell)
+
+    def _run(self, stop: StopRow, tell: TellIds | None) -> list[Generated | VlmError]:
+        errors: dict[int, VlmError] = {}
+        rules, only = self._rules, None
+        allowed = self._allowed()
+        known = self._known(0, allowed)
+        if known is None:
+            logits = self._ask()
+        for step in range(rules.max_new_tokens):
+            for row in list(self._open):
+                error = stop(row)
+                if error is not None:
+                    errors[row] = error
+                    self._open.remove(row)
+                    self._ended[self._written_by.index(row)] = True
+            if not self._open:
+                break
+            last = step == rules.max_new_tokens - 1
+            forced, early = rules.forced(step) is not None, False
+            if known is not None:
+                self._note(torch.tensor(known, device=self._device), step)
+                self._take(known, [0.0] * len(known), step, forced=forced, tell=tell)
+            else:
+                picked = self._chooser.pick(logits, step, allowed, only)
+                self._note(picked.tokens, step)
+                early = self._ahead and not last and rules.forced(step + 1) is None
+                if early:
+                    logits = self._ask()
+                self._take(*picked.read(), step, forced=forced, tell=tell)
+            if not self._open or last:
+                break
+            self._shrink()
+            allowed = self._allowed()
+            if early:
+                continue
+            known = self._known(step + 1, allowed)
+            if known is None:
+                only = self._common(step + 1, allowed)
+                logits = self._ask(only)
+        self._chooser.credit(self._ids, self._log_probs)
+        return [
+            errors[row] if row in errors else Generated(tuple(ids), tuple(log_probs))
+            for row, (ids, log_probs) in enumerate(zip(self._ids, self._log_probs, strict=True))
+        ]
+
+    def _shrink(self) -> None:
+        """From here on the rows that go on are alone in the decoder.
+
+        A CPU takes longer for more rows. (On CUDA a graph stands ready for as many as there are.)
+        """
+        if self._ahead or not self._begun or len(self._open) == len(self._written_by):
+            return
+        still = set(self._open)
+        kept = [at for at, row in enumerate(self._written_by) if row in still]
+        rows = torch.tensor(kept, device=self._device)
+        self._written_by = [self._written_by[at] for at in kept]
+        self._ended = self._ended[rows]
+        self._unread = [tokens[rows] for tokens in self._unread]
+        self._decoder.reorder(rows)
+        self._chooser.keep(rows)
+
+    def _note(self, tokens: Tensor, step: int) -> None:
+        """Tokens to be taken in; for rows that have ended it is the pad token."""
+        if len(self._written_by) > 1:
+            tokens = torch.where(self._ended, self._rules.pad, tokens)
+            self._ended |= torch.isin(tokens, self._eos)
+        self._chooser.wrote(tokens, step)
+        self._unread.append(tokens)
+
+    def _ask(self, only: range | Tensor | None = None) -> Tensor:
+        """The logits behind what is noted."""
+        unread, self._unread = self._unread, []
+        logits = take_in(self._decoder, unread, only, begun=self._begun)
+        if only is None:
+            self._vocabulary = logits.shape[-1]
+        if not self._begun:
+            self._begun = True
+            self._at_end.enter_context(threads_for(self._decoder))
+        return logits
+
+    def _take(
+        self,
+        tokens: list[int],
+        log_probs: list[float],
+        step: int,
+        *,
+        forced: bool,
+        tell: TellIds | None,
+    ) -> None:
+        """Write down what was chosen. Raises InferenceError NAN_LOGITS."""
+        scale, marks = self._rules.scale, 0
+        still = set(self._open)
+        for row, token, log_prob in zip(self._written_by, tokens, log_probs, strict=True):
+            if row not in still:
+                continue
+            if math.isnan(log_prob) or log_prob == math.inf:
+                raise not_finite()
+            self._ids[row].append(token)
+            self._log_probs[row].append(math.nan if forced else log_prob)
+            marks += scale is not None and 0 <= token - scale.first < scale.count
+            if tell is not None:
+                tell(row, [token])
+            if token in self._rules.eos:
+                self._open.remove(row)
+        if not marks:
+            self._chooser.forget(step)
+
+    def _allowed(self) -> list[Some] | None:
+        """What the grammars let each row choose from now; None where there are none."""
+        if not self._grammars:
+            return None
+        still = set(self._open)
+        found: list[Some] = []
+        for row in self._written_by:
+            grammar = self._grammars[row] if row in still else None
+            found.append(None if grammar is None else grammar.allowed(self._ids[row]))
+        return found
+
+    def _known(self, step: int, allowed: list[Some] | None) -> list[int] | None:
+        """The tokens of all rows at that step where none has a choice: the model isn't asked."""
+        forced, rows = self._rules.forced(step), self._written_by
+        if forced is not None:
+            return [forced] * len(rows)
+        # A host that runs ahead has asked already; the n-gram rule may forbid the only token.
+        if not allowed or self._ahead or self._rules.no_repeat_ngram:
+            return None
+        tokens, still = [self._rules.pad] * len(rows), set(self._open)
+        for at, (row, some) in enumerate(zip(rows, allowed, strict=True)):
+            if row not in still:
+                continue
+            if some is None or isinstance(some, Except) or len(some) > 1:
+                return None
+            tokens[at] = some[0]
+        return tokens
+
+    def _common(self, step: int, allowed: list[Some] | None) -> range | Tensor | None:
+        """Few tokens that every row must choose from at that step; None where there are none."""
+        # The n-gram rule is about the whole vocabulary, and so is a forced token.
+        whole = self._rules.no_repeat_ngram or self._rules.forced(step) is not None
+        if not allowed or self._ahead or whole or len(self._open) < len(allowed):
+            return None
+        first = allowed[0]
+        if first is None or isinstance(first, Except) or set(allowed) != {first}:
+            return None
+        # Gathering the weights of many tokens is no cheaper than the whole layer.
+        scattered = not isinstance(first, range)
+        if scattered and (self._rules.scale is not None or len(first) * 4 > self._vocabulary):
+            return None
+        return self._chooser.choices.reach(first)

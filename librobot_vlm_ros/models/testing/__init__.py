@@ -1,0 +1,1 @@
+"""Tiny checkpoints of every family and reference arithmetic to compare with."""

@@ -1,0 +1,514 @@
+"""Florence-2 at tiny size: checkpoints in both layouts, and the original arithmetic."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from librobot_vlm_ros.models.checkpoints.loading import LoadPlan
+from librobot_vlm_ros.models.families.florence2.checkpoint import (
+    FlorenceParts,
+    FlorenceSettings,
+    plan_for,
+    write_folder,
+)
+from librobot_vlm_ros.models.families.florence2.configuration import FlorenceConfig
+from librobot_vlm_ros.models.families.florence2.processor import ADDED_TOKENS, FlorenceTokenizer
+from librobot_vlm_ros.models.families.preprocess import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ImageSettings,
+    normalise,
+    squash,
+)
+
+__all__ = [
+    "TINY_TEXT",
+    "TINY_VISION",
+    "WORDS",
+    "Weights",
+    "added_parameters",
+    "difference",
+    "full_size",
+    "official_config",
+    "original_logits",
+    "pixels",
+    "random_weights",
+    "tiny_florence_folder",
+    "word_tokenizer",
+    "write_official",
+]
+
+TINY_VISION: dict[str, Any] = {
+    "depths": [1, 1, 2, 1],
+    "embed_dim": [8, 16, 24, 32],
+    "num_heads": [1, 2, 3, 4],
+    "num_groups": [1, 2, 3, 4],
+    "patch_stride": [4, 2, 2, 1],
+    "window_size": 4,
+    "projection_dim": 32,
+    "drop_path_rate": 0.0,
+    "max_position_embeddings": 16,
+    "max_temporal_embeddings": 10,
+}
+TINY_TEXT: dict[str, Any] = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "max_position_embeddings": 128,
+    # Wide, so that answers vary: a freshly initialised model repeats the token it was fed.
+    "init_std": 1.0,
+}
+WORDS = [
+    "what",
+    "does",
+    "the",
+    "image",
+    "describe",
+    "locate",
+    "objects",
+    "with",
+    "category",
+    "name",
+    "in",
+    "phrases",
+    "caption",
+    "a",
+    "an",
+    "and",
+    "red",
+    "green",
+    "blue",
+    "yellow",
+    "cube",
+    "ball",
+    "duck",
+    "mug",
+    "table",
+    "robot",
+    "arm",
+    "text",
+    "region",
+    "is",
+    "it",
+    "of",
+    "mask",
+    "detail",
+    "describe",
+    "shown",
+    "paragraph",
+    "their",
+    "descriptions",
+    "proposals",
+    "regions",
+    "polygon",
+]
+_PUNCTUATION = (",", ".", "?", ":")
+
+
+def word_tokenizer(words: Sequence[str] = WORDS, added: Sequence[str] = ADDED_TOKENS) -> Any:
+    """A `tokenizers.Tokenizer` of whole words, begin 0, pad 1, end 2, unknown 3.
+
+    A word carries the space before it, so that decoding gives back "a red cube, a ball".
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", *_PUNCTUATION]
+    tokens += [f"▁{word}" for word in dict.fromkeys(words)]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Metaspace(prepend_scheme="always"),
+            pre_tokenizers.Punctuation(behavior="isolated"),
+        ]
+    )
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    special = ["<s>", "<pad>", "</s>", "<unk>", *added]
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    return tokenizer
+
+
+def tiny_florence_folder(
+    folder: str | Path,
+    *,
+    seed: int = 0,
+    image_size: int = 64,
+    settings: FlorenceSettings | None = None,
+    **text: Any,
+) -> Path:
+    """Write a folder laid out as models/checkpoints/shipped/florence_2_tabletop is; gives its path.
+
+    `settings` default to greedy decoding of 24 tokens; `text` overrides `TINY_TEXT`.
+    """
+    from transformers import Florence2ForConditionalGeneration, PreTrainedTokenizerFast
+
+    folder = Path(folder)
+    backend = word_tokenizer()
+    size = backend.get_vocab_size()
+    words = {**TINY_TEXT, **text, "vocab_size": size + 1}
+    config = FlorenceConfig(
+        image_size=image_size,
+        vision_config={**TINY_VISION, "projection_dim": words["d_model"]},
+        text_config=words,
+    ).to_transformers()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = Florence2ForConditionalGeneration(config).eval()
+        module.get_input_embeddings().weight.data.normal_(std=0.5)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    parts = FlorenceParts(
+        module,
+        ImageSettings(image_size, image_size),
+        settings or FlorenceSettings(max_new_tokens=24),
+        FlorenceTokenizer(fast, config),
+    )
+    write_folder(folder, parts)
+    return folder
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Change fields of a JSON file; None removes one."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content.update(changes)
+    content = {key: value for key, value in content.items() if value is not None}
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+Weights = dict[str, Tensor]
+
+DEPTHS, DIMS, HEADS, WINDOW = (1, 2), (8, 16), (2, 4), 3
+D_MODEL, LAYERS, TEXT_HEADS = 24, 2, 3
+
+
+def _layer_norm(w: Weights, name: str, x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"])
+
+
+def _linear(w: Weights, name: str, x: Tensor) -> Tensor:
+    return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+
+def _depthwise(w: Weights, name: str, x: Tensor, side: int) -> Tensor:
+    batch, _, dim = x.shape
+    image = x.transpose(1, 2).reshape(batch, dim, side, side)
+    image = F.conv2d(image, w[f"{name}.weight"], w[f"{name}.bias"], padding=1, groups=dim)
+    return x + image.flatten(2).transpose(1, 2)
+
+
+def _window_attention(w: Weights, name: str, x: Tensor, side: int, heads: int) -> Tensor:
+    batch, _, dim = x.shape
+    x = x.view(batch, side, side, dim)
+    rest = (WINDOW - side % WINDOW) % WINDOW
+    x = F.pad(x, (0, 0, 0, rest, 0, rest))
+    out = torch.zeros_like(x)
+    for top in range(0, side + rest, WINDOW):
+        for left in range(0, side + rest, WINDOW):
+            part = x[:, top : top + WINDOW, left : left + WINDOW].reshape(batch, -1, dim)
+            q, k, v = _linear(w, f"{name}.qkv", part).chunk(3, dim=-1)
+            pieces = []
+            for head in range(heads):
+                at = slice(head * dim // heads, (head + 1) * dim // heads)
+                scores = q[..., at] @ k[..., at].transpose(1, 2) * (dim // heads) ** -0.5
+                pieces.append(scores.softmax(-1) @ v[..., at])
+            seen = _linear(w, f"{name}.proj", torch.cat(pieces, -1))
+            out[:, top : top + WINDOW, left : left + WINDOW] = seen.view(batch, WINDOW, WINDOW, dim)
+    return out[:, :side, :side].reshape(batch, -1, dim)
+
+
+def _channel_attention(w: Weights, name: str, x: Tensor, groups: int) -> Tensor:
+    _, tokens, dim = x.shape
+    q, k, v = _linear(w, f"{name}.qkv", x).chunk(3, dim=-1)
+    pieces = []
+    for group in range(groups):
+        at = slice(group * dim // groups, (group + 1) * dim // groups)
+        scores = (q[..., at] * tokens**-0.5).transpose(1, 2) @ k[..., at]
+        pieces.append((scores.softmax(-1) @ v[..., at].transpose(1, 2)).transpose(1, 2))
+    return _linear(w, f"{name}.proj", torch.cat(pieces, -1))
+
+
+def _davit(w: Weights, pixels: Tensor) -> Tensor:
+    x, side = pixels, pixels.shape[-1]
+    for stage in range(len(DIMS)):
+        conv = f"vision_tower.convs.{stage}"
+        if stage > 0:  # prenorm
+            x = _layer_norm(w, f"{conv}.norm", x).transpose(1, 2).reshape(len(x), -1, side, side)
+        stride, padding = (4, 3) if stage == 0 else (2, 1)
+        x = F.conv2d(x, w[f"{conv}.proj.weight"], w[f"{conv}.proj.bias"], stride, padding)
+        side = x.shape[-1]
+        x = x.flatten(2).transpose(1, 2)
+        if stage == 0:
+            x = _layer_norm(w, f"{conv}.norm", x)
+        for depth in range(DEPTHS[stage]):
+            for kind in ("spatial_block", "channel_block"):
+                base = f"vision_tower.blocks.{stage}.{depth}.{kind}"
+                x = _depthwise(w, f"{base}.conv1.fn.dw", x, side)
+                if kind == "spatial_block":
+                    seen = _layer_norm(w, f"{base}.window_attn.norm", x)
+                    x = x + _window_attention(w, f"{base}.window_attn.fn", seen, side, HEADS[stage])
+                else:
+                    seen = _layer_norm(w, f"{base}.channel_attn.norm", x)
+                    x = x + _channel_attention(w, f"{base}.channel_attn.fn", seen, HEADS[stage])
+                x = _depthwise(w, f"{base}.conv2.fn.dw", x, side)
+                seen = _layer_norm(w, f"{base}.ffn.norm", x)
+                wide = F.gelu(_linear(w, f"{base}.ffn.fn.net.fc1", seen))
+                x = x + _linear(w, f"{base}.ffn.fn.net.fc2", wide)
+    return x
+
+
+def _image_features(w: Weights, pixels: Tensor) -> Tensor:
+    x = _davit(w, pixels)
+    side = math.isqrt(x.shape[1])
+    columns = w["image_pos_embed.column_embeddings.weight"][:side]
+    rows = w["image_pos_embed.row_embeddings.weight"][:side]
+    position = torch.cat(
+        [columns[None].expand(side, -1, -1), rows[:, None].expand(-1, side, -1)], dim=-1
+    )
+    x = x + position.reshape(side * side, -1)
+    x = x + w["visual_temporal_embed.pos_idx_to_embed"][0]  # one frame in time
+    x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1)
+    return _layer_norm(w, "image_proj_norm", x @ w["image_projection"])
+
+
+def _bart_attention(w: Weights, name: str, x: Tensor, seen: Tensor, *, causal: bool) -> Tensor:
+    q = _linear(w, f"{name}.q_proj", x) * (D_MODEL // TEXT_HEADS) ** -0.5
+    k, v = _linear(w, f"{name}.k_proj", seen), _linear(w, f"{name}.v_proj", seen)
+    pieces = []
+    for head in range(TEXT_HEADS):
+        at = slice(head * D_MODEL // TEXT_HEADS, (head + 1) * D_MODEL // TEXT_HEADS)
+        scores = q[..., at] @ k[..., at].transpose(1, 2)
+        if causal:
+            later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+            scores = scores.masked_fill(later, -math.inf)
+        pieces.append(scores.softmax(-1) @ v[..., at])
+    return _linear(w, f"{name}.out_proj", torch.cat(pieces, -1))
+
+
+def _bart_side(w: Weights, side: str, x: Tensor, memory: Tensor | None) -> Tensor:
+    base = f"language_model.model.{side}"
+    # BART's table of positions begins with two rows that are never used.
+    x = x + w[f"{base}.embed_positions.weight"][2 : 2 + x.shape[1]]
+    x = _layer_norm(w, f"{base}.layernorm_embedding", x)
+    for layer in range(LAYERS):
+        name = f"{base}.layers.{layer}"
+        seen = _bart_attention(w, f"{name}.self_attn", x, x, causal=memory is not None)
+        x = _layer_norm(w, f"{name}.self_attn_layer_norm", x + seen)
+        if memory is not None:
+            seen = _bart_attention(w, f"{name}.encoder_attn", x, memory, causal=False)
+            x = _layer_norm(w, f"{name}.encoder_attn_layer_norm", x + seen)
+        wide = F.gelu(_linear(w, f"{name}.fc1", x))
+        x = _layer_norm(w, f"{name}.final_layer_norm", x + _linear(w, f"{name}.fc2", wide))
+    return x
+
+
+def original_logits(w: Weights, pixels: Tensor, words: Tensor, answer: Tensor) -> Tensor:
+    """Logits [B, L, V] of `answer` [B, L] for pixels [B, 3, H, W] and `words` [B, T]."""
+    table = w["language_model.model.shared.weight"]
+    memory = _bart_side(
+        w, "encoder", torch.cat([_image_features(w, pixels), table[words]], dim=1), None
+    )
+    hidden = _bart_side(w, "decoder", table[answer], memory)
+    return hidden @ table.T + w["language_model.final_logits_bias"]
+
+
+SIDE, POSITIONS, FFN, MAX_POSITIONS = 768, 20, 40, 150
+
+
+def full_size(name: str) -> LoadPlan:
+    """The true configuration of a published variant."""
+    return plan_for(FlorenceConfig(name).to_transformers())
+
+
+def added_parameters(module: Any) -> int:
+    """transformers' place holder for the image is one row that the published models have not."""
+    return int(module.config.text_config.d_model)
+
+
+def official_config(vocab_size: int) -> dict[str, Any]:
+    """A config.json with the official fields, small numbers in them."""
+    return {
+        "architectures": ["Florence2ForConditionalGeneration"],
+        "auto_map": {"AutoConfig": "configuration_florence2.Florence2Config"},
+        "model_type": "florence2",
+        "projection_dim": D_MODEL,
+        "vocab_size": vocab_size,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 1,
+        "text_config": {
+            "vocab_size": vocab_size,
+            "activation_function": "gelu",
+            "d_model": D_MODEL,
+            "decoder_attention_heads": TEXT_HEADS,
+            "decoder_ffn_dim": FFN,
+            "decoder_layers": LAYERS,
+            "decoder_start_token_id": 2,
+            "early_stopping": True,
+            "encoder_attention_heads": TEXT_HEADS,
+            "encoder_ffn_dim": FFN,
+            "encoder_layers": LAYERS,
+            "bos_token_id": 0,
+            "eos_token_id": 2,
+            "pad_token_id": 1,
+            "forced_bos_token_id": 0,
+            "forced_eos_token_id": 2,
+            "is_encoder_decoder": True,
+            "max_position_embeddings": MAX_POSITIONS,
+            "no_repeat_ngram_size": 3,
+            "num_hidden_layers": LAYERS,
+            "num_beams": 3,
+            "scale_embedding": False,
+        },
+        "vision_config": {
+            "model_type": "davit",
+            "drop_path_rate": 0.1,
+            "patch_size": [7, 3],
+            "patch_stride": [4, 2],
+            "patch_padding": [3, 1],
+            "patch_prenorm": [False, True],
+            "enable_checkpoint": False,
+            "dim_embed": list(DIMS),
+            "num_heads": list(HEADS),
+            "num_groups": list(HEADS),
+            "depths": list(DEPTHS),
+            "window_size": WINDOW,
+            "projection_dim": D_MODEL,
+            "visual_temporal_embedding": {"type": "COSINE", "max_temporal_embeddings": 5},
+            "image_pos_embed": {"type": "learned_abs_2d", "max_pos_embeddings": POSITIONS},
+            "image_feature_source": ["spatial_avg_pool", "temporal_avg_pool"],
+        },
+    }
+
+
+def _official_shapes(vocab_size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every official key with its shape."""
+
+    def linear(name: str, out: int, inner: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        yield f"{name}.weight", (out, inner)
+        yield f"{name}.bias", (out,)
+
+    def norm(name: str, size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        yield f"{name}.weight", (size,)
+        yield f"{name}.bias", (size,)
+
+    before = 3
+    for stage, dim in enumerate(DIMS):
+        conv = f"vision_tower.convs.{stage}"
+        kernel = 7 if stage == 0 else 3
+        yield f"{conv}.proj.weight", (dim, before, kernel, kernel)
+        yield f"{conv}.proj.bias", (dim,)
+        yield from norm(f"{conv}.norm", dim if stage == 0 else before)
+        for depth in range(DEPTHS[stage]):
+            for block, attention in (
+                ("spatial_block", "window_attn"),
+                ("channel_block", "channel_attn"),
+            ):
+                base = f"vision_tower.blocks.{stage}.{depth}.{block}"
+                for number in (1, 2):
+                    yield f"{base}.conv{number}.fn.dw.weight", (dim, 1, 3, 3)
+                    yield f"{base}.conv{number}.fn.dw.bias", (dim,)
+                yield from norm(f"{base}.{attention}.norm", dim)
+                yield from linear(f"{base}.{attention}.fn.qkv", 3 * dim, dim)
+                yield from linear(f"{base}.{attention}.fn.proj", dim, dim)
+                yield from norm(f"{base}.ffn.norm", dim)
+                yield from linear(f"{base}.ffn.fn.net.fc1", 4 * dim, dim)
+                yield from linear(f"{base}.ffn.fn.net.fc2", dim, 4 * dim)
+        before = dim
+    yield "image_projection", (DIMS[-1], D_MODEL)
+    yield from norm("image_proj_norm", D_MODEL)
+    yield "image_pos_embed.row_embeddings.weight", (POSITIONS, DIMS[-1] // 2)
+    yield "image_pos_embed.column_embeddings.weight", (POSITIONS, DIMS[-1] - DIMS[-1] // 2)
+    yield "visual_temporal_embed.pos_idx_to_embed", (5, DIMS[-1])
+    yield "language_model.model.shared.weight", (vocab_size, D_MODEL)
+    yield "language_model.final_logits_bias", (1, vocab_size)
+    for side in ("encoder", "decoder"):
+        base = f"language_model.model.{side}"
+        yield f"{base}.embed_positions.weight", (MAX_POSITIONS + 2, D_MODEL)
+        yield from norm(f"{base}.layernorm_embedding", D_MODEL)
+        for layer in range(LAYERS):
+            name = f"{base}.layers.{layer}"
+            for kind in ("self_attn", "encoder_attn")[: 1 if side == "encoder" else 2]:
+                for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+                    yield from linear(f"{name}.{kind}.{part}", D_MODEL, D_MODEL)
+                yield from norm(f"{name}.{kind}_layer_norm", D_MODEL)
+            yield from linear(f"{name}.fc1", FFN, D_MODEL)
+            yield from linear(f"{name}.fc2", D_MODEL, FFN)
+            yield from norm(f"{name}.final_layer_norm", D_MODEL)
+
+
+def random_weights(vocab_size: int) -> Weights:
+    """Every official tensor, the same ones at each call."""
+    random = torch.Generator().manual_seed(7)
+    weights = {}
+    for name, shape in _official_shapes(vocab_size):
+        value = torch.randn(shape, generator=random) * 0.3
+        if "norm" in name and name.endswith("weight"):
+            value = 1 + value
+        weights[name] = value
+    weights["language_model.final_logits_bias"].zero_()
+    return weights
+
+
+def write_official(folder: Path) -> None:
+    """A folder laid out as microsoft/Florence-2-base."""
+    folder.mkdir(parents=True)
+    tokenizer = word_tokenizer(added=())  # the location and task tokens are added while loading
+    vocab_size = tokenizer.get_vocab_size() + 1024
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text(json.dumps(official_config(vocab_size)))
+    save_file(random_weights(vocab_size), folder / "model.safetensors")
+    images = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD, "resample": 3}
+    images["size"] = {"height": 56, "width": 56}
+    (folder / "preprocessor_config.json").write_text(json.dumps(images))
+
+
+def difference(folder: Path, module: Any) -> float:
+    """Largest difference of a logit between the converted module and the original arithmetic."""
+    random = torch.Generator().manual_seed(1)
+    image = torch.randn(2, 3, 56, 56, generator=random)  # 7 x 7 cells
+    words = torch.tensor([[0, 11, 12, 13, 2], [0, 21, 22, 23, 2]])
+    answer = torch.tensor([[2, 0, 30, 31], [2, 0, 40, 41]])
+    expected = original_logits(load_file(folder / "model.safetensors"), image, words, answer)
+    places = torch.full((2, 1 + 7 * 7), module.config.image_token_id)
+    with torch.no_grad():
+        found = module(
+            input_ids=torch.cat([places, words], dim=1),
+            pixel_values=image,
+            decoder_input_ids=answer,
+        ).logits[..., : expected.shape[-1]]
+    return float((found - expected).abs().max())
+
+
+def pixels(vlm: Any, image: npt.NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
+    """The published side's pixels [1, 3, H, W]: ours, and the reference processor's."""
+    from PIL import Image
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    settings = dataclasses.replace(vlm.images, height=SIDE, width=SIDE)
+    cpu = torch.device("cpu")
+    ours = normalise([squash(image, settings)], settings, cpu, torch.float32)
+    reference = CLIPImageProcessorPil(
+        size={"height": SIDE, "width": SIDE},
+        do_center_crop=False,
+        image_mean=list(IMAGENET_MEAN),
+        image_std=list(IMAGENET_STD),
+    )
+    theirs = reference(Image.fromarray(image), return_tensors="pt")["pixel_values"]
+    return ours, theirs

@@ -1,0 +1,394 @@
+"""Qwen2-VL and Qwen3-VL at tiny size: official checkpoints, and the original arithmetic.
+
+`original_logits` follows the papers (Qwen2-VL: Wang et al. 2024; Qwen3-VL: Qwen Team 2025;
+DeepStack: Meng et al. 2024). It reads tensors by the names they were published under and knows
+nothing of transformers."""
+
+from __future__ import annotations
+
+import json
+import string
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from librobot_vlm_ros.models.families.qwen_vl.processor import patches
+
+__all__ = [
+    "IDS",
+    "SECOND",
+    "THIRD",
+    "Tiny",
+    "difference",
+    "original_logits",
+    "pixels",
+    "tokenizer",
+    "write_official",
+]
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>")
+SPECIAL += ("<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|vision_start|>")
+SPECIAL += ("<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+LETTERS = "▁\n" + string.ascii_letters + string.digits + string.punctuation
+FIRST = len(LETTERS) + 1
+#: Ids by name, as `tokenizer` gives them.
+IDS = {token: FIRST + place for place, token in enumerate(SPECIAL)}
+VOCABULARY, HIDDEN, INNER, LAYERS, HEADS, KV_HEADS = FIRST + len(SPECIAL) + 4, 32, 48, 3, 4, 2
+WIDTH, DEPTH, VISION_HEADS, VISION_INNER, MERGE = 32, 3, 2, 64, 2
+DEEP, SIDE, EPS, THETA = (0, 1), 6, 1e-6, 10000.0
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """What the generations differ in."""
+
+    third: bool
+    patch: int
+    head_dim: int
+    #: Pairs of a head that turn with time, row and column.
+    sections: tuple[int, int, int]
+
+
+SECOND = Tiny(third=False, patch=14, head_dim=8, sections=(2, 1, 1))
+THIRD = Tiny(third=True, patch=16, head_dim=16, sections=(4, 2, 2))
+
+
+def tokenizer() -> Any:
+    """Letters for words, and the tokens of the notation."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+    names = ["<unk>", *LETTERS]
+    made = Tokenizer(models.BPE({t: i for i, t in enumerate(names)}, [], unk_token="<unk>"))
+    made.normalizer = normalizers.Replace(" ", "▁")
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    made.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
+    return made
+
+
+def _config(tiny: Tiny) -> dict[str, Any]:
+    text: dict[str, Any] = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": EPS,
+        "rope_theta": THETA,
+        "bos_token_id": IDS["<|endoftext|>"],
+        "eos_token_id": IDS["<|im_end|>"],
+    }
+    vision: dict[str, Any] = {"depth": DEPTH, "num_heads": VISION_HEADS, "patch_size": tiny.patch}
+    vision |= {"spatial_merge_size": MERGE, "temporal_patch_size": 2}
+    marks = {
+        "image_token_id": IDS["<|image_pad|>"],
+        "video_token_id": IDS["<|video_pad|>"],
+        "vision_start_token_id": IDS["<|vision_start|>"],
+        "vision_end_token_id": IDS["<|vision_end|>"],
+    }
+    sections = list(tiny.sections)
+    if not tiny.third:  # the text model's fields stand at the top, as published
+        vision |= {"embed_dim": WIDTH, "hidden_size": HIDDEN, "mlp_ratio": VISION_INNER // WIDTH}
+        rope = {"type": "mrope", "mrope_section": sections}
+        own = {"model_type": "qwen2_vl", "tie_word_embeddings": True, "rope_scaling": rope}
+        return {**text, **own, **marks, "vision_config": {**vision, "in_chans": 3}}
+    text |= {"head_dim": tiny.head_dim, "model_type": "qwen3_vl_text"}
+    text["rope_scaling"] = {"mrope_interleaved": True, "mrope_section": sections}
+    text["rope_scaling"]["rope_type"] = "default"
+    vision |= {"hidden_size": WIDTH, "intermediate_size": VISION_INNER, "out_hidden_size": HIDDEN}
+    vision |= {"deepstack_visual_indexes": list(DEEP), "num_position_embeddings": SIDE**2}
+    vision["model_type"] = "qwen3_vl"
+    own = {"model_type": "qwen3_vl", "tie_word_embeddings": False}
+    return {**own, **marks, "text_config": text, "vision_config": vision}
+
+
+def _weights(tiny: Tiny) -> dict[str, Tensor]:
+    random = torch.Generator().manual_seed(11)
+    state: dict[str, Tensor] = {}
+
+    def linear(name: str, rows: int, columns: int, *, bias: bool = True) -> None:
+        state[f"{name}.weight"] = torch.randn(rows, columns, generator=random) * 0.2
+        if bias:
+            state[f"{name}.bias"] = torch.randn(rows, generator=random) * 0.2
+
+    def norm(name: str, size: int, *, bias: bool = True) -> None:
+        state[f"{name}.weight"] = 1 + torch.randn(size, generator=random) * 0.2
+        if bias:
+            state[f"{name}.bias"] = torch.randn(size, generator=random) * 0.2
+
+    see, read = ("model.visual.", "model.language_model.") if tiny.third else ("visual.", "model.")
+    first, second = ("linear_fc1", "linear_fc2") if tiny.third else ("fc1", "fc2")
+    linear(f"{see}patch_embed.proj", WIDTH, 3 * 2 * tiny.patch**2, bias=tiny.third)
+    name = f"{see}patch_embed.proj.weight"
+    state[name] = (state[name] * 0.3).view(WIDTH, 3, 2, tiny.patch, tiny.patch)
+    for layer in range(DEPTH):
+        at = f"{see}blocks.{layer}."
+        norm(f"{at}norm1", WIDTH)
+        norm(f"{at}norm2", WIDTH)
+        linear(f"{at}attn.qkv", 3 * WIDTH, WIDTH)
+        linear(f"{at}attn.proj", WIDTH, WIDTH)
+        linear(f"{at}mlp.{first}", VISION_INNER, WIDTH)
+        linear(f"{at}mlp.{second}", WIDTH, VISION_INNER)
+    wide = WIDTH * MERGE**2
+    if tiny.third:
+        state[f"{see}pos_embed.weight"] = torch.randn(SIDE**2, WIDTH, generator=random)
+        norm(f"{see}merger.norm", WIDTH)
+        for place in range(len(DEEP)):
+            norm(f"{see}deepstack_merger_list.{place}.norm", wide)
+        mergers = [f"{see}merger", *(f"{see}deepstack_merger_list.{i}" for i in range(len(DEEP)))]
+        for at in mergers:
+            linear(f"{at}.linear_fc1", wide, wide)
+            linear(f"{at}.linear_fc2", HIDDEN, wide)
+    else:
+        norm(f"{see}merger.ln_q", WIDTH)
+        linear(f"{see}merger.mlp.0", wide, wide)
+        linear(f"{see}merger.mlp.2", HIDDEN, wide)
+    # Wide, so that answers vary: a freshly initialised model repeats the token it was fed.
+    linear(f"{read}embed_tokens", VOCABULARY, HIDDEN, bias=False)
+    norm(f"{read}norm", HIDDEN, bias=False)
+    if tiny.third:
+        linear("lm_head", VOCABULARY, HIDDEN, bias=False)
+    for layer in range(LAYERS):
+        at = f"{read}layers.{layer}."
+        linear(f"{at}self_attn.q_proj", HEADS * tiny.head_dim, HIDDEN, bias=not tiny.third)
+        linear(f"{at}self_attn.k_proj", KV_HEADS * tiny.head_dim, HIDDEN, bias=not tiny.third)
+        linear(f"{at}self_attn.v_proj", KV_HEADS * tiny.head_dim, HIDDEN, bias=not tiny.third)
+        linear(f"{at}self_attn.o_proj", HIDDEN, HEADS * tiny.head_dim, bias=False)
+        linear(f"{at}mlp.gate_proj", INNER, HIDDEN, bias=False)
+        linear(f"{at}mlp.up_proj", INNER, HIDDEN, bias=False)
+        linear(f"{at}mlp.down_proj", HIDDEN, INNER, bias=False)
+        norm(f"{at}input_layernorm", HIDDEN, bias=False)
+        norm(f"{at}post_attention_layernorm", HIDDEN, bias=False)
+        if tiny.third:
+            norm(f"{at}self_attn.q_norm", tiny.head_dim, bias=False)
+            norm(f"{at}self_attn.k_norm", tiny.head_dim, bias=False)
+    return state
+
+
+def write_official(folder: Path, tiny: Tiny) -> None:
+    """A folder laid out as the vendor's, its sampling settings with it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer().save(str(folder / "tokenizer.json"))
+    ends = [IDS["<|im_end|>"], IDS["<|endoftext|>"]]
+    settings = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "eos_token_id": ends}
+    for name, content in (("config", _config(tiny)), ("generation_config", settings)):
+        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    save_file(_weights(tiny), folder / "model.safetensors")
+
+
+def _linear(w: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    return F.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
+
+
+def _norm(w: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    scaled = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + EPS).sqrt()
+    return scaled * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+
+def _rms(w: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * w[f"{name}.weight"]
+
+
+def _turned(x: Tensor, angles: Tensor) -> Tensor:
+    """Pairs (i, i + half) of [heads, T, 2 * half] turned by `angles` [T, half]."""
+    left, right = x.chunk(2, dim=-1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(later, float("-inf"))
+    return (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
+
+
+def _position_table(table: Tensor, rows: int, columns: int) -> Tensor:
+    """The learnt square of positions, bilinear between its points, [rows, columns, D]."""
+    square = table.T.view(1, -1, SIDE, SIDE)
+    grown = F.interpolate(square, (rows, columns), mode="bilinear", align_corners=True)
+    return grown[0].permute(1, 2, 0)
+
+
+def _by_blocks(grid: Tensor) -> Tensor:
+    """[rows, columns, ...] in the order of patches: those of one vector stand together."""
+    rows, columns = grid.shape[0] // MERGE, grid.shape[1] // MERGE
+    cells = grid.reshape(rows, MERGE, columns, MERGE, -1).transpose(1, 2)
+    return cells.flatten(0, 3)
+
+
+def _merged(w: dict[str, Tensor], at: str, x: Tensor, *, after: bool) -> Tensor:
+    wide = _norm(w, f"{at}.norm", x.reshape(len(x) // MERGE**2, -1) if after else x)
+    wide = F.gelu(_linear(w, f"{at}.linear_fc1", wide.reshape(len(x) // MERGE**2, -1)))
+    return _linear(w, f"{at}.linear_fc2", wide)
+
+
+def _features(w: dict[str, Tensor], tiny: Tiny, image: Tensor) -> list[Tensor]:
+    """Vectors [N, D] of a normalised image [3, H, W], and those of each deep layer."""
+    see = "model.visual." if tiny.third else "visual."
+    cells = image.unfold(1, tiny.patch, tiny.patch).unfold(2, tiny.patch, tiny.patch)
+    rows, columns = cells.shape[1:3]
+    cells = cells.permute(1, 2, 0, 3, 4).unsqueeze(3).expand(-1, -1, -1, 2, -1, -1)
+    kernel = w[f"{see}patch_embed.proj.weight"].flatten(1)
+    grid = cells.flatten(2) @ kernel.T + w.get(f"{see}patch_embed.proj.bias", torch.zeros(1))
+    if tiny.third:
+        grid = grid + _position_table(w[f"{see}pos_embed.weight"], rows, columns)
+    x = _by_blocks(grid)
+    quarter = WIDTH // VISION_HEADS // 4
+    speeds = THETA ** -(torch.arange(quarter) / quarter)
+    numbers = torch.stack(
+        torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), dim=-1
+    )
+    angles = (_by_blocks(numbers)[:, :, None] * speeds).flatten(1)
+    deep = []
+    for layer in range(DEPTH):
+        at = f"{see}blocks.{layer}."
+        qkv = _linear(w, f"{at}attn.qkv", _norm(w, f"{at}norm1", x))
+        q, k, v = (p.unflatten(-1, (VISION_HEADS, -1)).transpose(0, 1) for p in qkv.chunk(3, -1))
+        mixed = _attended(_turned(q, angles), _turned(k, angles), v, causal=False)
+        x = x + _linear(w, f"{at}attn.proj", mixed)
+        seen = _norm(w, f"{at}norm2", x)
+        if tiny.third:
+            inner = F.gelu(_linear(w, f"{at}mlp.linear_fc1", seen), approximate="tanh")
+            x = x + _linear(w, f"{at}mlp.linear_fc2", inner)
+            if layer in DEEP:
+                at = f"{see}deepstack_merger_list.{DEEP.index(layer)}"
+                deep.append(_merged(w, at, x, after=True))
+        else:
+            inner = _linear(w, f"{at}mlp.fc1", seen)
+            x = x + _linear(w, f"{at}mlp.fc2", inner * torch.sigmoid(1.702 * inner))
+    if tiny.third:
+        return [_merged(w, f"{see}merger", x, after=False), *deep]
+    wide = _norm(w, f"{see}merger.ln_q", x).reshape(-1, WIDTH * MERGE**2)
+    return [_linear(w, f"{see}merger.mlp.2", F.gelu(_linear(w, f"{see}merger.mlp.0", wide)))]
+
+
+def _angles(tiny: Tiny, places: Tensor) -> Tensor:
+    """Angles [T, half] for places [T, 3] in time, row and column."""
+    half = tiny.head_dim // 2
+    axis = [axis for axis, count in enumerate(tiny.sections) for _ in range(count)]
+    if tiny.third:  # row and column take turns with time, as long as they have pairs left
+        axis = [0] * half
+        for which in (1, 2):
+            for turn in range(tiny.sections[which]):
+                axis[which + 3 * turn] = which
+    speeds = THETA ** -(torch.arange(half) / half)
+    return places[:, axis] * speeds
+
+
+def original_logits(
+    w: dict[str, Tensor], tiny: Tiny, before: list[int], image: Tensor | None, behind: list[int]
+) -> Tensor:
+    """Logits [T, V] of words, the vectors of a normalised image [3, H, W], and words."""
+    read = "model.language_model." if tiny.third else "model."
+    table = w[f"{read}embed_tokens.weight"]
+    shape = (0, 0)
+    vectors, deep = table[:0], []
+    if image is not None:
+        vectors, *deep = _features(w, tiny, image)
+        shape = tuple(side // (tiny.patch * MERGE) for side in image.shape[1:])
+    places = [[i, i, i] for i in range(len(before))]
+    start = len(before)
+    places += [[start, start + r, start + c] for r in range(shape[0]) for c in range(shape[1])]
+    start += max(shape)
+    places += [[start + i] * 3 for i in range(len(behind))]
+    angles = _angles(tiny, torch.tensor(places))
+    x = torch.cat([table[before], vectors, table[behind]])
+    for layer in range(LAYERS):
+        at = f"{read}layers.{layer}."
+        seen = _rms(w, f"{at}input_layernorm", x)
+        q, k, v = (
+            _linear(w, f"{at}self_attn.{n}_proj", seen).unflatten(-1, (-1, tiny.head_dim))
+            for n in "qkv"
+        )
+        if tiny.third:
+            q, k = _rms(w, f"{at}self_attn.q_norm", q), _rms(w, f"{at}self_attn.k_norm", k)
+        q, k, v = (part.transpose(0, 1) for part in (q, k, v))
+        k, v = (
+            part.repeat_interleave(HEADS // KV_HEADS, dim=0) for part in (_turned(k, angles), v)
+        )
+        mixed = _attended(_turned(q, angles), k, v, causal=True)
+        x = x + _linear(w, f"{at}self_attn.o_proj", mixed)
+        seen = _rms(w, f"{at}post_attention_layernorm", x)
+        inner = F.silu(_linear(w, f"{at}mlp.gate_proj", seen)) * _linear(
+            w, f"{at}mlp.up_proj", seen
+        )
+        x = x + _linear(w, f"{at}mlp.down_proj", inner)
+        if layer < len(deep):
+            x = x.clone()
+            x[len(before) : len(before) + len(vectors)] += deep[layer]
+    head = w["lm_head.weight"] if tiny.third else table
+    return _rms(w, f"{read}norm", x) @ head.T
+
+
+def difference(folder: Path, module: Any, tiny: Tiny) -> float:
+    """Largest difference of a logit between the loaded module and the original arithmetic."""
+    weights = load_file(folder / "model.safetensors")
+    factor = tiny.patch * MERGE
+    image = torch.randn(3, 3 * factor, 2 * factor, generator=torch.Generator().manual_seed(3))
+    before, behind = (
+        [IDS["<|im_start|>"], 9, IDS["<|vision_start|>"]],
+        [IDS["<|vision_end|>"], 7, 8],
+    )
+    middle = [IDS["<|image_pad|>"]] * 6
+    row = torch.tensor([before + middle + behind])
+    cells = image.unfold(1, tiny.patch, tiny.patch).unfold(2, tiny.patch, tiny.patch)
+    flat = cells.permute(1, 2, 0, 3, 4).unsqueeze(3).expand(-1, -1, -1, 2, -1, -1).flatten(2)
+    with torch.no_grad():
+        found = module(
+            input_ids=row,
+            pixel_values=_by_blocks(flat),
+            image_grid_thw=torch.tensor([[1, 6, 4]]),
+            mm_token_type_ids=(row == IDS["<|image_pad|>"]).int(),
+        ).logits[0]
+        expected = original_logits(weights, tiny, before, image, behind)
+    return float((found - expected).abs().max())
+
+
+@dataclass(frozen=True)
+class _Hooks:
+    """See `conformance.Hooks`, for one of the two generations."""
+
+    tiny: Tiny
+
+    def write_official(self, folder: Path) -> None:
+        write_official(folder, self.tiny)
+
+    def difference(self, folder: Path, module: Any) -> float:
+        return difference(folder, module, self.tiny)
+
+    def pixels(self, vlm: Any, image: npt.NDArray[np.uint8]) -> tuple[Any, Any]:
+        return pixels(vlm, image)
+
+
+def hooks(family: str) -> _Hooks:
+    """The hooks of "qwen2-vl" or "qwen3-vl"."""
+    return _Hooks({"qwen2-vl": SECOND, "qwen3-vl": THIRD}[family])
+
+
+def pixels(vlm: Any, image: npt.NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
+    """Ours, and those of transformers' own processor on Pillow, as patches."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    settings = vlm.images
+    reference = Qwen2VLImageProcessorPil(
+        min_pixels=settings.min_pixels,
+        max_pixels=settings.max_pixels,
+        patch_size=settings.patch,
+        merge_size=settings.merge,
+        temporal_patch_size=settings.frames,
+        image_mean=list(settings.mean),
+        image_std=list(settings.std),
+    )
+    theirs = reference(image, return_tensors="pt", input_data_format="channels_last")
+    ours = patches(vlm._pixels(image), settings, torch.device("cpu"), torch.float32)
+    return ours, torch.as_tensor(theirs["pixel_values"])

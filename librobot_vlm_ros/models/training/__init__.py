@@ -1,0 +1,1 @@
+"""Fine-tuning: LoRA adapters and quantised base weights."""

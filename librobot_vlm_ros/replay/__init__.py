@@ -1,0 +1,1 @@
+"""Recorded bags back into topics."""

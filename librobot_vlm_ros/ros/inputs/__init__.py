@@ -1,0 +1,1 @@
+"""What the node takes in: camera topics, the instruction."""

@@ -1,0 +1,152 @@
+"""What `/diagnostics` says: the model, the engine and each camera, every second."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+
+from librobot_vlm_ros.ros.inputs.camera import Camera
+from librobot_vlm_ros.runtime import CameraStats, EngineStats
+
+__all__ = ["camera_status", "diagnostics", "engine_status", "model_status"]
+
+OK, WARN, ERROR, STALE = (
+    DiagnosticStatus.OK,
+    DiagnosticStatus.WARN,
+    DiagnosticStatus.ERROR,
+    DiagnosticStatus.STALE,
+)
+_RECENT_ERROR_S = 10.0
+
+
+def diagnostics(
+    stamp: object, node_name: str, statuses: Sequence[DiagnosticStatus]
+) -> DiagnosticArray:
+    """All statuses under the node's name, as `diagnostic_aggregator` expects them."""
+    message = DiagnosticArray()
+    message.header.stamp = stamp
+    for status in statuses:
+        status.name = f"{node_name}: {status.name}"
+        status.hardware_id = node_name
+    message.status = list(statuses)
+    return message
+
+
+def model_status(
+    state: str,
+    wanted: str,
+    problems: Iterable[str],
+    stats: EngineStats | None,
+    warning: str = "",
+) -> DiagnosticStatus:
+    """Whether the node is in a state to answer, and with which model.
+
+    `problems` keep it from that; `warning` is of what does not, but needs somebody's attention.
+    """
+    values: dict[str, object] = {"lifecycle_state": state}
+    if stats is not None:
+        values |= {
+            "engine": stats.state.value,
+            "model": stats.model,
+            "revision": stats.revision,
+            "device": stats.device,
+            "dtype": stats.dtype,
+            "memory_bytes": stats.memory_bytes,
+            "free_memory_bytes": "" if stats.free_bytes is None else stats.free_bytes,
+        }
+    trouble = list(problems)
+    if trouble:
+        return _status("model", ERROR, "; ".join(trouble), values)
+    if warning:
+        return _status("model", WARN, warning, values)
+    if stats is None:
+        return _status("model", STALE, f"{state}: configure loads '{wanted}'", values)
+    if state != "active":
+        return _status("model", WARN, f"{state}: activate starts '{stats.model}'", values)
+    return _status("model", OK, f"'{stats.model}' runs on {stats.device} in {stats.dtype}", values)
+
+
+def engine_status(stats: EngineStats, waiting: Collection[str]) -> DiagnosticStatus:
+    """Frames, drops, ages, speed, queue and the last error of the whole node.
+
+    `waiting` names the standing tasks that wait for an instruction, which is no fault.
+    """
+    values: dict[str, object] = {
+        "frames_received": stats.frames_received,
+        "frames_processed": stats.frames_processed,
+        **{f"dropped_{_word(reason)}": count for reason, count in stats.dropped.items()},
+        "results": stats.results,
+        **{f"errors_{_word(code)}": count for code, count in stats.errors.items()},
+        "age_p50_s": stats.age_p50_s,
+        "age_p99_s": stats.age_p99_s,
+        "inference_p50_s": stats.inference_p50_s,
+        "inference_p99_s": stats.inference_p99_s,
+        "tokens_per_s": stats.tokens_per_s,
+        "features_shared": stats.features_shared,
+        "features_computed": stats.features_computed,
+        "prepared_ahead": stats.prepared_ahead,
+        "queue_depth": stats.queue_depth,
+        "in_flight": stats.in_flight,
+        "busy_s": stats.busy_s,
+        "last_error": stats.last_error or "",
+    }
+    for name, why in stats.idle_tasks:
+        values[f"idle_{name}"] = why
+    age_s = stats.last_error_age_s
+    if stats.last_error and age_s is not None and age_s < _RECENT_ERROR_S:
+        return _status("engine", ERROR, str(stats.last_error), values)
+    idle = [f"{name} ({why})" for name, why in stats.idle_tasks if name not in waiting]
+    if idle:
+        text = f"standing tasks that do not run: {', '.join(idle)}"
+        return _status("engine", WARN, text, values)
+    text = f"waiting for an instruction: {', '.join(waiting)}" if waiting else ""
+    return _status("engine", OK, text, values)
+
+
+def camera_status(camera: Camera, stats: CameraStats | None) -> DiagnosticStatus:
+    """Whether one camera's frames come, and what becomes of them."""
+    faults, link = camera.faults, camera.link
+    values: dict[str, object] = {
+        "topic": link.topic,
+        "publishers": link.publishers,
+        "qos": link.profile,
+        "bad_images": faults.bad_images,
+        "last_bad_image": "" if faults.last_error is None else str(faults.last_error),
+    }
+    name = f"camera {camera.setting.name}"
+    if stats is not None:
+        values |= {
+            "received": stats.received,
+            "processed": stats.processed,
+            **{f"dropped_{_word(reason)}": count for reason, count in stats.dropped.items()},
+            "rate_hz": stats.rate_hz,
+            "silent_s": stats.silent_s,
+            "age_p50_s": stats.age_p50_s,
+            "age_p99_s": stats.age_p99_s,
+        }
+    problem = camera.missing()
+    if problem is not None:
+        return _status(name, ERROR, str(problem), values)
+    if stats is not None and stats.stale:
+        return _status(name, ERROR, f"no frame for {stats.silent_s:.1f} s", values)
+    if faults.last_was_bad:
+        return _status(name, ERROR, str(faults.last_error), values)
+    return _status(name, OK, "" if stats is None else f"{stats.rate_hz:.1f} frames/s", values)
+
+
+def _status(name: str, level: bytes, text: str, values: Mapping[str, object]) -> DiagnosticStatus:
+    status = DiagnosticStatus(name=name, level=level, message=text or "OK")
+    status.values = [KeyValue(key=key, value=_text(value)) for key, value in values.items()]
+    return status
+
+
+def _word(value: object) -> str:
+    return str(getattr(value, "value", value)).lower()
+
+
+def _text(value: object) -> str:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.4g}"
+    return str(value)

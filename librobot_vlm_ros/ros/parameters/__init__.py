@@ -1,0 +1,1 @@
+"""Parameters: declared once, validated before applied; launch arguments made from them."""

@@ -1,0 +1,1 @@
+"""What the node answers: services and the action."""

@@ -1,0 +1,151 @@
+"""From what a client asks (`~/query`, `~/generate`) to a checked request, and from a result to the
+answer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from librobot_vlm_ros.core import (
+    EngineError,
+    ErrorCode,
+    Frame,
+    GenerationParams,
+    InferenceInfo,
+    InferenceRequest,
+    RequestError,
+    Result,
+    VlmError,
+    clean_prompt,
+    get_task,
+)
+from librobot_vlm_ros.ros.inputs.camera import Camera
+from librobot_vlm_ros.ros.outputs.messages import (
+    embedding_message,
+    frame_from_image,
+    grounding_message,
+    info_message,
+    stamp_ns,
+)
+from librobot_vlm_ros.ros.parameters.settings import Settings
+from librobot_vlm_ros.runtime import Engine
+
+__all__ = ["Served", "fill_answer", "make_request", "not_active", "timeout_of"]
+
+_MAX_TIMEOUT_S = 86400.0
+_numbers = itertools.count(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """What requests are made from; a snapshot of the node."""
+
+    engine: Engine
+    settings: Settings
+    cameras: Mapping[str, Camera]
+    state: str
+    """Lifecycle state."""
+
+
+def make_request(goal: Any, served: Served, request_id: str = "") -> InferenceRequest:
+    """The request that a `Query` request or `Generate` goal describes. Raises `VlmError`."""
+    if served.state != "active":
+        raise not_active(served.state)
+    spec = get_task(goal.task)
+    timeout_s = timeout_of(goal.timeout_s, served.settings.request_timeout_s)
+    return InferenceRequest(
+        request_id=request_id or f"query/{next(_numbers)}",
+        frame=_frame(goal, served),
+        task=spec.name,
+        prompt=clean_prompt(goal.prompt, required=spec.needs_text),
+        # Checked by InferenceRequest, and not copied before: it may be of any length.
+        region=goal.region if len(goal.region) else None,
+        params=_params(goal, served.settings),
+        deadline_ns=served.engine.now_ns() + round(timeout_s * 1e9),
+    )
+
+
+def not_active(state: str) -> EngineError:
+    """The error for a node in that state, with what to do about it."""
+    hint = "Configure and activate it, as with ros2 lifecycle set."
+    if state in ("configuring", "activating"):
+        hint = "Ask again once it is active."
+    elif state in ("shuttingdown", "finalized"):
+        hint = "It was shut down for good: start it again."
+    return EngineError(ErrorCode.NOT_ACTIVE, f"the node is {state}", hint)
+
+
+def _params(goal: Any, settings: Settings) -> GenerationParams:
+    params = settings.generation()
+    if goal.max_new_tokens:
+        params = dataclasses.replace(params, max_new_tokens=int(goal.max_new_tokens))
+    return params
+
+
+def timeout_of(asked_s: float, default_s: float) -> float:
+    """Seconds that a request may take; 0 asks for the default. Raises `RequestError`."""
+    if asked_s == 0.0:
+        return default_s
+    if not 0.0 < asked_s <= _MAX_TIMEOUT_S or not math.isfinite(asked_s):
+        raise RequestError(
+            ErrorCode.BAD_PARAMETER,
+            f"timeout_s is {asked_s:g}, expected 0 (the node's default) to {_MAX_TIMEOUT_S:g}",
+        )
+    return asked_s
+
+
+def _frame(goal: Any, served: Served) -> Frame:
+    engine, settings = served.engine, served.settings
+    if goal.use_image:
+        return frame_from_image(
+            goal.image, "", received_ns=engine.now_ns(), allow_depth=settings.allow_depth
+        )
+    name = goal.camera or next(iter(served.cameras))
+    wanted_ns = stamp_ns(goal.stamp)
+    try:
+        if wanted_ns:
+            return engine.frame_at(name, wanted_ns)
+        # A camera that has stopped shows a world that may be gone: its last frame is no answer to
+        # "now".
+        limit_s = 0.0 if settings.lock_step else settings.camera_timeout_s
+        return engine.latest(name, max_age_s=limit_s)
+    except VlmError as error:
+        camera = served.cameras.get(name)
+        missing = camera.missing(now=True) if camera is not None else None
+        if missing is not None and error.code in (ErrorCode.NO_FRAME, ErrorCode.FRAME_TOO_OLD):
+            raise missing from error
+        raise
+
+
+def fill_answer(answer: Any, outcome: Result | VlmError, settings: Settings) -> Any:
+    """Fill a `Query` response or `Generate` result from a result, or from an error that came before
+    one.
+    """
+    answer.score = math.nan
+    if isinstance(outcome, VlmError):
+        outcome = Result(
+            frame_header=None,
+            stamp_ns=0,
+            frame_id="",
+            image_width=0,
+            image_height=0,
+            info=InferenceInfo(batch_size=0),
+            error=outcome,
+        )
+    grounding = grounding_message(outcome, settings.min_score)
+    answer.header = grounding.header
+    answer.info = info_message(outcome.info)
+    answer.grounding = grounding
+    answer.success = outcome.ok
+    answer.error_code = outcome.error_code
+    answer.error_msg = outcome.error_msg
+    if outcome.answer is not None:
+        answer.text = outcome.answer.text
+        answer.score = float(outcome.answer.score)
+        if outcome.answer.embedding is not None and hasattr(answer, "embedding"):
+            answer.embedding = embedding_message(outcome)
+    return answer

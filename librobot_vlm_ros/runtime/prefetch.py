@@ -1,0 +1,147 @@
+"""The thread that brings the next frames to the model's size while the model works on others.
+
+There is no queue: it looks for what the model will be given next, so that a frame which a newer one
+replaced is never looked at again. Frames that are certain to come (of requests, and in lock-step)
+are prepared at once; a camera's newest frame only when no newer one is to be expected before the
+model is done, because a frame that is replaced was prepared for nothing. Where preparing takes
+longer than a camera's period, `Mailbox.choice` weighs a ready frame against a newer one.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Protocol, runtime_checkable
+from weakref import WeakSet
+
+from librobot_vlm_ros.core import Frame, as_vlm_error
+from librobot_vlm_ros.runtime.config import to_ns, to_s
+from librobot_vlm_ros.runtime.engine_state import Shared
+
+logger = logging.getLogger("librobot_vlm_ros.runtime")
+
+# Frames that wait in line for the model and are prepared before their turn.
+IN_LINE = 2
+# A frame is begun so much longer before the model is done than preparing took last.
+LEAD = 1.5
+# When the model takes longer than expected, a newer frame is begun after so many times what
+# preparing takes: on a CPU the model needs the cores, too.
+REFRESH = 3
+
+
+@runtime_checkable
+class PreparesFrames(Protocol):
+    """A backend that can do part of a frame's work before the frame's first request."""
+
+    @property
+    def prepares_ahead(self) -> bool:
+        """Whether that pays: not where it would only take the cores that `run` computes on."""
+
+    def prepare_frame(self, frame: Frame) -> None:
+        """Make what does not need the model, such as resizing; called beside `run`, on another
+        thread. What it raises is not told: the frame's requests will meet it again.
+        """
+
+
+@runtime_checkable
+class CountsFrames(Protocol):
+    """A backend that tells how often the work on a frame was shared."""
+
+    def frame_counts(self) -> Mapping[str, int]:
+        """Since it was made: `hits`, requests that shared features of their frame; `misses`, that
+        had them computed; `ahead`, frames prepared before their first request.
+        """
+
+
+@runtime_checkable
+class KnowsInputSize(Protocol):
+    """A backend that can tell how much of an image it looks at."""
+
+    def input_size(self, width: int, height: int) -> tuple[int, int] | None:
+        """Width and height that an image of this size is brought to, if its size decides nothing
+        else; None where less of it would change more than sharpness. Called from any thread.
+        """
+
+
+class AheadThread:
+    """Works while the model does; ends when the engine stops."""
+
+    def __init__(self, shared: Shared) -> None:
+        self._shared = shared
+        self._done: WeakSet[Frame] = WeakSet()
+        self._begun_ns: dict[str, int] = {}  # by camera, of the newest frame that was on its way
+        self.thread = threading.Thread(target=self._main, name="vlm-ahead", daemon=True)
+
+    def _main(self) -> None:
+        shared = self._shared
+        while True:
+            with shared.lock:
+                frame, wait_s = self._next()
+                while frame is None and not shared.stopped:
+                    shared.ahead.wait(wait_s)
+                    frame, wait_s = self._next()
+                backend = shared.prepares
+                if shared.stopped or frame is None or backend is None:
+                    return
+                self._done.add(frame)
+                shared.preparing = True
+                mailbox = shared.scheduler.mailboxes.get(frame.camera)
+                if mailbox is not None and mailbox.newest is frame:
+                    self._begun_ns[frame.camera] = shared.clock()
+                    mailbox.begin(frame, self._begun_ns[frame.camera])
+            started = time.perf_counter()
+            try:
+                backend.prepare_frame(frame)
+            except BaseException as error:  # the thread must go on
+                logger.debug("preparing %r failed: %s", frame, as_vlm_error(error))
+            took_ns = to_ns(time.perf_counter() - started)
+            del backend, frame, mailbox  # the model must be free to go, and the frame too
+            with shared.lock:
+                shared.scheduler.prepare_ns = took_ns
+                shared.preparing = False
+                shared.idle.notify_all()
+
+    def _next(self) -> tuple[Frame | None, float | None]:
+        """A frame to prepare now; or None, and in how many seconds to look again."""
+        shared = self._shared
+        started_ns = shared.meter.run_started_ns
+        if shared.prepares is None or started_ns is None or not shared.config.prepare_ahead:
+            return None, None
+        for frame in self._certain():
+            if frame not in self._done:
+                return frame, None
+        if shared.config.lock_step:
+            return None, None
+        now_ns = shared.clock()
+        done_ns = max(now_ns, started_ns + shared.meter.quick_run_ns)
+        waits = []
+        for frame in shared.scheduler.coming(done_ns)[: shared.frames_at_once]:
+            if frame in self._done:
+                continue
+            begin_ns = self._begin_ns(frame, done_ns)
+            begun_ns = self._begun_ns.get(frame.camera, 0)
+            if begun_ns > started_ns:
+                begin_ns = max(begin_ns, begun_ns + REFRESH * shared.scheduler.prepare_ns)
+            wait_ns = begin_ns - now_ns
+            if wait_ns <= 0:
+                return frame, None
+            waits.append(wait_ns)
+        return None, to_s(min(waits)) if waits else None
+
+    def _certain(self) -> Iterator[Frame]:
+        shared = self._shared
+        for ticket in shared.queue.tickets()[:IN_LINE]:
+            yield ticket.request.frame
+        if shared.config.lock_step:
+            yield from shared.scheduler.coming(0)[:IN_LINE]
+
+    def _begin_ns(self, frame: Frame, done_ns: int) -> int:
+        """When to begin with a camera's newest frame, the model being done at `done_ns`."""
+        scheduler = self._shared.scheduler
+        lead_ns = round(LEAD * scheduler.prepare_ns)
+        period_ns = scheduler.mailboxes[frame.camera].period_ns
+        if frame.received_ns + max(period_ns, lead_ns) >= done_ns:
+            return 0  # it will still be the newest, or there is no time for a newer one
+        return done_ns - lead_ns
