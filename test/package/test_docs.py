@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import pkgutil
 import re
 from collections import Counter
 from pathlib import Path
@@ -82,6 +83,15 @@ def test_every_module_that_a_page_runs_exists(page: Path) -> None:
         if not (place.with_suffix(".py").is_file() or (place / "__main__.py").is_file())
     }
     assert missing == set()
+
+
+def test_every_name_of_the_api_pages_is_there() -> None:
+    pages = sorted((ROOT / "docs/api").glob("*.md"))
+    texts = "".join(page.read_text(encoding="utf-8") for page in pages)
+    named = re.findall(r"^::: ([\w.]+)", texts, re.MULTILINE)
+    assert len(named) > 5
+    for name in named:
+        assert pkgutil.resolve_name(name) is not None
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids)
