@@ -2,6 +2,7 @@
 
 - A page with `<!-- interfaces -->` gets a table for each .msg, .srv and .action file.
 - A page with `<!-- file: NAME -->` gets that Markdown file, its links made those of the site.
+- A drawing becomes part of the page, so that it has the colours of the page's theme.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 _FIELD = re.compile(r"(?P<type>[\w/]+(?:\[\d*\])?)\s+(?P<name>\w+)(?:\s*=\s*(?P<value>\S+))?\s*")
+_DRAWING = re.compile(r"!\[[^\]]*\]\((drawings/[\w-]+\.svg)\)")
 _PARTS = {"msg": [""], "srv": ["Request", "Response"], "action": ["Goal", "Result", "Feedback"]}
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Put in what the marks ask for."""
     markdown = re.sub(r"<!-- file: (\S+) -->", lambda match: file_page(match[1]), markdown)
+    markdown = _DRAWING.sub(lambda match: drawing(match[1]), markdown)
     return markdown.replace("<!-- interfaces -->", "\n".join(interfaces()))
 
 
@@ -27,6 +30,12 @@ def file_page(name: str) -> str:
     """A Markdown file of the repository as a page of the site."""
     text = (ROOT / name).read_text(encoding="utf-8")
     return text.replace("](docs/", "](")
+
+
+def drawing(name: str) -> str:
+    """An SVG file as part of a page."""
+    svg = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    return f'<div class="drawing">\n{svg}</div>'
 
 
 def interfaces() -> Iterator[str]:

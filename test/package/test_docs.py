@@ -136,6 +136,16 @@ def test_messages_become_tables(site: ModuleType) -> None:
     ]
 
 
+def test_drawings_and_files_become_part_of_the_page(site: ModuleType) -> None:
+    page = "![what it shows](drawings/rooms.svg)\n<!-- file: CONTRIBUTING.md -->"
+    page = site.on_page_markdown(page)
+    assert '<div class="drawing">\n<svg ' in page
+    assert "drawings/" not in page
+    assert "# Contributing" in page
+    assert "(adding-a-family.md)" in page  # a link of the site, not of the repository
+    assert "](docs/" not in page
+
+
 def test_every_field_of_every_interface_is_in_the_page_of_messages(site: ModuleType) -> None:
     text = "\n".join(site.interfaces())
     for kind in ("msg", "srv", "action"):
