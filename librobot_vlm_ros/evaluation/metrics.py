@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from librobot_vlm_ros.core.results import Region
 __all__ = [
     "DetectionScores",
     "Match",
-    "best_assignment",
     "caption_exact",
     "detection_scores",
     "grounding_hit",
@@ -57,50 +55,6 @@ def _areas(boxes: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return areas
 
 
-def best_assignment(weights: npt.NDArray[np.float64]) -> list[tuple[int, int]]:
-    """Pairs (row, column) of the largest total weight, each row and column at most once.
-
-    `weights` is [N, M], finite. min(N, M) pairs are given, in order of the rows.
-    """
-    rows, columns = weights.shape
-    if rows > columns:
-        return sorted((row, column) for column, row in best_assignment(weights.T))
-    cost = (-weights).tolist()
-    # One-based, as usual for this formulation: column 0 holds the row that is being placed.
-    row_potential = [0.0] * (rows + 1)
-    column_potential = [0.0] * (columns + 1)
-    row_of = [0] * (columns + 1)
-    for row in range(1, rows + 1):
-        row_of[0] = row
-        column = 0
-        slack = [math.inf] * (columns + 1)
-        came_from = [0] * (columns + 1)
-        visited = [False] * (columns + 1)
-        while row_of[column]:
-            visited[column] = True
-            current = row_of[column]
-            step, following = math.inf, 0
-            for j in range(1, columns + 1):
-                if visited[j]:
-                    continue
-                reduced = cost[current - 1][j - 1] - row_potential[current] - column_potential[j]
-                if reduced < slack[j]:
-                    slack[j], came_from[j] = reduced, column
-                if slack[j] < step:
-                    step, following = slack[j], j
-            for j in range(columns + 1):
-                if visited[j]:
-                    row_potential[row_of[j]] += step
-                    column_potential[j] -= step
-                else:
-                    slack[j] -= step
-            column = following
-        while column:  # shift the chain of placements by one
-            row_of[column] = row_of[came_from[column]]
-            column = came_from[column]
-    return sorted((row_of[j] - 1, j - 1) for j in range(1, columns + 1) if row_of[j])
-
-
 @dataclass(frozen=True)
 class Match:
     """A predicted box and the true box that it is counted for."""
@@ -129,6 +83,8 @@ def match_boxes(
     overlaps = iou_matrix(predicted, truth)
     if overlaps.size == 0:
         return []
+    from scipy.optimize import linear_sum_assignment  # here: half a second to import
+
     allowed = (overlaps >= iou_threshold) & (overlaps > 0)
     if predicted_labels is not None and truth_labels is not None:
         allowed &= np.array(
@@ -137,8 +93,8 @@ def match_boxes(
     # All IoUs together weigh less than one pair more.
     weights = np.where(allowed, 1.0 + overlaps / (1 + min(overlaps.shape)), 0.0)
     return [
-        Match(row, column, float(overlaps[row, column]))
-        for row, column in best_assignment(weights)
+        Match(int(row), int(column), float(overlaps[row, column]))
+        for row, column in zip(*linear_sum_assignment(weights, maximize=True), strict=True)
         if allowed[row, column]
     ]
 

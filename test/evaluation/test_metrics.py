@@ -5,17 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from librobot_vlm_ros.core import Region
 from librobot_vlm_ros.evaluation.metrics import (
-    best_assignment,
     caption_exact,
     detection_scores,
     grounding_hit,
+    iou_matrix,
     match_boxes,
     named_objects,
 )
@@ -69,31 +68,31 @@ def test_nothing_pairs_with_nothing(predicted, truth):
     assert pairs(predicted, truth) == []
 
 
-matrices = st.integers(1, 4).flatmap(
-    lambda rows: st.integers(1, 4).flatmap(
-        lambda columns: st.lists(
-            st.lists(st.integers(0, 50), min_size=columns, max_size=columns),
-            min_size=rows,
-            max_size=rows,
-        )
-    )
+side = st.integers(1, 12).map(float)
+start = st.integers(0, 8).map(float)
+box_lists = st.lists(
+    st.builds(lambda x, y, w, h: (x, y, x + w, y + h), start, start, side, side),
+    min_size=1,
+    max_size=4,
 )
 
 
-@given(matrices)
-def test_the_assignment_is_as_good_as_the_best_of_all(weights):
-    matrix = np.array(weights, float)
-    found = best_assignment(matrix)
-    rows, columns = matrix.shape
+@given(box_lists, box_lists, st.sampled_from([0.1, 0.3, 0.5]))
+def test_the_matching_is_as_good_as_the_best_of_all(predicted, truth, threshold):
+    """Most pairs, and the largest sum of IoU among those, by trying every way to pair."""
+    found = match_boxes(predicted, truth, iou_threshold=threshold)
+    assert len({m.predicted for m in found}) == len({m.truth for m in found}) == len(found)
+    overlaps = iou_matrix(predicted, truth)
+    rows, columns = overlaps.shape
     size = min(rows, columns)
-    assert len(found) == size
-    assert len({row for row, _ in found}) == len({column for _, column in found}) == size
     best = max(
-        sum(matrix[row, column] for row, column in zip(chosen, order, strict=True))
+        (sum(shared >= threshold for shared in picked), sum(s for s in picked if s >= threshold))
         for chosen in itertools.combinations(range(rows), size)
         for order in itertools.permutations(range(columns), size)
+        for picked in [[overlaps[pair] for pair in zip(chosen, order, strict=True)]]
     )
-    assert sum(matrix[row, column] for row, column in found) == best
+    assert len(found) == best[0]
+    assert sum(match.iou for match in found) == pytest.approx(best[1])
 
 
 def test_detection_scores_of_two_frames_counted_by_hand():
