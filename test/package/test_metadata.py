@@ -148,12 +148,13 @@ def test_the_wheel_for_pip_holds_weights_bag_and_definitions(tmp_path: Path) -> 
     names = zipfile.ZipFile(wheel).namelist()
     assert f"{PACKAGE}/core/errors.py" in names
     assert any(name.endswith("share/librobot_vlm_ros/msg/InferenceInfo.msg") for name in names)
-    for folder in ("models/checkpoints/shipped", "bags"):
+    for folder in ("models/checkpoints/shipped", "bags", "demo"):
         data = [
             path
             for path in (ROOT / PACKAGE / folder).rglob("*")
             if path.is_file() and path.suffix not in (".py", ".pyc")
         ]
+        assert data
         for path in data:
             assert str(path.relative_to(ROOT)) in names
 
