@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from librobot_vlm_ros.cli.argument_types import positive
+from librobot_vlm_ros.cli.arguments import positive
 
 SUMMARY = "run the node on the bag that ships, ask it questions, and write a report"
 

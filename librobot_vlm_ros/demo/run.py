@@ -10,7 +10,7 @@ from pathlib import Path
 
 from librobot_vlm_ros.bags import BagReader, BagWriter, shipped_bag
 from librobot_vlm_ros.client.ros_domain import isolated_ros
-from librobot_vlm_ros.console import Console, table
+from librobot_vlm_ros.console import Console
 from librobot_vlm_ros.core import BagError, ErrorCode, ModelError, as_vlm_error
 from librobot_vlm_ros.demo.data import Answer, DemoRun
 from librobot_vlm_ros.demo.pictures import save_frames, save_overview
@@ -142,7 +142,7 @@ def _show(console: Console, run: DemoRun, summary: Summary, out: Path) -> None:
     ]
     if rows:
         header = ("question", "about", "answer", "ms", "right")
-        console.line(table(rows, header=header, right="lllrl"))
+        console.table(rows, header=header, right="lllrl")
         console.line()
     held = run.model == "florence-2-tabletop"
     figures = []
@@ -152,13 +152,13 @@ def _show(console: Console, run: DemoRun, summary: Summary, out: Path) -> None:
         if target is not None and isinstance(value, float):
             reached = value >= target
             note = f"{'≥' if reached else 'below'} {target:.2f}"
-            note = console.paint(note, "32" if reached else "1;31")
+            note = console.paint(note, "green" if reached else "bold red")
         figures.append((key, "-" if value is None else str(value), note))
-    console.line(table(figures, header=("figure", "value", "target")))
+    console.table(figures, header=("figure", "value", "target"))
     console.line()
     for failure in run.failures[:20]:
-        console.line(f"{console.paint('failed:', '1;31')} {failure}")
-    console.line(f"{console.paint('report:', '1')} {(out / 'report.html').resolve()}")
+        console.line(f"{console.paint('failed:', 'bold red')} {failure}")
+    console.line(f"{console.paint('report:', 'bold')} {(out / 'report.html').resolve()}")
 
 
 def _said(answer: Answer) -> str:

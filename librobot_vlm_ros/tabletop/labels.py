@@ -1,7 +1,7 @@
 """What the tabletop world contains: its kinds of object, its colours and the labels made of both.
 
-One source for the vocabulary: scenes, training targets, tokenizer, evaluation and the README's
-model card all read these tuples.
+One source for the vocabulary: scenes, training targets, tokenizer, evaluation and the model
+card in docs/embedded-model.md all read these tuples.
 """
 
 from __future__ import annotations

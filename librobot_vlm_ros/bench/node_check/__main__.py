@@ -30,7 +30,7 @@ from librobot_vlm_ros.bench.node_check.report import (
     summary,
 )
 from librobot_vlm_ros.bench.node_check.robot import NODE, Robot, camera_process, said, say
-from librobot_vlm_ros.cli.argument_types import positive
+from librobot_vlm_ros.cli.arguments import positive
 from librobot_vlm_ros.client.node_process import NodeProcess
 from librobot_vlm_ros.client.ros_domain import isolated_ros
 from librobot_vlm_ros.client.session import Session
