@@ -66,7 +66,7 @@ class AbstractVLM(Adapting):
     ) -> None:
         """`decoder`: "module" takes each step of an answer through transformers' module,
         "functional" through our arithmetic on its weights, "auto" through that where it can. Vision
-        towers that we have an arithmetic of (`davit_pass`) are taken so too, but for "module".
+        towers that we have an arithmetic of (`fast/davit`) are taken so too, but for "module".
         """
         super().__init__()
         resizing(resize, torch.device("cpu"))

@@ -11,11 +11,10 @@ from typing import Any
 
 from librobot_vlm_ros.core import ErrorCode, ModelError, as_vlm_error
 from librobot_vlm_ros.models import create_vlm, model_info
-from librobot_vlm_ros.models.checkpoints.path_policy import confined_to
+from librobot_vlm_ros.models.checkpoints.path_policy import confined, confined_to
 from librobot_vlm_ros.ros.engine_config import load_options
 from librobot_vlm_ros.ros.parameters.live_parameters import LiveParameters
 from librobot_vlm_ros.ros.parameters.settings import Settings
-from librobot_vlm_ros.ros.parameters.weights_paths import confined
 from librobot_vlm_ros.runtime import Engine, LoadReport, settle
 
 __all__ = ["create_backend", "load_model", "loaded_text", "required_bytes", "switch_model"]

@@ -22,9 +22,9 @@ from rcl_interfaces.msg import (
 from rclpy.parameter import Parameter as RosParameter
 
 from librobot_vlm_ros.core import ErrorCode, RequestError, VlmError, as_vlm_error, escape_for_log
+from librobot_vlm_ros.models.checkpoints.path_policy import confined, open_to_clients, paths_in
 from librobot_vlm_ros.ros.parameters.declaration import Parameter, Value, When
 from librobot_vlm_ros.ros.parameters.settings import PARAMETERS, Settings
-from librobot_vlm_ros.ros.parameters.weights_paths import confined, open_to_clients, paths_in
 
 __all__ = ["LiveParameters"]
 

@@ -1,7 +1,7 @@
 """The node's parameters, declared here and nowhere else, and what they say once they are checked.
 
 `Settings(**values)` validates every value and all of them together; `PARAMETERS` is the declaration
-that the node, the launch file, `librobot-vlm run` and the README's table are made from.
+that the node, the launch file, `librobot-vlm run` and the documentation's table are made from.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from librobot_vlm_ros.core import (
     shortened,
 )
 from librobot_vlm_ros.models import sha256_list
+from librobot_vlm_ros.models.checkpoints.path_policy import allowed_folders, confined
 from librobot_vlm_ros.ros.parameters.declaration import (
     Parameter,
     Value,
     When,
     declared,
     parameter,
-    parameter_table,
 )
 from librobot_vlm_ros.ros.parameters.parameter_syntax import (
     CameraSetting,
@@ -34,7 +34,6 @@ from librobot_vlm_ros.ros.parameters.parameter_syntax import (
     parse_cameras,
     parse_tasks,
 )
-from librobot_vlm_ros.ros.parameters.weights_paths import allowed_folders, confined
 
 __all__ = ["PARAMETERS", "Settings"]
 
@@ -294,7 +293,3 @@ class Settings:
 
 
 PARAMETERS: Mapping[str, Parameter] = declared(Settings)
-
-
-if __name__ == "__main__":  # the table of the README
-    print(parameter_table(PARAMETERS), end="")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from librobot_vlm_ros.bench.scripted import Scripted
+from librobot_vlm_ros.bench.structured import Scripted
 from librobot_vlm_ros.core import GenerationParams
 from librobot_vlm_ros.models import create_vlm
 from librobot_vlm_ros.models.families.internvl2 import processor as internvl_prompts

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from librobot_vlm_ros.models import create_vlm
-from librobot_vlm_ros.models.generation.fast import davit as davit_pass
+from librobot_vlm_ros.models.generation.fast import davit
 from librobot_vlm_ros.models.generation.fast.davit import FastDavit, make_fast_davit
 from librobot_vlm_ros.models.generation.fast.weights import UnsupportedError
 from librobot_vlm_ros.models.testing.florence2 import TINY_VISION
@@ -62,7 +62,7 @@ def test_it_sees_what_the_module_sees(
     packed: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(davit_pass, "_PACKED", 1 << 30 if packed else 0)
+    monkeypatch.setattr(davit, "_PACKED", 1 << 30 if packed else 0)
     same(tower(**vision), height, width, batch)
 
 

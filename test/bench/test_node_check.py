@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from librobot_vlm_ros.cli.node_check import check
+from librobot_vlm_ros.bench.node_check.__main__ import check
 
 pytestmark = pytest.mark.ros
 
