@@ -110,13 +110,13 @@ def build(name: str, device: str, dtype: str = "float32", **config: Any) -> Any:
         vlm._suppressed = lambda device: torch.tensor(
             sorted({*usual(device).tolist(), *never}), device=device
         )
-        _mind_what_is_written(vlm)
+        _weigh_written_tokens(vlm)
     else:
         vlm._suppressed = lambda: sorted({*usual(), *never})
     return vlm
 
 
-def _mind_what_is_written(vlm: Any) -> None:
+def _weigh_written_tokens(vlm: Any) -> None:
     """Let the last token count for more than the image does.
 
     What a fresh model writes next hardly depends on what it has written. Under the rule against
@@ -166,10 +166,11 @@ class Pair:
         device = vlm.torch_device
         ids = ids.to(device)
         more: dict[str, Any] = {"pixel_values": image}
-        count = self._vectors(image)
+        count = self.image_vectors(image)
         mark = torch.full((1, count), config.image_token_id, device=device)
         text = config.text_config
-        front = getattr(text, "bos_token_id", None) == int(ids[0, 0]) and not vlm_leads(vlm)
+        image_first = getattr(vlm, "image_leads", False)  # also in front of the begin token
+        front = getattr(text, "bos_token_id", None) == int(ids[0, 0]) and not image_first
         whole = torch.cat([ids[:, :1], mark, ids[:, 1:]] if front else [mark, ids], dim=1)
         if self.qwen:
             more = self._patches(image)
@@ -203,7 +204,8 @@ class Pair:
             )
         return list(out[0, 1 if self.florence else whole.shape[1] :].tolist())
 
-    def _vectors(self, image: Tensor) -> int:
+    def image_vectors(self, image: Tensor) -> int:
+        """How many vectors of the text model the image becomes."""
         if self.qwen:
             return int(self.vlm._count(image[0]))
         return int(self.vlm.image_tokens)
@@ -218,11 +220,6 @@ class Pair:
         return {"pixel_values": cells, "image_grid_thw": grid}
 
 
-def vlm_leads(vlm: Any) -> bool:
-    """Whether the image stands in front of the begin token, too."""
-    return bool(getattr(vlm, "image_leads", False))
-
-
 def pair_of(name: str, device: str, new_tokens: int, **config: Any) -> Pair:
     """A small model of a family, ready to be asked."""
     sides = {"florence-2-base": 128, "qwen3-vl-4b": 96}
@@ -231,7 +228,7 @@ def pair_of(name: str, device: str, new_tokens: int, **config: Any) -> Pair:
     return Pair(vlm, new_tokens, sides.get(name, 112))
 
 
-def qwen_words(name: str, generation: Any) -> tuple[Any, dict[str, int]]:
+def qwen_words(name: str, generation: Any) -> tuple[Any, dict[str, Any]]:
     """A tokenizer of letters, and what a Qwen-VL config must know of its tokens."""
     from librobot_vlm_ros.models.testing.qwen_vl import IDS, write_official
 

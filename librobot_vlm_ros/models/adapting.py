@@ -12,10 +12,10 @@ from librobot_vlm_ros.models.checkpoints.hub import folder_digest
 from librobot_vlm_ros.models.configuration import ModelConfig
 from librobot_vlm_ros.models.placement import missing_for_flash
 from librobot_vlm_ros.models.registry import model_info
-from librobot_vlm_ros.models.training import lora as adapters
-from librobot_vlm_ros.models.training.quantization import quantize, refuse_unknown
+from librobot_vlm_ros.models.training import lora
+from librobot_vlm_ros.models.training.quantization import is_quantized, quantization_for, quantize
 
-__all__ = ["Adapting", "quantization_for"]
+__all__ = ["Adapting"]
 
 _log = logging.getLogger(__name__)
 
@@ -32,12 +32,12 @@ class Adapting(Answering):
     @property
     def has_adapter(self) -> bool:
         """Whether an adapter is in place; a merged one is part of the weights."""
-        return bool(adapters.wrapped_layers(self._loaded()))
+        return lora.has_adapter(self._loaded())
 
     @property
     def is_quantized(self) -> bool:
         """Whether layers of the language model are held in 8 or 4 bits."""
-        return any(not parameter.is_floating_point() for parameter in self._loaded().parameters())
+        return is_quantized(self._loaded())
 
     def add_adapter(
         self,
@@ -56,29 +56,13 @@ class Adapting(Answering):
         settings = ModelConfig(
             lora_rank=rank, lora_alpha=alpha, lora_dropout=dropout, lora_target_modules=targets
         )
-        if self.has_adapter:
-            raise ModelError(
-                ErrorCode.BAD_CONFIG,
-                f"{self.name} has an adapter already",
-                "merge_adapter or remove_adapter first",
-            )
-        module = self._loaded()
-        config = adapters.lora_config(
-            module,
-            self.language_model,
-            rank=settings.lora_rank,
-            alpha=settings.lora_alpha,
-            dropout=settings.lora_dropout,
-            targets=settings.lora_target_modules,
-        )
-        adapters.attach(module, config)
+        lora.add_adapter(self._loaded(), self.language_model, settings)
         self._now_is(f"{self.revision}+lora")
 
     def save_adapter(self, folder: str | Path) -> None:
         """Write the adapter alone, in safetensors; peft's PeftModel reads the folder, too."""
-        self._need_adapter()
         base = model_info(self.name).default_pretrained or self.name
-        adapters.write_adapter(Path(folder), self._loaded(), base)
+        lora.save_adapter(self._loaded(), folder, base)
 
     def load_adapter(self, folder: str | Path) -> None:
         """Put the adapter of a folder in, in place of one that is there; it can be trained further.
@@ -89,7 +73,7 @@ class Adapting(Answering):
         """
         folder = Path(folder).expanduser()
         revision = self._base_revision()
-        adapters.read_adapter(folder, self._loaded(), self._native_key)
+        lora.load_adapter(self._loaded(), folder, self._native_key)
         self._now_is(f"{revision}+{folder_digest(folder)}")
 
     def merge_adapter(self) -> None:
@@ -97,15 +81,13 @@ class Adapting(Answering):
 
         Raises ModelError BAD_CONFIG for quantised weights, which cannot hold the sum.
         """
-        self._need_adapter()
-        adapters.merge(self._loaded())
+        lora.merge_adapter(self._loaded())
         self.frames.clear()
 
     def remove_adapter(self) -> None:
         """Take the adapter out: the model is what it was without it. Nothing learns after."""
-        self._need_adapter()
         revision = self._base_revision()
-        adapters.take_out(self._loaded())
+        lora.remove_adapter(self._loaded())
         self._now_is(revision)
 
     # Inside.
@@ -118,14 +100,6 @@ class Adapting(Answering):
         """Results say which weights they came from; what was seen with others is forgotten."""
         self.revision = revision
         self.frames.clear()
-
-    def _need_adapter(self) -> None:
-        if not self.has_adapter:
-            raise ModelError(
-                ErrorCode.BAD_CONFIG,
-                f"{self.name} has no adapter",
-                "add_adapter or load_adapter first",
-            )
 
     def _base_revision(self) -> str:
         """Which weights lie under the adapter."""
@@ -190,19 +164,3 @@ class Adapting(Answering):
         why = missing_for_flash(self.torch_device, self.torch_dtype) or "another one was asked for"
         chosen = ", ".join(sorted(used))
         _log.info("%s: use_flash_attn: computing with %s instead: %s", self.name, chosen, why)
-
-
-def quantization_for(config: ModelConfig, asked: str) -> str:
-    """The kind of quantisation that `asked` and use_qlora mean together.
-
-    Raises ModelError as `refuse_unknown` does, and BAD_CONFIG where the two exclude each other.
-    """
-    if config.use_qlora and asked == "int8":
-        raise ModelError(
-            ErrorCode.BAD_CONFIG,
-            "use_qlora is 4-bit, quantization is int8",
-            "use use_lora with quantization int8, or use_qlora alone",
-        )
-    kind = "nf4" if config.use_qlora else asked
-    refuse_unknown(kind)
-    return kind

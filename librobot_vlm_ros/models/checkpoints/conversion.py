@@ -16,7 +16,6 @@ import logging
 import os
 import shutil
 import threading
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -194,7 +193,8 @@ def _write(
     options = {"device": "cpu", "dtype": dtype, "attention": "eager"}
     vlm = create_vlm(info.name, pretrained=str(folder), **options)
     if adapter is not None:
-        _merge(vlm, adapter)
+        vlm.load_adapter(adapter)
+        vlm.merge_adapter()
     before, parameters = _digests(vlm.module), vlm.get_num_parameters()
     with _watched(partial, size):
         vlm.save_pretrained(partial)
@@ -223,42 +223,6 @@ def _digests(module: Any) -> dict[str, str]:
         head = f"{tensor.dtype} {list(tensor.shape)} ".encode()
         found[name] = hashlib.sha256(head + hashlib.sha256(flat).digest()).hexdigest()
     return found
-
-
-def _merge(vlm: Any, adapter: Path) -> None:
-    """Add a LoRA's changes to the weights. Raises ModelError for what is no such folder."""
-    if not (adapter / "adapter_config.json").is_file():
-        raise ModelError(
-            ErrorCode.WEIGHTS_NOT_FOUND,
-            f"{adapter} holds no adapter_config.json",
-            "an adapter folder is what peft's save_pretrained writes",
-        )
-    if not (adapter / "adapter_model.safetensors").is_file():
-        raise ModelError(
-            ErrorCode.UNSAFE_CHECKPOINT,
-            f"{adapter} holds no adapter_model.safetensors",
-            "save the adapter as safetensors",
-        )
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise ModelError(
-            ErrorCode.MISSING_DEPENDENCY,
-            f"merging an adapter needs the package peft: {error}",
-            "install it: pip install peft",
-        ) from error
-    try:
-        with warnings.catch_warnings():  # peft asks transformers under names that were changed
-            warnings.simplefilter("ignore", FutureWarning)
-            learnt = PeftModel.from_pretrained(vlm.module, str(adapter))
-            merged = learnt.merge_and_unload(safe_merge=True)
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ModelError(
-            ErrorCode.KEY_MISMATCH,
-            f"the adapter {adapter} does not fit the model: {error}",
-            "is it the adapter of another model?",
-        ) from error
-    vlm.module = merged.eval()
 
 
 def _take_along(folder: Path, partial: Path) -> None:

@@ -1,10 +1,14 @@
-"""LoRA adapters in a transformers model: attach, write, read, remove, merge; peft's folders."""
+"""LoRA adapters (Hu et al., 2021, arXiv:2106.09685) in a transformers model, one at a time.
+
+The model stays transformers' class; peft wraps the linear layers inside it that are adapted, and
+the folders are peft's. Every function leaves the model as it was when it raises.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,26 +18,23 @@ from torch import Tensor, nn
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
 from librobot_vlm_ros.models.checkpoints.shards import iterate_tensors, read_json
+from librobot_vlm_ros.models.configuration import ModelConfig
 
 __all__ = [
-    "CONFIG",
-    "WEIGHTS",
     "adapter_parameters",
-    "attach",
-    "base_name",
-    "linear_layers",
-    "load_peft",
-    "lora_config",
-    "merge",
-    "read_adapter",
-    "read_config",
-    "take_out",
+    "add_adapter",
+    "has_adapter",
+    "load_adapter",
+    "merge_adapter",
+    "remove_adapter",
+    "save_adapter",
     "wrapped_layers",
-    "write_adapter",
 ]
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
+_NAME = "default"
+_PREFIX = "base_model.model."
 #: Fields of an adapter_config.json that say what the adapter computes.
 _TAKEN = (
     "r",
@@ -67,140 +68,148 @@ _IGNORED = (
     "revision",
     "task_type",
 )
-#: Ways to begin that leave the base weights as they are.
-_PLAIN_BEGINNINGS = (None, True, False, "eva", "gaussian", "orthogonal")
+#: Initialisations that leave the base weights as they are.
+_PLAIN_INITS = (None, True, False, "eva", "gaussian", "orthogonal")
 
 
-def read_config(folder: Path) -> Any:
-    """peft's LoraConfig of an adapter folder.
+def has_adapter(module: nn.Module) -> bool:
+    """Whether an adapter is in place; a merged one is part of the weights."""
+    return bool(wrapped_layers(module))
 
-    Raises ModelError WEIGHTS_NOT_FOUND, UNSAFE_CHECKPOINT where the weights are a pickle,
-    BAD_CONFIG for what is no low-rank adapter or would change the model in other ways, too.
+
+def add_adapter(module: nn.Module, language_model: nn.Module, settings: ModelConfig) -> None:
+    """Put in a new adapter, which changes no answer until it is trained.
+
+    From here on only the adapter learns. Without `lora_target_modules`, every linear layer inside
+    `language_model`, a part of `module`, is adapted. Raises ModelError BAD_CONFIG where there is an
+    adapter already or for targets that are no layers, MISSING_DEPENDENCY without peft.
     """
-    if not (folder / CONFIG).is_file():
-        raise ModelError(
-            ErrorCode.WEIGHTS_NOT_FOUND,
-            f"{folder} holds no {CONFIG}" if folder.is_dir() else f"there is no folder {folder}",
-            f"an adapter folder holds {CONFIG} and {WEIGHTS}",
-        )
-    if not (folder / WEIGHTS).is_file():
-        if (folder / _PICKLE).is_file():
-            raise ModelError(
-                ErrorCode.UNSAFE_CHECKPOINT,
-                f"{_PICKLE} is a pickle, which may run code; it was not opened",
-                f"save the adapter as {WEIGHTS}",
-            )
-        raise ModelError(ErrorCode.WEIGHTS_NOT_FOUND, f"{folder} holds no {WEIGHTS}")
-    given = read_json(folder / CONFIG)
-    kind = given.get("peft_type")
-    if kind != "LORA":
-        raise ModelError(ErrorCode.BAD_CONFIG, f"{CONFIG}: peft_type is {kind!r}, expected 'LORA'")
-    if (beginning := given.get("init_lora_weights")) not in _PLAIN_BEGINNINGS:
+    if has_adapter(module):
         raise ModelError(
             ErrorCode.BAD_CONFIG,
-            f"{CONFIG}: init_lora_weights {beginning!r} changes the base weights, too",
-            "convert it to a plain LoRA when saving it (see peft's documentation)",
+            "the model has an adapter already",
+            "merge_adapter or remove_adapter first",
         )
-    if strange := _not_understood(given):
-        raise ModelError(
-            ErrorCode.BAD_CONFIG,
-            f"{CONFIG} asks for what is not supported here: {', '.join(strange)}",
-            "use a plain LoRA adapter",
-        )
-    try:
-        return load_peft().LoraConfig(**{name: given[name] for name in _TAKEN if name in given})
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(ErrorCode.BAD_CONFIG, f"{CONFIG}: {error}") from error
-
-
-def _not_understood(given: Mapping[str, Any]) -> list[str]:
-    """Fields that would change the model in other ways."""
-    known = {*_TAKEN, *_IGNORED}
-    neutral = (None, False, "none", [], {})
-    return sorted(key for key, value in given.items() if key not in known and value not in neutral)
-
-
-def base_name(folder: Path) -> str:
-    """The model that an adapter says it was made for."""
-    return str(read_json(folder / CONFIG).get("base_model_name_or_path") or "another model")
-
-
-def load_peft() -> Any:
-    """The package peft. Raises ModelError MISSING_DEPENDENCY."""
-    try:
-        import peft
-    except ImportError as error:
-        raise ModelError(
-            ErrorCode.MISSING_DEPENDENCY,
-            f"adapters need the package peft: {error}",
-            "install it: pip install peft",
-        ) from error
-    return peft
-
-
-_NAME = "default"
-_PREFIX = "base_model.model."
-
-
-def lora_config(
-    module: nn.Module,
-    language_model: nn.Module,
-    *,
-    rank: int,
-    alpha: float,
-    dropout: float,
-    targets: Sequence[str] | str | None,
-) -> Any:
-    """peft's LoraConfig; without `targets` for every linear layer inside `language_model`."""
+    targets = settings.lora_target_modules
     if targets is None:
         (path,) = [name for name, part in module.named_modules() if part is language_model]
-        ends = sorted({name.rpartition(".")[2] for name in linear_layers(language_model)})
+        linear = [
+            name for name, part in language_model.named_modules() if isinstance(part, nn.Linear)
+        ]
+        ends = sorted({name.rpartition(".")[2] for name in linear})
         targets = rf"{re.escape(path)}\.(.*\.)?({'|'.join(map(re.escape, ends))})"
-    chosen = targets if isinstance(targets, str) else list(targets)
-    return load_peft().LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=chosen
+    config = _peft().LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
     )
-
-
-def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers inside a model by their paths, quantised ones too."""
-    return {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear)}
-
-
-def attach(module: nn.Module, config: Any) -> None:
-    """Put an adapter into `module` that changes nothing yet; from here on only the adapter learns.
-
-    Its weights are float32 whatever the model computes in: steps of training are too small for half
-    precision. Raises ModelError BAD_CONFIG, and leaves the model as it was.
-    """
-    peft = load_peft()
     with _undone_on_error(module):
-        try:
-            peft.inject_adapter_in_model(config, module, adapter_name=_NAME)
-        except (KeyError, TypeError, ValueError, re.error) as error:
+        _attach(module, config)
+
+
+def load_adapter(
+    module: nn.Module, folder: str | Path, native_key: Callable[[str], str] = lambda key: key
+) -> None:
+    """Put in the adapter of a folder of `save_adapter` or of peft, in place of one that is there.
+
+    `native_key` gives today's name of a key that an older version of transformers wrote. Raises
+    ModelError: WEIGHTS_NOT_FOUND, UNSAFE_CHECKPOINT for a pickle, WEIGHTS_CORRUPT, BAD_CONFIG for
+    what is no low-rank adapter or would change the model in other ways, too, KEY_MISMATCH and
+    SHAPE_MISMATCH for the adapter of another model, NAN_WEIGHTS, MISSING_DEPENDENCY without peft.
+    """
+    folder = Path(folder).expanduser()
+    stated = _read_config(folder)
+    config = _lora_config(stated)
+    with _undone_on_error(module):
+        _take_out(module)
+        _attach(module, config)
+        missing = adapter_parameters(module)
+        strange = []
+        for key, value in iterate_tensors(folder / _WEIGHTS):
+            name = key if key in missing else _PREFIX + native_key(key.removeprefix(_PREFIX))
+            if (parameter := missing.pop(name, None)) is None:
+                strange.append(key)
+            else:
+                _fill(key, parameter, value)
+        if strange or missing:
             raise ModelError(
-                ErrorCode.BAD_CONFIG,
-                f"the model cannot take this adapter: {error}",
-                "see lora_target_modules",
-            ) from error
-        adapted = [path for path, _owner, _name, _layer in wrapped_layers(module)]
-        targets = config.target_modules
-        missing = (
-            ()
-            if isinstance(targets, str)
-            else sorted(
-                name for name in targets or () if not any(_ends(path, name) for path in adapted)
+                ErrorCode.KEY_MISMATCH,
+                f"the adapter in {folder} is not one of this model: {len(strange)} keys have no "
+                f"place{_first(strange)}, {len(missing)} places have no key{_first([*missing])}",
+                f"it was made for {stated.get('base_model_name_or_path') or 'another model'}",
             )
+
+
+def save_adapter(module: Any, folder: str | Path, base: str) -> None:
+    """Write the adapter alone, in safetensors, as peft does; `base` names the model it belongs to.
+
+    Raises ModelError BAD_CONFIG without an adapter.
+    """
+    from safetensors.torch import save_file
+
+    _need_adapter(module)
+    folder = Path(folder)
+    config = module.peft_config[_NAME].to_dict()
+    config.pop("runtime_config", None)
+    config |= {"base_model_name_or_path": base, "inference_mode": True}
+    plain = {
+        key: sorted(value) if isinstance(value, set) else value for key, value in config.items()
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        key: parameter.detach().cpu().contiguous()
+        for key, parameter in adapter_parameters(module).items()
+    }
+    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+    text = json.dumps(plain, indent=2, sort_keys=True) + "\n"
+    (folder / _CONFIG).write_text(text, encoding="utf-8")
+
+
+def merge_adapter(module: nn.Module) -> None:
+    """Make the adapter part of the weights: equal answers, as quick as without an adapter.
+
+    Raises ModelError BAD_CONFIG without an adapter and for quantised layers, which cannot hold the
+    sum, and NAN_WEIGHTS where a sum is not finite.
+    """
+    _need_adapter(module)
+    layers = [layer for _path, _owner, _name, layer in wrapped_layers(module)]
+    if any(not layer.get_base_layer().weight.is_floating_point() for layer in layers):
+        raise ModelError(
+            ErrorCode.BAD_CONFIG,
+            "an adapter cannot be merged into quantised weights without loss",
+            "save_adapter, load the model with quantization none, load_adapter, merge_adapter",
         )
-        if missing:
-            raise ModelError(
-                ErrorCode.BAD_CONFIG,
-                f"the model has no layer that an adapter could have called {', '.join(missing)}",
-                "see lora_target_modules",
-            )
-        for parameter in adapter_parameters(module).values():
-            parameter.data = parameter.data.float()
-        module.train(module.training)  # or the dropout of new layers is at work while answering
+    merged: list[Any] = []
+    try:
+        for layer in layers:
+            layer.merge(safe_merge=True)
+            merged.append(layer)
+    except ValueError as error:
+        for layer in merged:
+            layer.unmerge()
+        raise ModelError(ErrorCode.NAN_WEIGHTS, f"the adapter was not merged: {error}") from error
+    _take_out(module)
+
+
+def remove_adapter(module: nn.Module) -> None:
+    """Take the adapter out: the model is what it was without it. Nothing learns after.
+
+    Raises ModelError BAD_CONFIG without an adapter.
+    """
+    _need_adapter(module)
+    _take_out(module)
+
+
+def adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapter's weights by the keys of its file; {} without an adapter."""
+    found: dict[str, nn.Parameter] = {}
+    for path, _owner, _name, layer in wrapped_layers(module):
+        for key, parameter in layer.named_parameters():
+            if not key.startswith("base_layer."):
+                plain = ".".join(part for part in key.split(".") if part != _NAME)
+                found[f"{_PREFIX}{path}.{plain}"] = parameter
+    return found
 
 
 def wrapped_layers(module: nn.Module) -> list[tuple[str, nn.Module, str, Any]]:
@@ -217,109 +226,112 @@ def wrapped_layers(module: nn.Module) -> list[tuple[str, nn.Module, str, Any]]:
     ]
 
 
-def adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapter's weights by the keys of its file."""
-    found: dict[str, nn.Parameter] = {}
-    for path, _owner, _name, layer in wrapped_layers(module):
-        for key, parameter in layer.named_parameters():
-            if not key.startswith("base_layer."):
-                plain = ".".join(part for part in key.split(".") if part != _NAME)
-                found[f"{_PREFIX}{path}.{plain}"] = parameter
-    return found
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ModelError(
+            ErrorCode.MISSING_DEPENDENCY,
+            f"adapters need the package peft: {error}",
+            "install it: pip install peft",
+        ) from error
+    return peft
 
 
-def take_out(module: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
-    """Take the adapter out again; gives (owner, name, layer) of each adapted layer."""
-    taken = [(owner, name, layer) for _path, owner, name, layer in wrapped_layers(module)]
-    for owner, name, layer in taken:
+def _need_adapter(module: nn.Module) -> None:
+    if not has_adapter(module):
+        raise ModelError(
+            ErrorCode.BAD_CONFIG,
+            "the model has no adapter",
+            "add_adapter or load_adapter first",
+        )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json of a folder that holds weights, too, as safetensors."""
+    if not (folder / _CONFIG).is_file():
+        raise ModelError(
+            ErrorCode.WEIGHTS_NOT_FOUND,
+            f"{folder} holds no {_CONFIG}" if folder.is_dir() else f"there is no folder {folder}",
+            f"an adapter folder holds {_CONFIG} and {_WEIGHTS}",
+        )
+    if not (folder / _WEIGHTS).is_file():
+        if (folder / _PICKLE).is_file():
+            raise ModelError(
+                ErrorCode.UNSAFE_CHECKPOINT,
+                f"{_PICKLE} is a pickle, which may run code; it was not opened",
+                f"save the adapter as {_WEIGHTS}",
+            )
+        raise ModelError(ErrorCode.WEIGHTS_NOT_FOUND, f"{folder} holds no {_WEIGHTS}")
+    return read_json(folder / _CONFIG)
+
+
+def _lora_config(stated: Mapping[str, Any]) -> Any:
+    """peft's LoraConfig for an adapter_config.json that asks for a plain LoRA."""
+    kind = stated.get("peft_type")
+    if kind != "LORA":
+        raise ModelError(ErrorCode.BAD_CONFIG, f"{_CONFIG}: peft_type is {kind!r}, expected 'LORA'")
+    if (init := stated.get("init_lora_weights")) not in _PLAIN_INITS:
+        raise ModelError(
+            ErrorCode.BAD_CONFIG,
+            f"{_CONFIG}: init_lora_weights {init!r} changes the base weights, too",
+            "convert it to a plain LoRA when saving it (see peft's documentation)",
+        )
+    neutral: tuple[Any, ...] = (None, False, "none", [], {})
+    known = {*_TAKEN, *_IGNORED}
+    strange = [key for key in stated if key not in known and stated[key] not in neutral]
+    if strange:
+        raise ModelError(
+            ErrorCode.BAD_CONFIG,
+            f"{_CONFIG} asks for what is not supported here: {', '.join(sorted(strange))}",
+            "use a plain LoRA adapter",
+        )
+    try:
+        return _peft().LoraConfig(**{name: stated[name] for name in _TAKEN if name in stated})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(ErrorCode.BAD_CONFIG, f"{_CONFIG}: {error}") from error
+
+
+def _attach(module: nn.Module, config: Any) -> None:
+    """Put in an adapter that changes nothing yet, and let nothing else learn.
+
+    Its weights are float32 whatever the model computes in: steps of training are too small for half
+    precision. Raises ModelError BAD_CONFIG.
+    """
+    try:
+        _peft().inject_adapter_in_model(config, module, adapter_name=_NAME)
+    except (KeyError, TypeError, ValueError, re.error) as error:
+        raise ModelError(
+            ErrorCode.BAD_CONFIG,
+            f"the model cannot take this adapter: {error}",
+            "see lora_target_modules",
+        ) from error
+    named = () if isinstance(config.target_modules, str) else sorted(config.target_modules or ())
+    paths = [f".{path}" for path, _owner, _name, _layer in wrapped_layers(module)]
+    missing = [name for name in named if not any(path.endswith(f".{name}") for path in paths)]
+    if missing:
+        raise ModelError(
+            ErrorCode.BAD_CONFIG,
+            f"the model has no layer that an adapter could have called {', '.join(missing)}",
+            "see lora_target_modules",
+        )
+    for parameter in adapter_parameters(module).values():
+        parameter.data = parameter.data.float()
+    module.train(module.training)  # or the dropout of new layers is at work while answering
+
+
+def _take_out(module: nn.Module) -> None:
+    for _path, owner, name, layer in wrapped_layers(module):
         setattr(owner, name, layer.get_base_layer())
     for attribute in ("peft_config", "active_adapter"):
         module.__dict__.pop(attribute, None)
-    return taken
 
 
-def merge(module: nn.Module) -> None:
-    """Add the adapter to the weights of its layers, and take it out.
-
-    Raises ModelError BAD_CONFIG for quantised layers, which cannot hold the sum, and NAN_WEIGHTS
-    where a sum is not finite; the adapter is then still in place.
-    """
-    layers = [layer for _path, _owner, _name, layer in wrapped_layers(module)]
-    if any(not layer.get_base_layer().weight.is_floating_point() for layer in layers):
-        raise ModelError(
-            ErrorCode.BAD_CONFIG,
-            "an adapter cannot be merged into quantised weights without loss",
-            "save_adapter, load the model with quantization none, load_adapter, merge_adapter",
-        )
-    done: list[Any] = []
-    try:
-        for layer in layers:
-            layer.merge(safe_merge=True)
-            done.append(layer)
-    except ValueError as error:
-        for layer in done:
-            layer.unmerge()
-        raise ModelError(ErrorCode.NAN_WEIGHTS, f"the adapter was not merged: {error}") from error
-    take_out(module)
-
-
-def write_adapter(folder: Path, module: Any, base: str) -> None:
-    """Write the adapter as peft does; `base` names the model that it belongs to."""
-    from safetensors.torch import save_file
-
-    config = module.peft_config[_NAME].to_dict()
-    config.pop("runtime_config", None)
-    config |= {"base_model_name_or_path": base, "inference_mode": True}
-    plain = {
-        key: sorted(value) if isinstance(value, set) else value for key, value in config.items()
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        key: parameter.detach().cpu().contiguous()
-        for key, parameter in adapter_parameters(module).items()
-    }
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    text = json.dumps(plain, indent=2, sort_keys=True) + "\n"
-    (folder / CONFIG).write_text(text, encoding="utf-8")
-
-
-def read_adapter(
-    folder: Path, module: nn.Module, native: Callable[[str], str] = lambda key: key
-) -> None:
-    """Put the adapter of a folder into `module`, in place of one that is there.
-
-    `native` gives today's name of a key that an older version of transformers wrote. Raises
-    ModelError: WEIGHTS_NOT_FOUND, UNSAFE_CHECKPOINT for a pickle, WEIGHTS_CORRUPT, BAD_CONFIG,
-    KEY_MISMATCH and SHAPE_MISMATCH for the adapter of another model, NAN_WEIGHTS. The model is then
-    as it was.
-    """
-    config = read_config(folder)
-    with _undone_on_error(module):
-        take_out(module)
-        attach(module, config)
-        places = adapter_parameters(module)
-        strange = []
-        for key, value in iterate_tensors(folder / WEIGHTS):
-            today = key if key in places else _PREFIX + native(key.removeprefix(_PREFIX))
-            place = places.pop(today, None)
-            if place is None:
-                strange.append(key)
-                continue
-            _fill(key, place, value)
-        if strange or places:
-            raise ModelError(
-                ErrorCode.KEY_MISMATCH,
-                f"the adapter in {folder} is not one of this model: {len(strange)} keys have no "
-                f"place{_first(strange)}, {len(places)} places have no key{_first([*places])}",
-                f"it was made for {base_name(folder)}",
-            )
-
-
-def _fill(key: str, place: nn.Parameter, value: Tensor) -> None:
-    if place.shape != value.shape:
+def _fill(key: str, parameter: nn.Parameter, value: Tensor) -> None:
+    if parameter.shape != value.shape:
         raise ModelError(
             ErrorCode.SHAPE_MISMATCH,
-            f"{key} is {list(value.shape)}, this model has room for {list(place.shape)}",
+            f"{key} is {list(value.shape)}, this model has room for {list(parameter.shape)}",
             "use the adapter with the model that it was made for",
         )
     if not bool(torch.isfinite(value).all()):
@@ -327,30 +339,26 @@ def _fill(key: str, place: nn.Parameter, value: Tensor) -> None:
             ErrorCode.NAN_WEIGHTS, f"{key} holds NaN or infinity", "the adapter is damaged"
         )
     with torch.no_grad():
-        place.copy_(value)
+        parameter.copy_(value)
 
 
 @contextmanager
 def _undone_on_error(module: nn.Module) -> Iterator[None]:
     """Put the adapter that was there back, and what was to learn, when something raises."""
-    before = [(owner, name, layer) for _path, owner, name, layer in wrapped_layers(module)]
+    before = wrapped_layers(module)
     learning = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-    held = getattr(module, "peft_config", None)
+    held: Any = getattr(module, "peft_config", None)
     try:
         yield
     except BaseException:
-        take_out(module)
-        for owner, name, layer in before:
+        _take_out(module)
+        for _path, owner, name, layer in before:
             setattr(owner, name, layer)
         for parameter, learns in learning:
             parameter.requires_grad = learns
         if held is not None:
-            module.peft_config = held  # type: ignore[assignment]
+            module.peft_config = held
         raise
-
-
-def _ends(path: str, name: str) -> bool:
-    return path == name or path.endswith(f".{name}")
 
 
 def _first(names: list[str]) -> str:

@@ -14,16 +14,28 @@ import torch
 from torch import nn
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
+from librobot_vlm_ros.models.configuration import ModelConfig
 
-__all__ = ["QUANTIZATIONS", "quantize", "refuse_unknown"]
+__all__ = ["QUANTIZATIONS", "is_quantized", "quantization_for", "quantize"]
 
 QUANTIZATIONS = ("none", "int8", "nf4")
 
 _log = logging.getLogger(__name__)
 
 
-def refuse_unknown(kind: str) -> None:
-    """Raises ModelError BAD_CONFIG for an unknown kind, MISSING_DEPENDENCY without bitsandbytes."""
+def quantization_for(config: ModelConfig, asked: str) -> str:
+    """The kind of quantisation that `asked` and `use_qlora` mean together.
+
+    Raises ModelError BAD_CONFIG for an unknown kind or where the two exclude each other,
+    MISSING_DEPENDENCY without bitsandbytes.
+    """
+    if config.use_qlora and asked == "int8":
+        raise ModelError(
+            ErrorCode.BAD_CONFIG,
+            "use_qlora is 4-bit, quantization is int8",
+            "use use_lora with quantization int8, or use_qlora alone",
+        )
+    kind = "nf4" if config.use_qlora else asked
     if kind not in QUANTIZATIONS:
         raise ModelError(
             ErrorCode.BAD_CONFIG,
@@ -32,6 +44,12 @@ def refuse_unknown(kind: str) -> None:
         )
     if kind != "none":
         _bitsandbytes()
+    return kind
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether layers are held in 8 or 4 bits."""
+    return any(not parameter.is_floating_point() for parameter in module.parameters())
 
 
 def quantize(model: nn.Module, kind: str) -> int:

@@ -1,7 +1,7 @@
 """How one parameter is declared: default, bounds, description and when a change takes effect.
 
-Free of rclpy, so that the README's table, the launch file's test and the command line read the same
-declaration that the node does. What the node has is declared in `settings.py`.
+Free of rclpy, so that the documentation's table, the launch file's test and the command line read
+the same declaration that the node does. What the node has is declared in `settings.py`.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def declared(settings_class: type) -> Mapping[str, Parameter]:
 
 
 def parameter_table(parameters: Mapping[str, Parameter]) -> str:
-    """The parameters as a Markdown table, as it stands in the README (a test compares the two)."""
+    """The parameters as a Markdown table, that of docs/parameters.md (a test compares them)."""
     rows = ["| parameter | type | default | bounds | change | meaning |", "| --- " * 6 + "|"]
     for item in parameters.values():
         bounds = item.bounds.replace("|", "\\|")

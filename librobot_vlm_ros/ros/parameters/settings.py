@@ -1,7 +1,7 @@
 """The node's parameters, declared here and nowhere else, and what they say once they are checked.
 
 `Settings(**values)` validates every value and all of them together; `PARAMETERS` is the declaration
-that the node, the launch file, `librobot-vlm run` and the README's table are made from.
+that the node, the launch file, `librobot-vlm run` and the documentation's table are made from.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from librobot_vlm_ros.ros.parameters.declaration import (
     When,
     declared,
     parameter,
-    parameter_table,
 )
 from librobot_vlm_ros.ros.parameters.parameter_syntax import (
     CameraSetting,
@@ -293,7 +292,3 @@ class Settings:
 
 
 PARAMETERS: Mapping[str, Parameter] = declared(Settings)
-
-
-if __name__ == "__main__":  # the table of the README
-    print(parameter_table(PARAMETERS), end="")

@@ -14,7 +14,7 @@ import torch
 from librobot_vlm_ros.core import ErrorCode, GenerationParams, ModelAnswer, ModelError
 from librobot_vlm_ros.models import AbstractVLM, create_vlm
 from librobot_vlm_ros.models.testing.florence2 import tiny_florence_folder
-from librobot_vlm_ros.models.training.lora import adapter_parameters, linear_layers
+from librobot_vlm_ros.models.training.lora import adapter_parameters
 
 HERE = importlib.util.find_spec("bitsandbytes") is not None
 needs_bitsandbytes = pytest.mark.skipif(not HERE, reason="bitsandbytes is not installed")
@@ -97,7 +97,7 @@ def test_every_family_is_quantised_but_for_its_vision_tower_and_stays_close(
     small, load_family, batch: dict[str, Any], ask
 ) -> None:
     full, vlm = load_family(), small()
-    layers = linear_layers(vlm.language_model).values()
+    layers = [part for part in vlm.language_model.modules() if isinstance(part, torch.nn.Linear)]
     expected = {"int8": "Linear8bitLt", "nf4": "Linear4bit"}[small.kind]
     assert {type(layer).__name__ for layer in layers} == {expected}
     assert {p.dtype for p in vlm.vision_encoder.parameters()} == {torch.float32}

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from librobot_vlm_ros.cli.argument_types import (
+from librobot_vlm_ros.cli.arguments import (
     at_least_one,
     count,
     node_name,

@@ -1,14 +1,52 @@
-"""Types of command line arguments, refused with a sentence when they make no sense."""
+"""Arguments that several commands have, and types that refuse what makes no sense."""
 
 from __future__ import annotations
 
 import argparse
 import re
+from typing import Any
 
-__all__ = ["at_least_one", "count", "node_name", "positive", "remapping", "seconds", "stamp"]
+__all__ = [
+    "add_model_arguments",
+    "add_node_argument",
+    "add_region_argument",
+    "at_least_one",
+    "count",
+    "node_name",
+    "positive",
+    "remapping",
+    "seconds",
+    "stamp",
+]
 
 _MOST = 1e9
 _MOST_OF_A_NAME = 200  # characters; of DDS's 255 for a topic, which is longer
+
+
+def add_model_arguments(parser: Any, *, quantization: bool = True) -> None:
+    """--model, --weights, --device, --dtype and --quantization, to a parser or a group of one."""
+    parser.add_argument("--model", default="florence-2-base", help="default florence-2-base")
+    parser.add_argument("--weights", default="", help="folder or hub id (default: the model's own)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16")
+    if quantization:
+        parser.add_argument("--quantization", default="none", help="none, int8, nf4")
+
+
+def add_node_argument(parser: Any, what: str = "the node") -> None:
+    """--node, absolute."""
+    parser.add_argument("--node", type=node_name, default="/vlm", help=f"{what} (default /vlm)")
+
+
+def add_region_argument(parser: Any) -> None:
+    """--region, None where it is not given."""
+    parser.add_argument(
+        "--region",
+        type=float,
+        nargs=4,
+        metavar=("X_MIN", "Y_MIN", "X_MAX", "Y_MAX"),
+        help="box in pixels, for tasks about a region",
+    )
 
 
 def seconds(text: str) -> float:
