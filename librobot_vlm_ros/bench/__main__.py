@@ -13,7 +13,7 @@ __all__ = ["configure", "main", "run"]
 
 _EPILOG = """\
 Both sides get the same inputs in turns; what counts is the ratio. The folder OUT gets summary.json,
-the README's table and a plot. Exit code 1 when a row failed or tokens differ in full precision.
+a table and a plot. Exit code 1 when a row failed or tokens differ in full precision.
 
 Examples:
   librobot-vlm bench

@@ -101,7 +101,7 @@ def table(rows: Sequence[Measurement]) -> str:
 
 
 def markdown(summary: Mapping[str, Any]) -> str:
-    """The README's part: only ratios where a CPU was measured, whose seconds mean little."""
+    """The table of docs/performance.md. Of a CPU only ratios: its seconds mean little."""
     about = summary["machine"]
     where = about.get("gpu") or (
         f"{about['cpu']}, {about['threads']} of {about['cores']} cores at a load of {about['load']}"

@@ -1,9 +1,9 @@
-"""Rewrites the generated parts of README.md from the one place each fact is declared in.
+"""Rewrites the generated tables of the documentation from the one place each fact is declared in.
 
-    tools/run python tools/readme.py           rewrite
-    tools/run python tools/readme.py --check   say which part is out of date, exit 1
+    tools/run python tools/docs_tables.py           rewrite
+    tools/run python tools/docs_tables.py --check   say which page is out of date, exit 1
 
-A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`.
+A generated table stands in a page of docs/ between `<!-- generated: NAME -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+PAGES = sorted((ROOT / "docs").glob("*.md"))
 FIGURES = ROOT / "librobot_vlm_ros/models/checkpoints/shipped/florence_2_tabletop/evaluation.json"
 TORTURE = ROOT / "docs/torture.json"
 BENCHES = [ROOT / "docs/bench.json", ROOT / "docs/bench_gpu.json"]
@@ -139,20 +139,26 @@ PARTS: dict[str, Callable[[], str]] = {
 
 
 def rendered(text: str) -> str:
-    """The README's text with every generated part as it should be."""
+    """A page's text with every generated table as it should be."""
     return _PART.sub(lambda match: match[1] + PARTS[match[2]]() + match[3], text)
 
 
 def main() -> int:
     """Rewrite or check."""
-    text = README.read_text(encoding="utf-8")
-    fresh = rendered(text)
-    if "--check" in sys.argv[1:]:
-        if fresh != text:
-            print("README.md is out of date: run `tools/run python tools/readme.py`")
-        return int(fresh != text)
-    README.write_text(fresh, encoding="utf-8")
-    return 0
+    check = "--check" in sys.argv[1:]
+    stale = 0
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        fresh = rendered(text)
+        if fresh == text:
+            continue
+        stale += 1
+        if check:
+            name = page.relative_to(ROOT)
+            print(f"{name} is out of date: run `tools/run python tools/docs_tables.py`")
+        else:
+            page.write_text(fresh, encoding="utf-8")
+    return int(check and stale > 0)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
-"""The demo from its first check to its last line."""
+"""The demo from its first check to its last line: play, record, compare, report."""
 
 from __future__ import annotations
 
+import heapq
 import json
 import shutil
 import time
 from pathlib import Path
 
-from librobot_vlm_ros.bags import BagReader, shipped_bag
+from librobot_vlm_ros.bags import BagReader, BagWriter, shipped_bag
 from librobot_vlm_ros.client.ros_domain import isolated_ros
 from librobot_vlm_ros.console import Console
 from librobot_vlm_ros.core import BagError, ErrorCode, ModelError, as_vlm_error
 from librobot_vlm_ros.demo.data import Answer, DemoRun
 from librobot_vlm_ros.demo.pictures import save_frames, save_overview
 from librobot_vlm_ros.demo.play import read_frames, run_live
-from librobot_vlm_ros.demo.record import save_bag
 from librobot_vlm_ros.demo.report import save_report
 from librobot_vlm_ros.demo.scores import Summary, answer_is_right, summarize, vocabulary
 from librobot_vlm_ros.models import model_info
@@ -52,7 +52,7 @@ def run_demo(model: str, bag: Path | None, image_topic: str, rate: float, out: P
             console.stage(f"ROS domain {domain}, on this machine only")
             run_live(run, reader, tasks, rate, out / "node.log", console)
         console.stage(f"writing {out}")
-        save_bag(run, reader, out / "output_bag")
+        _save_bag(run, reader, out / "output_bag")
     save_frames(run, out / "frames")
     save_overview(run, out / "overview.png")
     summary = summarize(run, time.monotonic() - began_s)
@@ -99,6 +99,32 @@ def _clear(out: Path) -> None:
             shutil.rmtree(old)
     except OSError as error:
         raise as_vlm_error(error) from error
+
+
+def _save_bag(run: DemoRun, reader: BagReader, path: Path) -> None:
+    """Write the input's topics unchanged and every result, in order of time.
+
+    A result is recorded as long after its frame as it took to arrive. Raises `BagError`.
+    """
+    late_ns = {frame.stamp_ns: frame.bag_ns - round(frame.sent_s * 1e9) for frame in run.frames}
+    results = [
+        (round(item.arrived_s * 1e9) + late_ns[item.stamp_ns], item.topic, item.data)
+        for item in run.results
+        if item.stamp_ns in late_ns
+    ]
+    recorded = ((item.stamp_ns, item.topic, item.data) for item in reader.messages())
+    rows = heapq.merge(recorded, sorted(results, key=_when), key=_when)
+    with BagWriter(path, overwrite=True, types=reader.typestore) as bag:
+        for topic in reader.topics:
+            bag.add_topic(topic.name, topic.type, topic.qos)
+        for result in run.results:
+            bag.add_topic(result.topic, result.type)
+        for stamp_ns, name, data in rows:
+            bag.write(name, stamp_ns, data)
+
+
+def _when(row: tuple[int, str, bytes]) -> int:
+    return row[0]
 
 
 def _show(console: Console, run: DemoRun, summary: Summary, out: Path) -> None:
