@@ -6,7 +6,7 @@ from typing import Any
 
 from librobot_vlm_ros.core import get_task
 from librobot_vlm_ros.models import model_info
-from librobot_vlm_ros.models.checkpoints.local_weights import shipped_folder
+from librobot_vlm_ros.models.checkpoints.hub import shipped_folder
 from librobot_vlm_ros.ros.inputs.instruction import Instruction
 from librobot_vlm_ros.ros.parameters.settings import Settings
 from librobot_vlm_ros.runtime import CameraConfig, EngineConfig, StandingTask

@@ -190,7 +190,7 @@ def _write(
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    options = {"device": "cpu", "dtype": dtype, "attention": "eager"}
+    options: dict[str, Any] = {"device": "cpu", "dtype": dtype, "attention": "eager"}
     vlm = create_vlm(info.name, pretrained=str(folder), **options)
     if adapter is not None:
         vlm.load_adapter(adapter)

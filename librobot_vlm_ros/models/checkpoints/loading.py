@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
 from librobot_vlm_ros.models.catalog import CATALOG
+from librobot_vlm_ros.models.checkpoints.key_mapping import Convert
 from librobot_vlm_ros.models.checkpoints.progress import LoggedProgress
 from librobot_vlm_ros.models.checkpoints.shards import iterate_tensors, read_config, weight_files
 from librobot_vlm_ros.models.checkpoints.size_limits import refuse_oversized
@@ -38,9 +39,6 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
-
-#: Gives (native key, tensor) for each that a checkpoint tensor becomes; nothing means dropped.
-Convert = Callable[[str, Tensor], Iterable[tuple[str, Tensor]]]
 
 #: transformers switches initialisation off for the whole process while a model is built empty.
 _build_lock = threading.Lock()

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from librobot_vlm_ros.core import VlmError, as_vlm_error
 from librobot_vlm_ros.models import list_vlms, model_info
 from librobot_vlm_ros.models.backend import ModelInfo
-from librobot_vlm_ros.models.checkpoints.local_weights import weights_present
+from librobot_vlm_ros.models.checkpoints.hub import weights_present
 from librobot_vlm_ros.msg import ModelDescription
 from librobot_vlm_ros.ros.monitoring.log_throttle import Throttled
 from librobot_vlm_ros.ros.parameters.settings import Settings

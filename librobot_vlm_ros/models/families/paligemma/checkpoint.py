@@ -1,0 +1,39 @@
+"""The layout of PaliGemma's checkpoints, which is transformers' own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from librobot_vlm_ros.models.checkpoints.key_mapping import native_tensors
+from librobot_vlm_ros.models.checkpoints.loading import CheckpointLayout, LoadPlan, register_layout
+from librobot_vlm_ros.models.configuration import from_dict
+
+__all__ = ["plan_for"]
+
+
+def plan_for(config: Any) -> LoadPlan:
+    """Keys as transformers names them, for its PaliGemmaConfig."""
+    from transformers import PaliGemmaForConditionalGeneration
+
+    return LoadPlan(
+        PaliGemmaForConditionalGeneration, config, native_tensors, attention=_attention_parts
+    )
+
+
+def _attention_parts(attention: str) -> str | dict[str, str]:
+    """flash-attn serves the tower only: it cannot let a prompt see all of itself."""
+    if attention != "flash_attention_2":
+        return attention
+    return {"": "sdpa", "text_config": "sdpa", "vision_config": attention}
+
+
+def _plan(config: dict[str, Any], folder: Path) -> LoadPlan:
+    return plan_for(from_dict("PaliGemmaConfig", config, "a PaliGemma"))
+
+
+register_layout(
+    CheckpointLayout(
+        "paligemma (transformers)", lambda config: config.get("model_type") == "paligemma", _plan
+    )
+)
