@@ -1,4 +1,4 @@
-"""Checkpoint folders to models: whatever layout they are in, checked as they are read.
+"""Load a checkpoint folder of any known layout into a transformers model, checked as it is read.
 
 A `CheckpointLayout` says how to recognise a folder by its config.json, which transformers model it
 becomes, and what each of its keys is called there. Loading goes tensor by tensor: each is
@@ -34,6 +34,7 @@ __all__ = [
     "build_empty",
     "build_random",
     "expect_rank",
+    "find_layout",
     "load_module",
     "register_layout",
 ]
@@ -80,6 +81,9 @@ class CheckpointLayout:
     matches: Callable[[Mapping[str, Any]], bool]
     #: (config.json, folder) -> plan. Raises ModelError BAD_CONFIG.
     plan: Callable[[dict[str, Any], Path], LoadPlan]
+    #: (config.json, folder) -> files of weights that are loaded beside the folder's own, by names
+    #: that their place does not change. Raises ModelError where one is missing.
+    companions: Callable[[dict[str, Any], Path], Mapping[str, Path]] = lambda config, folder: {}
 
 
 _layouts: dict[str, CheckpointLayout] = {}

@@ -1,4 +1,4 @@
-"""How far a long job is, said in the log: a line every few seconds with MB and percent.
+"""Progress of a long job in the log: a line every few seconds with MB and percent.
 
 The node's log shows it, and so do the commands of `librobot-vlm` (they print the log's lines).
 """

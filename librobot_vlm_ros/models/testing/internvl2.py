@@ -52,10 +52,14 @@ VISION |= {"num_attention_heads": 2, "image_size": 56, "patch_size": 14}
 TEXT: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 #: Tokens that take the place of pieces, and tokens that stand behind all pieces, in this order.
-_RENAMED = ("<|plugin|>", "<|interpreter|>", "<|action_end|>", "<|action_start|>")
-_RENAMED += ("<|im_end|>", "<|im_start|>")
-ADDED = ("<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>")
-ADDED += ("<box>", "</box>")
+_RENAMED = (
+    *("<|plugin|>", "<|interpreter|>", "<|action_end|>", "<|action_start|>"),
+    *("<|im_end|>", "<|im_start|>"),
+)
+ADDED = (
+    *("<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>"),
+    *("<box>", "</box>"),
+)
 
 
 def _pieces() -> bytes:

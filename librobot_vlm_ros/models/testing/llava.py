@@ -163,7 +163,7 @@ def pixels(vlm: Any, image: npt.NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
 
 def read_weights(folder: Path) -> State:
     """All tensors of such a folder by their official names."""
-    state = {}
+    state: State = {}
     for shard in ("a.bin", "b.bin"):
         state |= torch.load(folder / shard, weights_only=True)
     return state | load_file(folder / "vision_tower" / "model.safetensors")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import string
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +43,16 @@ VISION |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
 TEXT: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 8}
 PATCHES, EPS = 4, 1e-6
-LETTERS = "▁\n" + string.ascii_letters + string.digits + string.punctuation
 #: Token ids behind the image.
 IDS = [2, 30, 31, 40, 21, 35, 50]
 
 
 def _tokenizer() -> Any:
     """Letters for words, and PaliGemma's added tokens."""
-    names = ["<pad>", "<eos>", "<bos>", "<unk>", *LETTERS]
     added = [f"<loc{i:04}>" for i in range(1024)] + [f"<seg{i:03}>" for i in range(128)]
-    return letter_tokenizer(names, ["<pad>", "<eos>", "<bos>", *added, "<image>"])
+    return letter_tokenizer(
+        ["<pad>", "<eos>", "<bos>", "<unk>"], ["<pad>", "<eos>", "<bos>", *added, "<image>"]
+    )
 
 
 def _published_weights(words: int) -> State:
@@ -97,7 +96,8 @@ def write_official(folder: Path) -> None:
     }
     write_json(folder, config=config)
     save_file(_published_weights(words), folder / "model.safetensors")
-    np.savez(folder / "vae-oid.npz", **mask_decoder_weights())
+    masks: dict[str, Any] = dict(mask_decoder_weights())
+    np.savez(folder / "vae-oid.npz", **masks)
 
 
 def mask_decoder_weights(seed: int = 11) -> dict[str, npt.NDArray[np.float32]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import string
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 
 __all__ = [
     "RandomWeights",
+    "LETTERS",
     "State",
     "attention",
     "causal_mask",
@@ -41,6 +43,8 @@ __all__ = [
     "write_json",
 ]
 
+#: What the tokenizers of single letters can write.
+LETTERS = "▁\n" + string.ascii_letters + string.digits + string.punctuation
 #: Tensors by their published names.
 State = dict[str, Tensor]
 
@@ -214,10 +218,11 @@ def decoder_layer(
     return x + linear(state, f"{at}mlp.down_proj", gate * linear(state, f"{at}mlp.up_proj", y))
 
 
-def letter_tokenizer(names: Sequence[str], special: Iterable[str]) -> Any:
-    """A `tokenizers.Tokenizer` of single letters `names`, and tokens behind them."""
+def letter_tokenizer(first: Sequence[str], special: Iterable[str]) -> Any:
+    """A `tokenizers.Tokenizer` of the tokens `first`, single letters, and `special` behind them."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
+    names = [*first, *LETTERS]
     made = Tokenizer(models.BPE({t: i for i, t in enumerate(names)}, [], unk_token="<unk>"))
     made.normalizer = normalizers.Replace(" ", "▁")
     made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])

@@ -6,7 +6,6 @@ nothing of transformers."""
 
 from __future__ import annotations
 
-import string
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 
 from librobot_vlm_ros.models.families.qwen_vl.processor import patches
 from librobot_vlm_ros.models.testing.parts import (
+    LETTERS,
     RandomWeights,
     State,
     attention,
@@ -49,10 +49,11 @@ __all__ = [
     "write_official",
 ]
 
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>")
-SPECIAL += ("<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|vision_start|>")
-SPECIAL += ("<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
-LETTERS = "▁\n" + string.ascii_letters + string.digits + string.punctuation
+SPECIAL = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>"),
+    *("<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|vision_start|>"),
+    *("<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
+)
 FIRST = len(LETTERS) + 1
 #: Ids by name, as `tokenizer` gives them.
 IDS = {token: FIRST + place for place, token in enumerate(SPECIAL)}
@@ -78,7 +79,7 @@ THIRD = Tiny(third=True, patch=16, head_dim=16, sections=(4, 2, 2))
 
 def tokenizer() -> Any:
     """Letters for words, and the tokens of the notation."""
-    return letter_tokenizer(["<unk>", *LETTERS], SPECIAL)
+    return letter_tokenizer(["<unk>"], SPECIAL)
 
 
 def _config(tiny: Tiny) -> dict[str, Any]:

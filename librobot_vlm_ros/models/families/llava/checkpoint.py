@@ -32,7 +32,7 @@ from librobot_vlm_ros.models.checkpoints.loading import (
     register_layout,
 )
 from librobot_vlm_ros.models.checkpoints.path_policy import refuse_foreign
-from librobot_vlm_ros.models.checkpoints.shards import read_config, tensor_names
+from librobot_vlm_ros.models.checkpoints.shards import read_config, tensor_names, weight_files
 from librobot_vlm_ros.models.configuration import bad_value, check_feature_layer, from_dict
 from librobot_vlm_ros.models.families.llava.configuration import (
     CLIP_LARGE_336,
@@ -179,7 +179,14 @@ def _config_of_tower(config: Mapping[str, Any], folder: Path) -> dict[str, Any] 
     return None
 
 
-register_layout(CheckpointLayout("llava-1.5 (official)", is_original, _plan_original))
+def _tower_files(config: dict[str, Any], folder: Path) -> dict[str, Path]:
+    """Files of the tower that the official shards do not hold."""
+    tower = tower_folder(config, folder)
+    files = [] if tower is None else weight_files(tower)
+    return {f"vision_tower/{path.name}": path for path in files}
+
+
+register_layout(CheckpointLayout("llava-1.5 (official)", is_original, _plan_original, _tower_files))
 register_layout(
     CheckpointLayout(
         "llava-1.5 (transformers)",
