@@ -28,7 +28,7 @@ from librobot_vlm_ros.core import (
 from librobot_vlm_ros.ros.services.async_service import SERVICES
 from librobot_vlm_ros.ros.services.query import Host
 from librobot_vlm_ros.ros.services.request_conversion import fill_answer, make_request
-from librobot_vlm_ros.runtime.requests import busy
+from librobot_vlm_ros.runtime.pending_request import busy
 
 __all__ = ["GenerateAction"]
 

@@ -20,7 +20,7 @@ from librobot_vlm_ros.ros.services.async_service import Reply
 from librobot_vlm_ros.ros.services.request_conversion import Served, fill_answer, make_request
 from librobot_vlm_ros.ros.services.service_thread import Intake
 from librobot_vlm_ros.runtime import LoadReport
-from librobot_vlm_ros.runtime.requests import busy
+from librobot_vlm_ros.runtime.pending_request import busy
 from librobot_vlm_ros.srv import ListModels, Query, SwitchModel
 
 __all__ = ["Host", "Services"]
