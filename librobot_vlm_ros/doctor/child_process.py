@@ -124,12 +124,12 @@ def _answer(asked: dict[str, Any]) -> None:
         import transformers
 
         _tell("transformers", version=transformers.__version__)
-        from librobot_vlm_ros.models.placement import free_bytes, place
+        from librobot_vlm_ros.models.placement import free_bytes, resolve_placement
     except Exception as error:
         _tell("transformers", error=f"{type(error).__name__}: {error}")
         return
     try:
-        where = place(asked["device"], asked.get("dtype", "auto"))
+        where = resolve_placement(asked["device"], asked.get("dtype", "auto"))
         free = free_bytes(where.device)
     except VlmError as error:
         _tell("placement", error=str(error))

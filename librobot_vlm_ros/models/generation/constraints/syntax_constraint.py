@@ -12,11 +12,11 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from librobot_vlm_ros.models.generation.config import Except, Some
-from librobot_vlm_ros.models.generation.constraints.box_syntax import BLANKS, Notation
+from librobot_vlm_ros.models.generation.config import AllExcept, TokenSet
+from librobot_vlm_ros.models.generation.constraints.box_syntax import BLANKS, BoxSyntax
 from librobot_vlm_ros.models.tokenizer import CausalTokenizer
 
-__all__ = ["NotationGrammar", "NotationTokens", "notation_grammar"]
+__all__ = ["SyntaxConstraint", "SyntaxTokens", "syntax_constraint"]
 
 #: States whose tokens are kept at most.
 _KEPT = 512
@@ -38,19 +38,19 @@ class _Node:
         self.tokens: list[int] = []
 
 
-class NotationTokens:
+class SyntaxTokens:
     """What a notation lets follow, in the tokens of one vocabulary.
 
     `eos`: tokens that end an answer.
     """
 
-    def __init__(self, tokenizer: CausalTokenizer, notation: Notation, eos: Sequence[int]) -> None:
-        self.notation = notation
+    def __init__(self, tokenizer: CausalTokenizer, syntax: BoxSyntax, eos: Sequence[int]) -> None:
+        self.syntax = syntax
         self._tokenizer, self._eos = tokenizer, tuple(sorted(eos))
         self._anchor = tokenizer.words("0")
         self._before = tokenizer.decode(self._anchor)
         self._texts: dict[int, str] = {}
-        self._allowed: dict[Any, Some] = {}
+        self._allowed: dict[Any, TokenSet] = {}
         self._spelt = {token: _spelt(piece) for piece, token in tokenizer.vocabulary.items()}
         #: Tokens by their first character, until their texts are planted.
         self._first: dict[str, list[int]] = {}
@@ -78,8 +78,8 @@ class NotationTokens:
         """The state behind the token; None where it is lost."""
         return self._walk(state, self.text(token))
 
-    def allowed(self, state: Any) -> Some:
-        """See `Grammar`. All may follow a state that is lost."""
+    def allowed(self, state: Any) -> TokenSet:
+        """See `TokenConstraint`. All may follow a state that is lost."""
         if state is None:
             return None
         if state not in self._allowed:
@@ -99,26 +99,26 @@ class NotationTokens:
         for char in text:
             if state is None:
                 return None
-            state = self.notation.step(state, char)
+            state = self.syntax.step(state, char)
         return state
 
-    def _find(self, state: Any) -> Some:
-        ends = self.notation.ends(state)
-        if not self.notation.closed(state):
+    def _find(self, state: Any) -> TokenSet:
+        ends = self.syntax.ends(state)
+        if not self.syntax.closed(state):
             barred = [] if ends else list(self._eos)
-            for token in self._having(self.notation.fatal(state)):
+            for token in self._having(self.syntax.fatal(state)):
                 if self._walk(state, self.text(token)) is None:
                     barred.append(token)
-            return Except(tuple(sorted({*barred}))) if barred else None
+            return AllExcept(tuple(sorted({*barred}))) if barred else None
         found = list(self._eos) if ends else []
-        for char in [c for c in self._first if self.notation.step(state, c) is not None]:
+        for char in [c for c in self._first if self.syntax.step(state, c) is not None]:
             for token in self._first.pop(char):
                 self._plant(token)
         left = [(self._root, state)]
         while left:
             node, at = left.pop()
             for char, child in node.children.items():
-                behind = self.notation.step(at, char)
+                behind = self.syntax.step(at, char)
                 if behind is not None:
                     found += child.tokens
                     left.append((child, behind))
@@ -133,16 +133,16 @@ class NotationTokens:
         return self._with[chars]
 
 
-class NotationGrammar:
-    """A `decode_rules.Grammar` for one answer."""
+class SyntaxConstraint:
+    """A `TokenConstraint` for one answer."""
 
-    def __init__(self, tokens: NotationTokens) -> None:
+    def __init__(self, tokens: SyntaxTokens) -> None:
         self._tokens = tokens
         #: States behind the beginnings that were asked for last.
-        self._known: dict[tuple[int, ...], Any] = {(): tokens.notation.start}
+        self._known: dict[tuple[int, ...], Any] = {(): tokens.syntax.start}
 
-    def allowed(self, ids: Sequence[int]) -> Some:
-        """See `decode_rules.Grammar`."""
+    def allowed(self, ids: Sequence[int]) -> TokenSet:
+        """See `TokenConstraint`."""
         return self._tokens.allowed(self._state(tuple(ids)))
 
     def _state(self, ids: tuple[int, ...]) -> Any:
@@ -152,21 +152,21 @@ class NotationGrammar:
                 known -= 1
             state = self._known[ids[:known]]
             if len(self._known) > 64:  # the beams of a search and where they came from
-                self._known = {(): self._tokens.notation.start}
+                self._known = {(): self._tokens.syntax.start}
             for token in ids[known:]:
                 state = None if state is None else self._tokens.after(state, token)
             self._known[ids] = state
         return self._known[ids]
 
 
-def notation_grammar(
-    tokenizer: CausalTokenizer, notation: Notation, eos: Sequence[int]
-) -> NotationGrammar:
+def syntax_constraint(
+    tokenizer: CausalTokenizer, syntax: BoxSyntax, eos: Sequence[int]
+) -> SyntaxConstraint:
     """A grammar for one answer; what it knows of the tokens is kept with the tokenizer."""
-    key = (type(notation), tuple(eos))
+    key = (type(syntax), tuple(eos))
     if key not in tokenizer.notations:
-        tokenizer.notations[key] = NotationTokens(tokenizer, notation, eos)
-    return NotationGrammar(tokenizer.notations[key])
+        tokenizer.notations[key] = SyntaxTokens(tokenizer, syntax, eos)
+    return SyntaxConstraint(tokenizer.notations[key])
 
 
 def _may_be_bound(text: str) -> bool:
