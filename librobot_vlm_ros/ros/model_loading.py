@@ -73,7 +73,7 @@ def load_model(engine: Engine, parameters: LiveParameters) -> LoadReport:
     try:
         return future.result(settings.load_timeout_s)
     except concurrent.futures.TimeoutError:
-        engine.cancel_load()
+        engine.cancel_load(future)
         raise ModelError(
             ErrorCode.LOAD_CANCELLED,
             f"loading '{settings.model}' took longer than {settings.load_timeout_s:g} s",
@@ -139,7 +139,7 @@ def switch_model(
         settle()
         answer.set_result(finished.result())
 
-    timer = threading.Timer(timeout_s, engine.cancel_load)
+    timer = threading.Timer(timeout_s, engine.cancel_load, [loading])
     timer.daemon = True
     timer.start()
     loading.add_done_callback(done)

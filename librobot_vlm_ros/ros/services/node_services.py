@@ -18,7 +18,7 @@ from librobot_vlm_ros.msg import ModelDescription
 from librobot_vlm_ros.ros.services.request_conversion import Host, fill_answer, make_request
 from librobot_vlm_ros.ros.services.service_thread import Handler, Reply, ServiceThread
 from librobot_vlm_ros.runtime import LoadReport
-from librobot_vlm_ros.runtime.requests import busy
+from librobot_vlm_ros.runtime.pending_request import busy
 from librobot_vlm_ros.srv import ListModels, Query, SwitchModel
 
 __all__ = ["NodeServices"]
