@@ -135,7 +135,7 @@ class Planner:
         return tuple(due)
 
     def _passes(self, what: tuple[str, ...], camera: str, rate_hz: float, stamp_ns: int) -> bool:
-        from librobot_vlm_ros.runtime.standing import RateGate
+        from librobot_vlm_ros.runtime.scheduler import RateGate
 
         gate = self._gates.setdefault((camera, *what), RateGate(round(1e9 / rate_hz)))
         assert isinstance(gate, RateGate)

@@ -54,8 +54,6 @@ def summarise(
     readers: Sequence[BagReader],
 ) -> int:
     """Show counts and faults; the exit code, 1 when no frame got an answer."""
-    from librobot_vlm_ros.console import table
-
     results, bad = journal.counts()
     good = results.pop(0, 0)
     failed = sum(results.values())
@@ -72,7 +70,7 @@ def summarise(
         codes = ", ".join(f"{ErrorCode(code).name} {n}" for code, n in sorted(results.items()))
         console.warn(f"{failed} results are errors: {codes}")
     rows = [(name, str(number)) for name, number in sorted(topics.items())]
-    console.line(table(rows, header=("topic", "messages"), right="lr"))
+    console.table(rows, header=("topic", "messages"), right="lr")
     console.line(
         f"{run.total} frames ({bad_count} bad), {good + failed} results, {seconds:.1f} s: {run.out}"
     )

@@ -51,7 +51,7 @@ class ResultRecorder:
     """Stands for the node towards `ResultPublisher`: keeps the serialized messages."""
 
     def __init__(self, node: str, min_score: float = 0.0) -> None:
-        from librobot_vlm_ros.ros.outputs.publishing import ResultPublisher
+        from librobot_vlm_ros.ros.outputs.results import ResultPublisher
 
         self._node = node
         self._taken: list[tuple[str, bytes]] = []
@@ -89,8 +89,7 @@ class SegmentWorker:
         instructions: Sequence[tuple[str, int]],
         should_cancel: Callable[[], bool] = lambda: False,
     ) -> None:
-        from librobot_vlm_ros.ros.engine_config import load_options
-        from librobot_vlm_ros.ros.model_loading import create_backend
+        from librobot_vlm_ros.ros.model_loading import create_backend, load_options
         from librobot_vlm_ros.runtime.loader import Loader, LoadJob
 
         settings = job.settings()
@@ -148,13 +147,14 @@ class SegmentWorker:
                 )
 
     def _frame(self, item: FramePlan, message: BagMessage) -> Frame:
-        from librobot_vlm_ros.ros.inputs.cdr import read_compressed_image, read_image
-        from librobot_vlm_ros.ros.outputs.messages import frame_from_compressed, frame_from_image
+        from librobot_vlm_ros.ros.inputs.camera import (
+            frame_from_message,
+            read_compressed_image,
+            read_image,
+        )
 
-        compressed = message.type == _COMPRESSED
-        read = read_compressed_image if compressed else read_image
-        convert = frame_from_compressed if compressed else frame_from_image
-        return convert(
+        read = read_compressed_image if message.type == _COMPRESSED else read_image
+        return frame_from_message(
             read(message.data),
             item.camera,
             sequence=item.sequence,
@@ -191,12 +191,11 @@ class SegmentWorker:
         self, batch: Sequence[tuple[int, InferenceRequest]], results: list[ResultRow]
     ) -> None:
         from librobot_vlm_ros.runtime.batch_executor import run_batch
-        from librobot_vlm_ros.runtime.requests import Ticket
-        from librobot_vlm_ros.runtime.results import make_result
+        from librobot_vlm_ros.runtime.pending_request import PendingRequest, make_result
 
         if self._should_cancel():
             raise KeyboardInterrupt
-        run = run_batch(self._backend, [Ticket(request) for _, request in batch])
+        run = run_batch(self._backend, [PendingRequest(request) for _, request in batch])
         for (number, request), outcome in zip(batch, run.outcomes, strict=True):
             result = make_result(
                 request,

@@ -19,7 +19,7 @@ from rosbags.typesys import get_types_from_idl, get_types_from_msg
 from rosbags.typesys.store import Typestore
 
 from librobot_vlm_ros.bags.faults import check_kinds, check_path, explain
-from librobot_vlm_ros.bags.quality import BagQos, from_recorded
+from librobot_vlm_ros.bags.qos import BagQos, from_recorded
 from librobot_vlm_ros.bags.salvage import SalvageReader
 from librobot_vlm_ros.bags.typestore import extended_typestore
 from librobot_vlm_ros.core import BagError, ErrorCode, VlmError
@@ -186,7 +186,7 @@ class BagReader:
         if topic.type not in _recorded_types(connections):
             return ""
         try:
-            return self.typestore.hash_rihs01(topic.type)
+            return str(self.typestore.hash_rihs01(topic.type))
         except Exception:  # wide strings and the like have no hash in rosbags
             return ""
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from librobot_vlm_ros.bags.camera_bag import Pixels, write_camera_bag
-from librobot_vlm_ros.bags.truth import TruthObject
+from librobot_vlm_ros.bags.camera_bag import Pixels, TruthObject, write_camera_bag
 from librobot_vlm_ros.bags.writer import BagSummary
 
 __all__ = ["rectangle_frames", "write_rectangle_bag"]

@@ -20,7 +20,7 @@ from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, W
 from rosbags.rosbag2.storage_mcap import McapWriter
 from rosbags.typesys.store import Typestore
 
-from librobot_vlm_ros.bags.quality import BagQos, to_recorded
+from librobot_vlm_ros.bags.qos import BagQos, to_recorded
 from librobot_vlm_ros.bags.typestore import extended_typestore
 from librobot_vlm_ros.core import BagError, ErrorCode, VlmError, as_vlm_error
 

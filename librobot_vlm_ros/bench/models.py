@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from librobot_vlm_ros.models import create_vlm
 
-__all__ = ["Pair", "TINY", "build", "chatty_qwen", "pair_of", "qwen_words"]
+__all__ = ["Pair", "TINY", "build", "chatty_qwen", "pair_of", "published_settings", "qwen_words"]
 
 _VISION = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
 _VISION |= {"num_attention_heads": 2, "image_size": 56, "patch_size": 14}
@@ -110,13 +110,13 @@ def build(name: str, device: str, dtype: str = "float32", **config: Any) -> Any:
         vlm._suppressed = lambda device: torch.tensor(
             sorted({*usual(device).tolist(), *never}), device=device
         )
-        _mind_what_is_written(vlm)
+        _weigh_written_tokens(vlm)
     else:
         vlm._suppressed = lambda: sorted({*usual(), *never})
     return vlm
 
 
-def _mind_what_is_written(vlm: Any) -> None:
+def _weigh_written_tokens(vlm: Any) -> None:
     """Let the last token count for more than the image does.
 
     What a fresh model writes next hardly depends on what it has written. Under the rule against
@@ -166,10 +166,11 @@ class Pair:
         device = vlm.torch_device
         ids = ids.to(device)
         more: dict[str, Any] = {"pixel_values": image}
-        count = self._vectors(image)
+        count = self.image_vectors(image)
         mark = torch.full((1, count), config.image_token_id, device=device)
         text = config.text_config
-        front = getattr(text, "bos_token_id", None) == int(ids[0, 0]) and not vlm_leads(vlm)
+        image_first = getattr(vlm, "image_leads", False)  # also in front of the begin token
+        front = getattr(text, "bos_token_id", None) == int(ids[0, 0]) and not image_first
         whole = torch.cat([ids[:, :1], mark, ids[:, 1:]] if front else [mark, ids], dim=1)
         if self.qwen:
             more = self._patches(image)
@@ -184,15 +185,7 @@ class Pair:
         first = ends[0] if isinstance(ends, (list, tuple)) else ends
         settings["pad_token_id"] = first if text.pad_token_id is None else text.pad_token_id
         if self.florence:
-            published = vlm.settings
-            settings |= {
-                "decoder_start_token_id": text.decoder_start_token_id,
-                "no_repeat_ngram_size": published.no_repeat_ngram_size or None,
-                "forced_bos_token_id": published.forced_bos_token_id,
-                "forced_eos_token_id": published.forced_eos_token_id,
-                "early_stopping": published.early_stopping,
-                "length_penalty": published.length_penalty,
-            }
+            settings |= published_settings(vlm)
         vlm.module.generation_config = GenerationConfig()
         with torch.inference_mode():
             out = vlm.module.generate(
@@ -203,7 +196,8 @@ class Pair:
             )
         return list(out[0, 1 if self.florence else whole.shape[1] :].tolist())
 
-    def _vectors(self, image: Tensor) -> int:
+    def image_vectors(self, image: Tensor) -> int:
+        """How many vectors of the text model the image becomes."""
         if self.qwen:
             return int(self.vlm._count(image[0]))
         return int(self.vlm.image_tokens)
@@ -218,9 +212,17 @@ class Pair:
         return {"pixel_values": cells, "image_grid_thw": grid}
 
 
-def vlm_leads(vlm: Any) -> bool:
-    """Whether the image stands in front of the begin token, too."""
-    return bool(getattr(vlm, "image_leads", False))
+def published_settings(florence: Any) -> dict[str, Any]:
+    """What a Florence-2 checkpoint says about generation, as transformers names it."""
+    settings = florence.settings
+    return {
+        "decoder_start_token_id": florence.config.text_config.decoder_start_token_id,
+        "no_repeat_ngram_size": settings.no_repeat_ngram_size or None,
+        "forced_bos_token_id": settings.forced_bos_token_id,
+        "forced_eos_token_id": settings.forced_eos_token_id,
+        "early_stopping": settings.early_stopping,
+        "length_penalty": settings.length_penalty,
+    }
 
 
 def pair_of(name: str, device: str, new_tokens: int, **config: Any) -> Pair:
@@ -231,7 +233,7 @@ def pair_of(name: str, device: str, new_tokens: int, **config: Any) -> Pair:
     return Pair(vlm, new_tokens, sides.get(name, 112))
 
 
-def qwen_words(name: str, generation: Any) -> tuple[Any, dict[str, int]]:
+def qwen_words(name: str, generation: Any) -> tuple[Any, dict[str, Any]]:
     """A tokenizer of letters, and what a Qwen-VL config must know of its tokens."""
     from librobot_vlm_ros.models.testing.qwen_vl import IDS, write_official
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from librobot_vlm_ros.cli.argument_types import at_least_one, count, node_name, positive
+from librobot_vlm_ros.cli.arguments import at_least_one, count, node_name, positive
 
 if TYPE_CHECKING:
     pass

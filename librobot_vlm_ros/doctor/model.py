@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from librobot_vlm_ros.doctor.child_process import ask_probe
+from librobot_vlm_ros.doctor.child_process import ask_torch
 from librobot_vlm_ros.doctor.finding import Finding, gib
 from librobot_vlm_ros.models.backend import ModelInfo
 
@@ -34,7 +34,7 @@ class ModelDoctor:
     def check_libraries(self) -> Iterator[Finding]:
         """torch, CUDA, transformers."""
         asked = {"model": self._info.name, "device": self._device, "dtype": self._dtype}
-        facts, why = ask_probe(asked, _FACTS_S)
+        facts, why = ask_torch(asked, _FACTS_S)
         known = {fact["fact"]: fact for fact in facts}
         missing = {"error": why or "it said nothing"}
         yield self._library("torch", known.get("torch", missing))
@@ -150,7 +150,7 @@ class ModelDoctor:
             "dtypes": self._fitting if own else None,
             "probe": True,
         }
-        facts, why = ask_probe(asked, _PROBE_S)
+        facts, why = ask_torch(asked, _PROBE_S)
         which = self._info.name if own else f"tiny {self._info.family}"
         for fact in facts:
             if fact["fact"] == "probe":
@@ -167,14 +167,7 @@ class ModelDoctor:
         fix = "the download or copy is not complete: do it again"
         try:
             missing = _missing_shards(folder)
-        except (
-            AttributeError,
-            LookupError,
-            OSError,
-            RecursionError,
-            TypeError,
-            ValueError,
-        ) as error:
+        except Exception as error:  # a broken index makes Python raise this or that
             return Finding("weights", "problem", f"{folder}: no index of shards: {error!r}", fix)
         if missing:
             return Finding("weights", "problem", f"{folder} lacks {', '.join(missing[:3])}", fix)
@@ -233,7 +226,7 @@ class ModelDoctor:
 
 
 def _missing_shards(folder: Path) -> list[str]:
-    """Files that an index names and the folder lacks; raises what a broken index makes Python."""
+    """Files that an index names and the folder lacks; `checkpoints.shards` would need torch."""
     names: set[str] = set()
     for index in folder.glob("*.index.json"):
         names |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())

@@ -30,8 +30,8 @@ from librobot_vlm_ros.models.cache.image_features import FrameCache
 from librobot_vlm_ros.models.families.preprocess import Resizing, resizing
 from librobot_vlm_ros.models.generation.config import Generated, GenerationConfig
 from librobot_vlm_ros.models.generation.decoder import Decoder
-from librobot_vlm_ros.models.generation.fast.graph_runner import StepPool
-from librobot_vlm_ros.models.generation.fast.weights import DECODERS, make_step
+from librobot_vlm_ros.models.generation.fast.graph_runner import GraphRunner
+from librobot_vlm_ros.models.generation.fast.weights import DECODERS, make_fast
 from librobot_vlm_ros.models.generation.loop import generate
 from librobot_vlm_ros.models.registry import model_info
 from librobot_vlm_ros.models.training.lora import adapter_parameters
@@ -66,7 +66,7 @@ class AbstractVLM(Adapting):
     ) -> None:
         """`decoder`: "module" takes each step of an answer through transformers' module,
         "functional" through our arithmetic on its weights, "auto" through that where it can. Vision
-        towers that we have an arithmetic of (`davit_pass`) are taken so too, but for "module".
+        towers that we have an arithmetic of (`fast/davit`) are taken so too, but for "module".
         """
         super().__init__()
         resizing(resize, torch.device("cpu"))
@@ -181,23 +181,23 @@ class AbstractVLM(Adapting):
         ids = [torch.tensor(row.ids) for row in generated if isinstance(row, Generated)]
         return pad_sequence(ids, batch_first=True, padding_value=rules.pad).to(self.torch_device)
 
-    def _step_pool(
+    def _graph_runner(
         self, kind: type[Any], text_model: Any, head: Any, length: int = 0
-    ) -> StepPool | None:
+    ) -> GraphRunner | None:
         """Steps over the weights as they are now; None where the module is to take them.
 
         `length`: places of the longest prompt and its answer together.
         On CUDA graphs over buffers are kept from answer to answer, as long as the weights stay in
         place.
         """
-        step = make_step(kind, text_model, head, self.decoder, length)
+        step = make_fast(kind, text_model, head, self.decoder, length)
         if step is None:
             return None
-        if self._pool is None or not self._pool.fits(step):
-            pool = StepPool(step)
-            self._pool = pool if pool.cuda else None
+        if self._runner is None or not self._runner.fits(step):
+            pool = GraphRunner(step)
+            self._runner = pool if pool.cuda else None
             return pool
-        kept: StepPool = self._pool
+        kept: GraphRunner = self._runner
         return kept
 
     # The learner's side.

@@ -34,7 +34,7 @@ from librobot_vlm_ros.core import (
 )
 from librobot_vlm_ros.models.backend import OnToken, ShouldStop, stop_reason
 from librobot_vlm_ros.models.cache.image_features import FrameEntry
-from librobot_vlm_ros.models.generation.config import Generated, GenerationConfig, Grammar
+from librobot_vlm_ros.models.generation.config import Generated, GenerationConfig, TokenConstraint
 from librobot_vlm_ros.models.generation.decoder import Decoder
 from librobot_vlm_ros.models.generation.loop import generate
 from librobot_vlm_ros.models.generation.streaming import TextStream
@@ -113,7 +113,7 @@ class Answering(Holding):
     def decode_text(self, ids: Sequence[int]) -> str:
         """Token ids to text, control tokens of the notation kept, begin, end and pad left out."""
 
-    def grammar(self, request: InferenceRequest) -> Grammar | None:
+    def grammar(self, request: InferenceRequest) -> TokenConstraint | None:
         """Which tokens may follow which in an answer to this; None where anything may."""
         return None
 

@@ -15,7 +15,7 @@ from librobot_vlm_ros.core import ErrorCode, Frame, ModelError
 from librobot_vlm_ros.models.cache.image_features import FrameCache
 from librobot_vlm_ros.models.families.preprocess import ahead_of
 from librobot_vlm_ros.models.generation.fast.weights import states
-from librobot_vlm_ros.models.placement import dtype_name, free_bytes, move, usable_cores
+from librobot_vlm_ros.models.placement import dtype_name, free_bytes, move_module, usable_cores
 
 __all__ = ["Holding"]
 
@@ -29,9 +29,9 @@ class Holding(nn.Module, ABC):
     frames: FrameCache
     #: The transformers model; None once closed.
     module: Any
-    #: Buffers of decode steps that are kept from answer to answer (`step_pool.StepPool`).
-    _pool: Any = None
-    #: For which `_weights` a vision tower was made arithmetic of, and that (`davit_pass.DavitPass`)
+    #: Buffers of decode steps that are kept from answer to answer (`GraphRunner`).
+    _runner: Any = None
+    #: For which `_weights` a vision tower was made arithmetic of, and that (`FastDavit`)
     #: or None where it could not be.
     _tower: tuple[Any, Any] | None = None
     #: `states` of the weights that the features in `frames` were made with; the same object for as
@@ -77,7 +77,7 @@ class Holding(nn.Module, ABC):
         called while another thread is in `run`. Raises what `prepare` would raise for the frame.
         """
         with torch.inference_mode(), ahead_of(self.torch_device):
-            self.frames.held(frame).prepare(self._pixels)
+            self.frames.lookup(frame).prepare(self._pixels)
 
     def input_size(self, width: int, height: int) -> tuple[int, int] | None:
         """Width and height that an image of this size is brought to; None where the number of
@@ -90,14 +90,14 @@ class Holding(nn.Module, ABC):
         (`misses`), frames prepared before their first request (`ahead`).
         """
         frames = self.frames
-        return {"hits": frames.hits, "misses": frames.misses, "ahead": frames.ahead}
+        return {"hits": frames.hits, "misses": frames.misses, "ahead": frames.prefetched}
 
     def free_caches(self) -> None:
         """Give back what is only kept to be quick: features of frames, and on a GPU buffers and
         the memory that torch holds for the next request. Answers stay the same.
         """
         self.frames.clear()
-        self._pool = self._tower = None
+        self._runner = self._tower = None
         if self.module is not None and self.device.startswith("cuda"):
             torch.cuda.empty_cache()
 
@@ -108,7 +108,7 @@ class Holding(nn.Module, ABC):
     def close(self) -> None:
         """Free the weights; requests get MODEL_NOT_LOADED from here on."""
         on_gpu = self.module is not None and self.device.startswith("cuda")
-        self.module = self._pool = self._tower = None
+        self.module = self._runner = self._tower = None
         self.frames.clear()
         if on_gpu:
             torch.cuda.empty_cache()
@@ -178,7 +178,7 @@ class Holding(nn.Module, ABC):
             self.dtype,
             dtype_name(safer),
         )
-        move(self._loaded(), dtype=safer)
+        move_module(self._loaded(), dtype=safer)
         for layer in self._loaded().modules():
             if getattr(layer, "compute_dtype", None) is not None:  # of a 4-bit layer
                 layer.compute_dtype = safer

@@ -13,7 +13,7 @@ from librobot_vlm_ros.models.abstract import AbstractVLM
 from librobot_vlm_ros.models.checkpoints.checksum import check_sha256
 from librobot_vlm_ros.models.checkpoints.hub import find_weights
 from librobot_vlm_ros.models.checkpoints.size_limits import refuse_endless
-from librobot_vlm_ros.models.placement import Placement, place
+from librobot_vlm_ros.models.placement import Placement, resolve_placement
 from librobot_vlm_ros.models.registry import model_info
 from librobot_vlm_ros.models.training.quantization import quantization_for
 
@@ -62,7 +62,7 @@ class Making(AbstractVLM):
             quantization_for(config, quantization)  # refused before the work, not after it
             asked = {"vision": config.vision_config or {}, "text": config.text_config or {}}
             refuse_endless(asked, f"the config of {name}")
-            parts = self._random_parts(config, name, place(device, dtype, attention))
+            parts = self._random_parts(config, name, resolve_placement(device, dtype, attention))
         super().__init__(parts.module, name=name, **options)
         self._take(parts)
         self._finish(

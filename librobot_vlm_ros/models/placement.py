@@ -21,9 +21,9 @@ __all__ = [
     "free_bytes",
     "is_light",
     "missing_for_flash",
-    "move",
-    "place",
+    "move_module",
     "resolve_dtype",
+    "resolve_placement",
     "threads_for",
     "usable_cores",
 ]
@@ -53,7 +53,7 @@ class Placement:
         return f"{self.device}, {dtype_name(self.dtype)}, {self.attention}"
 
 
-def place(
+def resolve_placement(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     attention: str = "auto",
@@ -67,7 +67,7 @@ def place(
     return Placement(where, kind, _resolve_attention(attention, where, kind))
 
 
-def move(
+def move_module(
     module: nn.Module, *, device: torch.device | None = None, dtype: torch.dtype | None = None
 ) -> None:
     """Bring a model to a device and a dtype, what is no part of its checkpoint to the device alone.
@@ -205,7 +205,7 @@ _LIGHT = 1 << 20
 
 
 def is_light(step: Any) -> bool:
-    """Whether one CPU thread computes a step (`LlamaStep`, `BartStep`) as fast as several."""
+    """Whether one CPU thread computes a step (`FastLlama`, `FastBart`) as fast as several."""
     return step.device.type == "cpu" and step.largest <= _LIGHT
 
 

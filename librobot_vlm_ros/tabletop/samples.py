@@ -106,7 +106,8 @@ def _relight(small: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         light = cv2.GaussianBlur(light, (3, 3), 0.6)
     if rng.random() < 0.2:
         quality = [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(55, 95))]
-        light = cv2.imdecode(cv2.imencode(".jpg", light, quality)[1], cv2.IMREAD_COLOR)
+        jpeg = cv2.imencode(".jpg", light, quality)[1]
+        return np.asarray(cv2.imdecode(jpeg, cv2.IMREAD_COLOR))
     return light
 
 

@@ -165,7 +165,9 @@ def solid(
         facing = np.cross(corner[:, 1] - corner[:, 0], corner[:, 2] - corner[:, 0])
         inward = (facing * flat_normal[triangles - base].mean(1)).sum(1) < 0
         triangles[inward] = triangles[inward][:, ::-1]
-        vertices.append(flat), normals.append(flat_normal), faces.append(triangles)
+        vertices.append(flat)
+        normals.append(flat_normal)
+        faces.append(triangles)
         base += rows * columns
     return np.concatenate(vertices) * np.array(size), np.concatenate(normals), np.concatenate(faces)
 
@@ -213,10 +215,6 @@ class World:
         self.table = self._bullet.loadURDF("table/table.urdf", useFixedBase=1)
         self.mat = self._box((0.5, 0.4, 0.001))
         self.arm: int | None = None
-
-    def close(self) -> None:
-        """Disconnect from the renderer."""
-        self._bullet.disconnect()
 
     def _box(self, half: tuple[float, float, float]) -> int:
         visual = self._bullet.createVisualShape(self._pb.GEOM_BOX, halfExtents=half)

@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import pytest
+from mcap.writer import Writer
 
 from librobot_vlm_ros.bags import BagReader
 from librobot_vlm_ros.bags.synthetic import write_rectangle_bag
@@ -221,3 +222,35 @@ def test_a_flipped_byte_anywhere_costs_a_piece_and_makes_up_nothing(
             assert set(kept) <= set(whole), place
             assert len(kept) > len(whole) / 4, place
             assert bag.lost or len(kept) == len(whole), place
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_channels_of_other_systems_are_passed_over_and_counted(
+    tmp_path: Path, together: bool
+) -> None:
+    """ROS 2 topics and protobuf in one file, in one chunk or in several."""
+    file = tmp_path / "mixed.mcap"
+    with file.open("wb") as stream:
+        writer = Writer(stream, chunk_size=1 << 20 if together else 1)
+        writer.start(profile="ros2")
+        for number, (name, encoding, data) in enumerate(
+            [("std_msgs/msg/String", "ros2msg", b"string data"), ("foo.Bar", "protobuf", b"\x0a")]
+        ):
+            schema = writer.register_schema(name, encoding, data)
+            coding = "protobuf" if number else "cdr"
+            channel = writer.register_channel(f"/topic_{number}", coding, schema)
+            for stamp_ns in range(1, 4):
+                cdr = b"\x00\x01\x00\x00\x02\x00\x00\x00a\x00"
+                writer.add_message(channel, stamp_ns, cdr, stamp_ns)
+        writer.finish()
+    with pytest.raises(BagError) as caught:
+        rows(file)
+    assert caught.value.code == ErrorCode.BAG_UNREADABLE
+    with BagReader(file, salvage=True) as bag:
+        assert [(topic.name, topic.type) for topic in bag.topics] == [
+            ("/topic_0", "std_msgs/msg/String")
+        ]
+        messages = list(bag.messages())
+        assert [message.stamp_ns for message in messages] == [1, 2, 3]
+        assert [bag.deserialize(message).data for message in messages] == ["a"] * 3
+        assert "messages of unknown topics" in bag.lost

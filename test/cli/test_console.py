@@ -51,7 +51,7 @@ def test_progress_on_a_terminal_redraws_one_line() -> None:
 
 def test_colours_only_where_they_are_wanted(monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.delenv("NO_COLOR", raising=False)
-    assert Console(Terminal()).paint("x", "1") == "\x1b[1mx\x1b[0m"
-    assert Console(io.StringIO()).paint("x", "1") == "x"
+    assert Console(Terminal()).paint("x", "bold") == "\x1b[1mx\x1b[0m"
+    assert Console(io.StringIO()).paint("x", "bold") == "x"
     monkeypatch.setenv("NO_COLOR", "1")
-    assert Console(Terminal()).paint("x", "1") == "x"
+    assert Console(Terminal()).paint("x", "bold") == "x"

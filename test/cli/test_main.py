@@ -164,10 +164,11 @@ def test_a_defect_is_shown_with_its_traceback(
 
 @pytest.mark.parametrize("words", [["--help"], ["replay", "--help"], ["models"]])
 def test_nothing_heavy_is_imported_for_it(words: list[str]) -> None:
+    heavy = ("torch", "transformers", "rclpy", "rich")
     program = (
         "import sys\nfrom librobot_vlm_ros.cli.main import main\n"
         f"try:\n    main({words!r})\nexcept SystemExit:\n    pass\n"
-        "print('HEAVY', [m for m in ('torch', 'transformers', 'rclpy') if m in sys.modules])"
+        f"print('HEAVY', [name for name in {heavy} if name in sys.modules])"
     )
     ran = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True

@@ -59,7 +59,7 @@ def doctor(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ModelDoctor]:
             made.asked = asked  # type: ignore[attr-defined]
             return (list(probed), why) if asked.get("probe") else (facts, why)
 
-        monkeypatch.setattr(doctor_model, "ask_probe", ask)
+        monkeypatch.setattr(doctor_model, "ask_torch", ask)
         made = ModelDoctor(model_info(name), weights, "auto", dtype)
         return made
 
@@ -347,15 +347,13 @@ def test_too_little_shared_memory_is_told_with_the_flag_for_containers(
 def test_people_see_lines_with_the_fix_below(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from librobot_vlm_ros.cli import doctor as command
-
     rows = [Finding("a", "ok", "fine"), Finding("b", "problem", "bad", "mend it")]
-    monkeypatch.setattr(command, "_checks", lambda info, args: [("x", lambda: rows)])
+    monkeypatch.setattr("librobot_vlm_ros.doctor.examine", lambda *_, **__: rows)
     assert main(["doctor"]) == 1
     shown = capsys.readouterr()
     assert shown.out == "ok      a: fine\nPROBLEM b: bad\n        -> mend it\n"
     assert "1 problem, 0 warnings" in shown.err
-    monkeypatch.setattr(command, "_checks", lambda info, args: [("x", lambda: rows[:1])])
+    monkeypatch.setattr("librobot_vlm_ros.doctor.examine", lambda *_, **__: rows[:1])
     assert main(["doctor"]) == 0
     assert main(["doctor", "--model", "no-such"]) == 1
     assert "UNKNOWN_MODEL(300)" in capsys.readouterr().err

@@ -5,17 +5,18 @@ from __future__ import annotations
 import itertools
 import math
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from librobot_vlm_ros.core import Region
 from librobot_vlm_ros.evaluation.metrics import (
-    best_assignment,
+    AveragePrecision,
+    average_precision,
     caption_exact,
     detection_scores,
     grounding_hit,
+    iou_matrix,
     match_boxes,
     named_objects,
 )
@@ -69,31 +70,31 @@ def test_nothing_pairs_with_nothing(predicted, truth):
     assert pairs(predicted, truth) == []
 
 
-matrices = st.integers(1, 4).flatmap(
-    lambda rows: st.integers(1, 4).flatmap(
-        lambda columns: st.lists(
-            st.lists(st.integers(0, 50), min_size=columns, max_size=columns),
-            min_size=rows,
-            max_size=rows,
-        )
-    )
+side = st.integers(1, 12).map(float)
+start = st.integers(0, 8).map(float)
+box_lists = st.lists(
+    st.builds(lambda x, y, w, h: (x, y, x + w, y + h), start, start, side, side),
+    min_size=1,
+    max_size=4,
 )
 
 
-@given(matrices)
-def test_the_assignment_is_as_good_as_the_best_of_all(weights):
-    matrix = np.array(weights, float)
-    found = best_assignment(matrix)
-    rows, columns = matrix.shape
+@given(box_lists, box_lists, st.sampled_from([0.1, 0.3, 0.5]))
+def test_the_matching_is_as_good_as_the_best_of_all(predicted, truth, threshold):
+    """Most pairs, and the largest sum of IoU among those, by trying every way to pair."""
+    found = match_boxes(predicted, truth, iou_threshold=threshold)
+    assert len({m.predicted for m in found}) == len({m.truth for m in found}) == len(found)
+    overlaps = iou_matrix(predicted, truth)
+    rows, columns = overlaps.shape
     size = min(rows, columns)
-    assert len(found) == size
-    assert len({row for row, _ in found}) == len({column for _, column in found}) == size
     best = max(
-        sum(matrix[row, column] for row, column in zip(chosen, order, strict=True))
+        (sum(shared >= threshold for shared in picked), sum(s for s in picked if s >= threshold))
         for chosen in itertools.combinations(range(rows), size)
         for order in itertools.permutations(range(columns), size)
+        for picked in [[overlaps[pair] for pair in zip(chosen, order, strict=True)]]
     )
-    assert sum(matrix[row, column] for row, column in found) == best
+    assert len(found) == best[0]
+    assert sum(match.iou for match in found) == pytest.approx(best[1])
 
 
 def test_detection_scores_of_two_frames_counted_by_hand():
@@ -158,3 +159,43 @@ def test_a_caption_is_exact_when_nothing_is_missing_or_invented():
     assert not caption_exact(caption, ["duck", "red cube", "box"], VOCABULARY)
     assert caption_exact("an empty table", [], VOCABULARY)
     assert named_objects("anything", []) == frozenset()
+
+
+def scored(label, score, *box):
+    return Region(label, score, *box)
+
+
+def test_average_precision_of_a_ranking_worked_out_by_hand():
+    """Right, wrong, right (at IoU 0.8): precision 1 up to recall 1/2, then 2/3, read at the 101
+    recalls 0, 0.01 ... 1, of which 51 are within the first half.
+    """
+    truth = [region("duck", 0, 0, 10, 10), region("duck", 50, 0, 60, 10)]
+    found = [
+        scored("duck", 0.9, 0, 0, 10, 10),
+        scored("duck", 0.8, 100, 100, 110, 110),
+        scored("duck", 0.7, 50, 0, 60, 8),
+    ]
+    both, first = (51 + 50 * 2 / 3) / 101, 51 / 101
+    scores = average_precision([(found, truth)])
+    assert scores.ap50 == pytest.approx(both)
+    assert scores.ap75 == pytest.approx(both)
+    assert scores.ap == pytest.approx((7 * both + 3 * first) / 10)  # 0.50 to 0.80 and above
+
+
+def test_average_precision_ranks_over_frames_and_averages_over_labels():
+    duck, mug = region("duck", 0, 0, 10, 10), region("mug", 20, 0, 30, 10)
+    good, bad = scored("duck", 0.6, *duck.box), scored("duck", 0.9, 40, 40, 50, 50)
+    frames = [([good], [duck, mug]), ([bad, scored("ball", 0.9, 0, 0, 5, 5)], [])]
+    # The duck comes behind a worse box of another frame; the mug is not found; balls count nowhere.
+    assert average_precision(frames).ap50 == pytest.approx((0.5 + 0.0) / 2)
+    best = [([scored("duck", 0.1, *duck.box), scored("mug", 0.2, *mug.box)], [duck, mug])]
+    assert average_precision(best) == AveragePrecision(1.0, 1.0, 1.0)
+
+
+def test_average_precision_with_nothing_to_find_or_nothing_found():
+    duck = scored("duck", 0.5, 0, 0, 10, 10)
+    assert average_precision([([], [])]).ap == 1.0
+    assert average_precision([([duck], [])]).ap == 0.0
+    assert average_precision([([], [duck])]).ap == 0.0
+    with pytest.raises(ValueError, match="score of 'duck' in frame 0"):
+        average_precision([([region("duck", 0, 0, 1, 1)], [duck])])

@@ -12,10 +12,14 @@ pytest.importorskip("torch")
 from librobot_vlm_ros.tabletop.labels import KINDS
 from librobot_vlm_ros.tabletop.layers import Layer, compose, load_view, save_view
 from librobot_vlm_ros.tabletop.network import CELLS, IMAGE_SIZE
-from librobot_vlm_ros.tabletop.reader import cells_to_keep, location_basis
 from librobot_vlm_ros.tabletop.samples import jitter, parts
 from librobot_vlm_ros.tabletop.scenes import visible_objects
-from librobot_vlm_ros.tabletop.train_text import random_layout, truth_features
+from librobot_vlm_ros.tabletop.train_text import (
+    cells_to_keep,
+    location_basis,
+    random_layout,
+    truth_features,
+)
 from librobot_vlm_ros.tabletop.train_tower import KIND, owner_targets
 
 

@@ -26,7 +26,7 @@ from librobot_vlm_ros.models.checkpoints.progress import LoggedProgress
 from librobot_vlm_ros.models.checkpoints.shards import iterate_tensors, read_config, weight_files
 from librobot_vlm_ros.models.checkpoints.size_limits import refuse_oversized
 from librobot_vlm_ros.models.configuration import check_integer
-from librobot_vlm_ros.models.placement import Placement, dtype_name, move, place
+from librobot_vlm_ros.models.placement import Placement, dtype_name, move_module, resolve_placement
 
 __all__ = [
     "CheckpointLayout",
@@ -122,7 +122,7 @@ def load_module(
     WEIGHTS_NOT_FOUND, BAD_CONFIG, WEIGHTS_CORRUPT, UNSAFE_CHECKPOINT, SHAPE_MISMATCH, KEY_MISMATCH,
     NAN_WEIGHTS, DTYPE_UNSUPPORTED, LOAD_CANCELLED, and what `placement.place` raises.
     """
-    where = place(device, dtype, attention)
+    where = resolve_placement(device, dtype, attention)
     root = Path(folder).expanduser()
     config = read_config(root)
     layout = find_layout(config)
@@ -179,7 +179,7 @@ def build_random(plan: LoadPlan, where: Placement) -> Any:
     """The planned model with random weights, in eval mode."""
     with _build_lock:
         module = _construct(plan, where)
-    move(module, device=where.device, dtype=where.dtype)
+    move_module(module, device=where.device, dtype=where.dtype)
     return module.eval()
 
 

@@ -31,29 +31,28 @@ from librobot_vlm_ros.models.answering import Job, again_in_safer_dtype
 from librobot_vlm_ros.models.cache.image_features import (
     FrameEntry,
     ImageFeatures,
-    joined,
-    vectors_of,
+    concat_features,
+    pad_features,
 )
 from librobot_vlm_ros.models.cache.prefix import PrefixCache
 from librobot_vlm_ros.models.checkpoints.loading import LoadPlan, build_random
 from librobot_vlm_ros.models.families.input_ids import IGNORED, token_rows
 from librobot_vlm_ros.models.families.preprocess import as_pixels, normalise, to_views
 from librobot_vlm_ros.models.generation.causal_decoder import (
-    Asked,
     CausalDecoder,
-    deep_inputs,
-    embed_row,
-    pad_places,
+    PromptBatch,
+    deepstack_inputs,
+    merge_embeddings,
+    merge_order,
+    pad_position_ids,
     pad_rows,
-    read_behind,
-    weave,
+    prefix_prefill,
 )
-from librobot_vlm_ros.models.generation.config import Generated, GenerationConfig, Grammar
-from librobot_vlm_ros.models.generation.constraints.box_syntax import Notation
-from librobot_vlm_ros.models.generation.constraints.token_grammar import notation_grammar
+from librobot_vlm_ros.models.generation.config import Generated, GenerationConfig, TokenConstraint
+from librobot_vlm_ros.models.generation.constraints.box_syntax import BoxSyntax
+from librobot_vlm_ros.models.generation.constraints.syntax_constraint import syntax_constraint
 from librobot_vlm_ros.models.generation.decoder import Decoder
-from librobot_vlm_ros.models.generation.fast.llama import LlamaStep
-from librobot_vlm_ros.models.generation.fast.step_decoders import CausalStepDecoder
+from librobot_vlm_ros.models.generation.fast.llama import FastCausalDecoder, FastLlama
 from librobot_vlm_ros.models.generation.streaming import TokenSpans, geometric_mean
 from librobot_vlm_ros.models.making import Making
 from librobot_vlm_ros.models.placement import Placement
@@ -129,14 +128,14 @@ class CausalImages(Making):
         Where images of a batch become different numbers of vectors, N is the largest, and the rows
         of others are padded with zeros at the end.
         """
-        return vectors_of(self._seen(images))
+        return pad_features(self._seen(images))
 
     def _seen(self, images: Any) -> list[ImageFeatures]:
         """What is seen in each row of anything that holds images (see `encode_image`)."""
         if not self.one_size:
             rows = self._prepared_rows(images)
             found = iter(self._look([image for row in rows for image in row]))
-            return [joined([next(found) for _ in row]) for row in rows]
+            return [concat_features([next(found) for _ in row]) for row in rows]
         views = to_views(self._fitted(images), self.images, self.torch_device, self.torch_dtype)
         height, width = views.shape[-2:]
         if (height, width) != (self.images.height, self.images.width):
@@ -148,7 +147,8 @@ class CausalImages(Making):
             )
         features = self._see(views.flatten(0, 1)).unflatten(0, views.shape[:2])
         return [
-            joined([ImageFeatures(view, (len(view),), (None,)) for view in row]) for row in features
+            concat_features([ImageFeatures(view, (len(view),), (None,)) for view in row])
+            for row in features
         ]
 
     def _prepared_rows(self, images: Any) -> list[list[Any]]:
@@ -317,14 +317,14 @@ class CausalTensors(CausalWords):
     #: Tokens of an answer where a request does not say.
     default_new_tokens = 512
     #: Number of the first position.
-    first_place = 0
+    first_position = 0
     #: Whether every place of a prompt sees all of it, and only the answer is read in order.
     prefix_attention = False
     #: Whether the image stands in front of the begin token, too.
     image_leads = False
 
     def _take(self, parts: CausalParts) -> None:
-        self.module, self._pool = parts.module, None
+        self.module, self._runner = parts.module, None
         self.images = parts.images
         self.tokenizer = parts.tokenizer
         self.config = parts.module.config
@@ -333,10 +333,10 @@ class CausalTensors(CausalWords):
     # What a family fills in.
 
     def _order(self, row: Sequence[int], counts: Sequence[int]) -> list[int]:
-        """Where each place of a row comes from (see `weave`)."""
+        """Where each place of a row comes from (see `merge_order`)."""
         text = self.config.text_config
         begin = None if self.image_leads else getattr(text, "bos_token_id", None)
-        return weave(row, counts, self.config.image_token_id, begin)
+        return merge_order(row, counts, self.config.image_token_id, begin)
 
     def _places(self, order: Sequence[int], seen: ImageFeatures | None) -> Tensor | None:
         """Numbers of a row's places, int64 [T, A] for A axes; None counts 0, 1, 2 ...
@@ -453,7 +453,7 @@ class CausalTensors(CausalWords):
     def _rows(
         self, seen: Sequence[ImageFeatures] | None, rows: Sequence[Sequence[int]]
     ) -> tuple[list[Tensor], list[list[int]]]:
-        """Vectors [T, D] of each row, and where each comes from (see `weave`)."""
+        """Vectors [T, D] of each row, and where each comes from (see `merge_order`)."""
         if seen is not None and len(seen) != len(rows):
             raise RequestError(
                 ErrorCode.BAD_PARAMETER, f"{len(seen)} images for {len(rows)} prompts"
@@ -469,7 +469,7 @@ class CausalTensors(CausalWords):
                 ErrorCode.EMPTY_PROMPT, "there is a row with neither words nor an image"
             )
         vectors = [
-            embed_row(table, row, order, None if one is None else one.vectors)
+            merge_embeddings(table, row, order, None if one is None else one.vectors)
             for row, order, one in zip(rows, orders, found, strict=True)
         ]
         return vectors, orders
@@ -492,10 +492,10 @@ class CausalTensors(CausalWords):
         """Last states [B, T, D], padded at the end, and where each place comes from."""
         vectors, orders = self._rows(seen, rows)
         inputs, mask = pad_rows(vectors, "right")
-        types: dict[str, Any] = deep_inputs(orders, seen, "right", mask.device)
+        types: dict[str, Any] = deepstack_inputs(orders, seen, "right", mask.device)
         places = self._numbered(orders, seen)
         if places is not None:
-            types["position_ids"] = pad_places(places, "right")
+            types["position_ids"] = pad_position_ids(places, "right")
         if self.prefix_attention:
             # 0 is read as a whole, 1 in order: from the first label on, or a model would see it.
             kinds = torch.zeros_like(mask)
@@ -517,25 +517,25 @@ class CausalTensors(CausalWords):
         vectors, orders = self._rows(seen, rows)
         history = torch.zeros((len(rows), 0), dtype=torch.int64, device=self.torch_device)
         length = max(map(len, vectors)) + new_tokens
-        pool = self._step_pool(LlamaStep, self.language_model, self.module.lm_head, length)
+        pool = self._graph_runner(FastLlama, self.language_model, self.module.lm_head, length)
         numbers = self._numbered(orders, seen)
         # A module that is not plain may have adapters that come and go: nothing of it is kept.
         if frames is None or pool is None or self.prefix_attention:
-            deep = deep_inputs(orders, seen, "left", self.torch_device)
-            decoder = self._read(vectors, places=numbers, extra=deep)
+            deep = deepstack_inputs(orders, seen, "left", self.torch_device)
+            decoder = self._read(vectors, position_ids=numbers, extra=deep)
         else:
             assert seen is not None
-            asked = Asked(vectors, orders, rows, seen, frames, numbers)
-            decoder = read_behind(self.prefixes, asked, self._read)
-        return decoder if pool is None else CausalStepDecoder(pool, decoder), history
+            asked = PromptBatch(vectors, orders, rows, seen, frames, numbers)
+            decoder = prefix_prefill(self.prefixes, asked, self._read)
+        return decoder if pool is None else FastCausalDecoder(pool, decoder), history
 
     def _read(self, vectors: Sequence[Tensor], **options: Any) -> CausalDecoder:
         return CausalDecoder(
             self._reader,
             self.module.lm_head,
             vectors,
-            first_place=self.first_place,
-            prefix=self.prefix_attention,
+            first_position=self.first_position,
+            prefix_attention=self.prefix_attention,
             **options,
         )
 
@@ -554,7 +554,7 @@ class CausalVLM(CausalTensors):
     """Such a model of any family."""
 
     #: How the family writes boxes as text; None where it has tokens for them, or writes none.
-    notation: ClassVar[Notation | None] = None
+    box_syntax: ClassVar[BoxSyntax | None] = None
 
     # What a family fills in.
 
@@ -666,11 +666,11 @@ class CausalVLM(CausalTensors):
         """Text; begin, end and pad are left out."""
         return self._words().decode(ids)
 
-    def grammar(self, request: InferenceRequest) -> Grammar | None:
+    def grammar(self, request: InferenceRequest) -> TokenConstraint | None:
         """Whole boxes, where the family writes them as text."""
-        if self.notation is None or self.tokenizer is None or request.spec.output == "text":
+        if self.box_syntax is None or self.tokenizer is None or request.spec.output == "text":
             return None
-        return notation_grammar(self.tokenizer, self.notation, self._ends())
+        return syntax_constraint(self.tokenizer, self.box_syntax, self._ends())
 
     # Inside.
 

@@ -20,8 +20,8 @@ from librobot_vlm_ros.models.configuration import unreadable
 
 __all__ = [
     "EXACT",
-    "ImageSettings",
     "RESIZE",
+    "ImageSettings",
     "Resizing",
     "ahead_of",
     "as_pixels",

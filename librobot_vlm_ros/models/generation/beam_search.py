@@ -17,8 +17,8 @@ from librobot_vlm_ros.core import VlmError
 from librobot_vlm_ros.models.generation.config import (
     Generated,
     GenerationConfig,
-    Grammar,
-    Some,
+    TokenConstraint,
+    TokenSet,
     permits,
 )
 from librobot_vlm_ros.models.generation.decoder import Decoder, StopRow, TellIds, take_in
@@ -112,7 +112,7 @@ def beam_search(
     *,
     stop: StopRow,
     tell: TellIds | None,
-    grammars: Sequence[Grammar | None] = (),
+    grammars: Sequence[TokenConstraint | None] = (),
 ) -> list[Generated | VlmError]:
     """See `generate`; `history` is int64 [B, H].
 
@@ -132,7 +132,7 @@ def _search(
     history: Tensor,
     stop: StopRow,
     tell: TellIds | None,
-    grammars: Sequence[Grammar | None] = (),
+    grammars: Sequence[TokenConstraint | None] = (),
     *,
     ahead: bool,
 ) -> list[Generated | VlmError]:
@@ -256,7 +256,7 @@ def _following(
     return decoder.decode(tokens)
 
 
-def _allowed(ids: Tensor, grammars: Sequence[Grammar | None]) -> list[Some]:
+def _allowed(ids: Tensor, grammars: Sequence[TokenConstraint | None]) -> list[TokenSet]:
     """What may follow each hypothesis `ids` [B, beams, T], in the order of their rows."""
     return [
         None if grammar is None else grammar.allowed(written)
@@ -327,7 +327,7 @@ def search_in_notation(
     decoder: Decoder,
     rules: GenerationConfig,
     history: Tensor,
-    grammars: Sequence[Grammar | None],
+    grammars: Sequence[TokenConstraint | None],
     again: Again,
     *,
     stop: StopRow,
@@ -367,7 +367,7 @@ def search_in_notation(
     return found
 
 
-def fits(grammar: Grammar, answer: Generated | VlmError, rules: GenerationConfig) -> bool:
+def fits(grammar: TokenConstraint, answer: Generated | VlmError, rules: GenerationConfig) -> bool:
     """Whether an answer keeps to its grammar; tokens that the rules force are not its own."""
     assert isinstance(answer, Generated)
     ids = answer.ids

@@ -12,20 +12,20 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from librobot_vlm_ros.bench.scripted import Scripted
+from librobot_vlm_ros.bench.structured import Scripted
 from librobot_vlm_ros.core import GenerationParams
 from librobot_vlm_ros.models import create_vlm
 from librobot_vlm_ros.models.families.internvl2 import processor as internvl_prompts
 from librobot_vlm_ros.models.families.internvl2.processor import parse_boxes
 from librobot_vlm_ros.models.families.qwen_vl import processor as qwen_prompts
 from librobot_vlm_ros.models.families.qwen_vl.processor import parse_json_boxes, parse_token_boxes
-from librobot_vlm_ros.models.generation.config import Except, Some
+from librobot_vlm_ros.models.generation.config import AllExcept, TokenSet
 from librobot_vlm_ros.models.generation.constraints.box_syntax import (
     JsonBoxes,
     ListBoxes,
     TokenBoxes,
 )
-from librobot_vlm_ros.models.generation.constraints.token_grammar import notation_grammar
+from librobot_vlm_ros.models.generation.constraints.syntax_constraint import syntax_constraint
 from librobot_vlm_ros.models.generation.loop import generate
 from librobot_vlm_ros.models.testing import qwen_vl as conformance_qwen_folder
 from librobot_vlm_ros.models.testing.internvl2 import write_official
@@ -217,10 +217,10 @@ def pieces(tmp_path_factory: pytest.TempPathFactory) -> CausalTokenizer:
     )
 
 
-def holds(some: Some, token: int) -> bool:
+def holds(some: TokenSet, token: int) -> bool:
     if some is None:
         return True
-    return token not in some.tokens if isinstance(some, Except) else token in some
+    return token not in some.tokens if isinstance(some, AllExcept) else token in some
 
 
 def write(grammar: Any, tokenizer: CausalTokenizer, text: str) -> list[int]:
@@ -245,7 +245,7 @@ def end_of(tokenizer: CausalTokenizer) -> int:
 @pytest.mark.parametrize("family", sorted(NOTATIONS))
 def test_every_way_to_split_a_good_answer_is_open(tokenizer, family: str) -> None:
     for text in GOOD[family]:
-        grammar = notation_grammar(tokenizer, NOTATIONS[family][0], [end_of(tokenizer)])
+        grammar = syntax_constraint(tokenizer, NOTATIONS[family][0], [end_of(tokenizer)])
         ids = write(grammar, tokenizer, text)
         assert holds(grammar.allowed(ids), end_of(tokenizer))
         one_by_one = [i for char in text for i in tokenizer.words(char)]
@@ -259,7 +259,7 @@ def test_what_may_follow_is_what_the_notation_says(tokenizer, pieces, family: st
     notation = NOTATIONS[family][0]
     for words in (tokenizer, pieces) if family == "internvl" else (tokenizer,):
         eos = end_of(words)
-        grammar = notation_grammar(words, notation, [eos])
+        grammar = syntax_constraint(words, notation, [eos])
         known = words.notations[type(notation), (eos,)]
         bound = 0
         for text in GOOD[family]:
@@ -289,9 +289,9 @@ def test_a_box_that_is_written_at_random_is_a_box(tokenizer, pieces, family: str
     begin = {"qwen2": "<|box_start|>", "internvl": "<box>[", "qwen3": '{"bbox_2d":'}[family]
     chance = random.Random(3)
     eos = end_of(words)
-    known = notation_grammar(words, notation, [eos])._tokens
+    known = syntax_constraint(words, notation, [eos])._tokens
     for _ in range(60):
-        grammar = notation_grammar(words, notation, [eos])
+        grammar = syntax_constraint(words, notation, [eos])
         ids = write(grammar, words, begin)
         while isinstance(some := grammar.allowed(ids), tuple):
             # Blanks without end are allowed and dull.
@@ -418,10 +418,10 @@ def test_a_malformed_box_is_led_to_a_box(chatty, ask) -> None:
         found = chatty.decode_text(row.ids)
         assert found.startswith(kept), found
         assert found != text
-        state = read(chatty.notation, found)
+        state = read(chatty.box_syntax, found)
         assert state is not None
         # Behind the script a random model writes; only its length can cut a box off.
-        assert chatty.notation.ends(state) or len(row.ids) == 120
+        assert chatty.box_syntax.ends(state) or len(row.ids) == 120
 
 
 def test_tasks_of_words_are_free(chatty, ask) -> None:

@@ -13,9 +13,9 @@ from torch import nn
 from librobot_vlm_ros.core import ErrorCode, GenerationParams, ModelAnswer, ModelError
 from librobot_vlm_ros.models import create_vlm
 from librobot_vlm_ros.models.generation.config import Generated
-from librobot_vlm_ros.models.generation.fast.graph_runner import StepPool, bucket
-from librobot_vlm_ros.models.generation.fast.llama import LlamaStep
-from librobot_vlm_ros.models.generation.fast.step_decoders import BartStepDecoder, CausalStepDecoder
+from librobot_vlm_ros.models.generation.fast.bart import FastBartDecoder
+from librobot_vlm_ros.models.generation.fast.graph_runner import GraphRunner, bucket
+from librobot_vlm_ros.models.generation.fast.llama import FastCausalDecoder, FastLlama
 from librobot_vlm_ros.models.generation.loop import generate
 
 _VISION = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1}
@@ -77,7 +77,7 @@ def generated(vlm: Any, decoder: str, rows: list[list[int]], params: GenerationP
     vlm.decoder = decoder
     with vlm._answering():
         made, history = vlm._start(None, rows)
-        kind = (CausalStepDecoder, BartStepDecoder)
+        kind = (FastCausalDecoder, FastBartDecoder)
         assert isinstance(made, kind) == (decoder == "functional")
         found = generate(made, vlm.rules(params), history, seeds=[4, 5, 6][: len(rows)])
     assert all(isinstance(row, Generated) for row in found)
@@ -115,8 +115,8 @@ def test_beyond_the_length_that_a_rotary_base_grows_with_the_module_decodes(caus
         causal.decoder = "functional"
         with pytest.raises(ModelError, match="depends on the length beyond") as caught:
             causal._start(None, [[5, 6, 7]], new_tokens=room - 3)
-    assert isinstance(near, CausalStepDecoder)
-    assert not isinstance(far, CausalStepDecoder)
+    assert isinstance(near, FastCausalDecoder)
+    assert not isinstance(far, FastCausalDecoder)
     assert caught.value.code == ErrorCode.BAD_CONFIG
 
 
@@ -168,7 +168,7 @@ def test_half_precision_stays_close_to_the_module(name: str) -> None:
 
 
 def test_the_weights_are_the_modules_own(causal) -> None:
-    step = LlamaStep(causal.language_model, causal.module.lm_head)
+    step = FastLlama(causal.language_model, causal.module.lm_head)
     layer = causal.language_model.layers[1]
     assert step.layers[1].up.data_ptr() == layer.mlp.up_proj.weight.data_ptr()
     assert step.layers[1].out.data_ptr() == layer.self_attn.o_proj.weight.data_ptr()
@@ -231,28 +231,28 @@ class _Owner:
 
 
 def test_a_pool_keeps_the_buffers_that_nobody_uses_and_no_more(causal) -> None:
-    pool = StepPool(LlamaStep(causal.language_model, causal.module.lm_head))
+    pool = GraphRunner(FastLlama(causal.language_model, causal.module.lm_head))
     pool.cuda, pool.refused = True, "not here"  # the bookkeeping of CUDA, without a graph
     first, second = _Owner(), _Owner()
     with torch.inference_mode():
-        mine = pool.take(first, 3, 100)
+        mine = pool.static_cache(first, 3, 100)
         assert (mine.rows, mine.capacity) == (4, 256)
         mine.kv.fill_(1.0)
-        mine.slot.fill_(9)
-        assert pool.take(second, 3, 100) is not mine
+        mine.cache_position.fill_(9)
+        assert pool.static_cache(second, 3, 100) is not mine
         del second
-        other = pool.take(first, 4, 200)
+        other = pool.static_cache(first, 4, 200)
         assert other is not mine
         kept = id(other)
         del first, other
         third = _Owner()
-        again = pool.take(third, 4, 256)
+        again = pool.static_cache(third, 4, 256)
         assert id(again) == kept
         assert not again.kv.any()
-        assert int(again.slot) == 0
+        assert int(again.cache_position) == 0
         owners = [_Owner() for _ in range(8)]
         for number, owner in enumerate(owners):
-            pool.take(owner, 1, 256 << number % 6)
+            pool.static_cache(owner, 1, 256 << number % 6)
         assert len(pool._kept) <= 4
 
 
@@ -262,16 +262,16 @@ def test_padded_rows_of_a_pool_do_not_change_the_answers(causal) -> None:
     expected = generated(causal, "functional", rows, params)
     with causal._answering():
         made, history = causal._start(None, rows)
-        made._pool.cuda, made._pool.refused = True, "not here"
+        made._runner.cuda, made._runner.refused = True, "not here"
         found = generate(made, causal.rules(params), history)
         assert [row.ids for row in found] == [row.ids for row in expected]
-        assert made._buffers.rows == 4
+        assert made._cache.rows == 4
 
 
 def test_a_graph_that_cannot_be_captured_is_said_once_and_done_without(
     causal, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pool = StepPool(LlamaStep(causal.language_model, causal.module.lm_head))
+    pool = GraphRunner(FastLlama(causal.language_model, causal.module.lm_head))
     pool.cuda, pool.refused = True, ""
 
     def broken(*_: Any) -> None:
@@ -281,8 +281,8 @@ def test_a_graph_that_cannot_be_captured_is_said_once_and_done_without(
     owner = _Owner()
     with torch.inference_mode():
         for capacity in (100, 300):
-            buffers = pool.take(owner, 1, capacity)
-            assert pool.run(buffers).shape == (1, len(causal.module.lm_head.weight))
+            buffers = pool.static_cache(owner, 1, capacity)
+            assert pool.decode_one_token(buffers).shape == (1, len(causal.module.lm_head.weight))
     assert caplog.text.count("without a CUDA graph") == 1
     assert "capturing" in pool.refused
 

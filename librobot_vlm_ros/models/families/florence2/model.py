@@ -53,16 +53,15 @@ from librobot_vlm_ros.models.generation.config import (
     CoordinateBins,
     Generated,
     GenerationConfig,
-    Grammar,
+    TokenConstraint,
 )
 from librobot_vlm_ros.models.generation.constraints.location_tokens import (
-    BoxGrammar,
-    OutlineGrammar,
+    BoxConstraint,
+    PolygonConstraint,
 )
 from librobot_vlm_ros.models.generation.decoder import Decoder
-from librobot_vlm_ros.models.generation.fast.bart import BartStep
-from librobot_vlm_ros.models.generation.fast.davit import DavitPass, make_pass
-from librobot_vlm_ros.models.generation.fast.step_decoders import BartStepDecoder
+from librobot_vlm_ros.models.generation.fast.bart import FastBart, FastBartDecoder
+from librobot_vlm_ros.models.generation.fast.davit import FastDavit, make_fast_davit
 from librobot_vlm_ros.models.generation.sampler import columns
 from librobot_vlm_ros.models.generation.streaming import TokenSpans, geometric_mean
 from librobot_vlm_ros.models.making import Loading, Making
@@ -155,7 +154,7 @@ class FlorenceTensors(Making):
 
     def _take(self, parts: FlorenceParts) -> None:
         self.module = parts.module
-        self._pool = self._tower = None
+        self._runner = self._tower = None
         # Its blocks go over to channels last and back: convolutions that have them so save 7 %.
         self.module.model.vision_tower.to(memory_format=torch.channels_last)
         self.images = parts.images
@@ -288,13 +287,13 @@ class FlorenceTensors(Making):
         features: Tensor = model.get_image_features(pixels).pooler_output
         return features
 
-    def _pass(self) -> DavitPass | None:
+    def _pass(self) -> FastDavit | None:
         """The tower as arithmetic, over the weights as they are now; None where it cannot be."""
         if self.decoder == "module" or self.torch_device.type != "cpu":
             return None
         if self._tower is None or self._tower[0] is not self._weights:
-            self._tower = self._weights, make_pass(self.vision_encoder)
-        found: DavitPass | None = self._tower[1]
+            self._tower = self._weights, make_fast_davit(self.vision_encoder)
+        found: FastDavit | None = self._tower[1]
         return None if found is None or found.hooked else found
 
     def _start(
@@ -304,9 +303,9 @@ class FlorenceTensors(Making):
         start = self.config.text_config.decoder_start_token_id
         history = torch.full((len(rows), 1), start, dtype=torch.int64, device=self.torch_device)
         text = self.language_model.decoder
-        pool = self._step_pool(BartStep, text, self.module.lm_head)
+        pool = self._graph_runner(FastBart, text, self.module.lm_head)
         if pool is not None:
-            return BartStepDecoder(pool, hidden, mask, start), history
+            return FastBartDecoder(pool, hidden, mask, start), history
         return FlorenceDecoder(self.module, hidden, mask, start), history
 
     def _encode(
@@ -528,21 +527,21 @@ class FlorenceVLM(FlorenceTensors):
         )
         return ModelAnswer(text=spans.text, score=whole, regions=regions, malformed=malformed)
 
-    def grammar(self, request: InferenceRequest) -> Grammar | None:
+    def grammar(self, request: InferenceRequest) -> TokenConstraint | None:
         """Whole boxes, quadrangles and polygons, as the task writes them."""
         task = FLORENCE_TASKS[request.task]
         if self.tokenizer is None or task.answer == "text":
             return None
         first = self.tokenizer.first_location
         if task.answer == "polygons":
-            return OutlineGrammar(first, BINS)
+            return PolygonConstraint(first, BINS)
         if task.answer == "quads":
-            return BoxGrammar(first, BINS, size=8, ordered=False)
+            return BoxConstraint(first, BINS, size=8, ordered=False)
         # The n-gram rule may forbid what little an order leaves.
         ordered = not self.settings.no_repeat_ngram_size
         ids = self.tokenizer.tokenizer.convert_tokens_to_ids
         poly = ids("<poly>") if task.answer == "boxes_or_polygons" else None
-        return BoxGrammar(first, BINS, ordered=ordered, unless=poly)
+        return BoxConstraint(first, BINS, ordered=ordered, unless=poly)
 
     def _scale(self) -> CoordinateBins | None:
         """Locations count as right when they are within 1 % of the image's side."""

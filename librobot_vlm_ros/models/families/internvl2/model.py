@@ -66,7 +66,7 @@ class InternVLVLM(CausalVLM):
     config_class = InternVLConfig
     default_name = "internvl2-2b"
     one_size = False
-    notation = ListBoxes()
+    box_syntax = ListBoxes()
     _plan = staticmethod(plan_for)
 
     def __init__(

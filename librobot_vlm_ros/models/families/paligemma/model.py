@@ -39,8 +39,8 @@ from librobot_vlm_ros.models.families.paligemma.processor import (
     question,
 )
 from librobot_vlm_ros.models.families.preprocess import ImageSettings, image_settings, squash
-from librobot_vlm_ros.models.generation.config import Grammar
-from librobot_vlm_ros.models.generation.constraints.location_tokens import BoxGrammar
+from librobot_vlm_ros.models.generation.config import TokenConstraint
+from librobot_vlm_ros.models.generation.constraints.location_tokens import BoxConstraint
 from librobot_vlm_ros.models.generation.streaming import TokenSpans
 from librobot_vlm_ros.models.making import Loading
 from librobot_vlm_ros.models.registry import register_vlm
@@ -64,7 +64,7 @@ class PaliGemmaVLM(CausalVLM):
 
     family = "paligemma"
     default_new_tokens = 256
-    first_place = 1
+    first_position = 1
     prefix_attention = True
     image_leads = True
     config_class = PaliGemmaConfig
@@ -111,11 +111,11 @@ class PaliGemmaVLM(CausalVLM):
             raise missing_mask_decoder(f"{self.name} has no decoder for its masks")
         return super().prepare(request)
 
-    def grammar(self, request: InferenceRequest) -> Grammar | None:
+    def grammar(self, request: InferenceRequest) -> TokenConstraint | None:
         """Whole boxes; y and x in turn, so the second corner's bounds are the first one's, too."""
         if self.tokenizer is None or request.spec.output == "text":
             return None
-        return BoxGrammar(self.tokenizer.vocabulary["<loc0000>"], BINS)
+        return BoxConstraint(self.tokenizer.vocabulary["<loc0000>"], BINS)
 
     # Inside.
 

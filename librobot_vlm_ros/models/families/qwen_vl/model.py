@@ -176,7 +176,7 @@ class QwenVLM(CausalVLM):
         return torch.cat(places) if places else torch.zeros((0, 3), dtype=torch.int64)
 
     def _order(self, row: Sequence[int], counts: Sequence[int]) -> list[int]:
-        """As `weave` gives it; several views behind one mark get each its own pair of marks."""
+        """As `merge_order` gives it; several views behind one mark get a pair of marks each."""
         order = super()._order(row, counts)
         config = self.config
         at = list(row).index(config.image_token_id) if config.image_token_id in row else 0
@@ -279,7 +279,7 @@ class Qwen2VLM(QwenVLM):
     model_type = "qwen2_vl"
     system = "You are a helpful assistant."
     questions = QWEN2_TASKS
-    notation = TokenBoxes()
+    box_syntax = TokenBoxes()
     parse = staticmethod(parse_token_boxes)
 
     @staticmethod
@@ -300,7 +300,7 @@ class Qwen3VLM(QwenVLM):
     model_type = "qwen3_vl"
     system = ""
     questions = QWEN3_TASKS
-    notation = JsonBoxes()
+    box_syntax = JsonBoxes()
     parse = staticmethod(parse_json_boxes)
 
     @staticmethod

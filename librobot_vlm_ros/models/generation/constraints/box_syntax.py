@@ -3,7 +3,7 @@
 A notation says after each character whether what has been written can still become a box that the
 family's parser reads, or is lost. It follows the parser exactly: marks count however they were
 spelt, blanks stand where the parser lets them, and what stands outside of a box is free.
-`token_grammar` makes a token mask of it."""
+`syntax_constraint` makes a token mask of it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from librobot_vlm_ros.models.families.boxes import MOST_BLANKS, SCALE
 
 __all__ = [
     "BLANKS",
-    "Corners",
     "JSON_PLACES",
+    "BoxSyntax",
+    "Corners",
     "JsonBoxes",
     "ListBoxes",
-    "Notation",
     "Tail",
     "TokenBoxes",
 ]
@@ -30,7 +30,7 @@ BLANKS = " \t\n\r\f\v"
 _DIGITS = frozenset(string.digits)
 
 
-class Notation(Protocol):
+class BoxSyntax(Protocol):
     """A way to write boxes. States are opaque; the first is `start`."""
 
     start: Hashable
@@ -82,7 +82,7 @@ class Box:
         self._most = SCALE * self._unit
 
     def step(self, state: Corners, char: str) -> Corners | None:
-        """See `Notation`. A state whose item is `len(template)` is a whole box."""
+        """See `BoxSyntax`. A state whose item is `len(template)` is a whole box."""
         if state.item == len(self.template):
             return self._blank(state, char)
         wanted = self.template[state.item]
@@ -176,7 +176,7 @@ class TokenBoxes:
     _closing = Tail("<|box_", "<|object_ref_")
 
     def step(self, state: _At, char: str) -> _At | None:
-        """See `Notation`."""
+        """See `BoxSyntax`."""
         if state.where == "free":
             tail = self._opening.step(state.tail, char)
             return _At("box") if tail in self._opening.marks else _At("free", tail)
@@ -194,15 +194,15 @@ class TokenBoxes:
         return state.box.item == len(self._box.template)
 
     def ends(self, state: _At) -> bool:
-        """See `Notation`."""
+        """See `BoxSyntax`."""
         return state.where == "free" or (self._whole(state) and not state.tail)
 
     def closed(self, state: _At) -> bool:
-        """See `Notation`."""
+        """See `BoxSyntax`."""
         return state.where == "box"
 
     def fatal(self, state: _At) -> str:
-        """See `Notation`."""
+        """See `BoxSyntax`."""
         return ">" if state.tail else ""
 
 
@@ -217,7 +217,7 @@ class ListBoxes:
     _marks = Tail("<box>", "</box>", "<ref>", "</ref>")
 
     def step(self, state: _At, char: str) -> _At | None:
-        """See `Notation`."""
+        """See `BoxSyntax`."""
         if state.where == "free":
             tail = self._opening.step(state.tail, char)
             return _At("inside") if tail in self._opening.marks else _At("free", tail)
@@ -244,15 +244,15 @@ class ListBoxes:
         return _At("inside", some=1) if whole else state._replace(box=box)
 
     def ends(self, state: _At) -> bool:
-        """See `Notation`."""
+        """See `BoxSyntax`."""
         return state.where == "free" or (state.where == "inside" and bool(state.some))
 
     def closed(self, state: _At) -> bool:
-        """See `Notation`."""
+        """See `BoxSyntax`."""
         return state.where in ("open", "list")
 
     def fatal(self, state: _At) -> str:
-        """See `Notation`."""
+        """See `BoxSyntax`."""
         return "[>" if state.where == "inside" or state.tail else ""
 
 
@@ -318,7 +318,7 @@ class JsonBoxes:
     _BOXED = frozenset({"box", "list", "corners", "between", "next"})
 
     def step(self, state: _In, char: str) -> _In | None:
-        """See `Notation`."""
+        """See `BoxSyntax`."""
         where, stack = state.where, state.stack
         if where in self._BOXED:
             return self._in_box(state, char)
@@ -348,15 +348,15 @@ class JsonBoxes:
         return _closed(stack) if char == {"{": "}", "[": "]"}[stack[-1]] else None
 
     def ends(self, state: _In) -> bool:
-        """See `Notation`."""
+        """See `BoxSyntax`."""
         return state.where == "free"
 
     def closed(self, state: _In) -> bool:
-        """See `Notation`."""
+        """See `BoxSyntax`."""
         return state.where not in ("free", "string", "key") or state.escape > 0
 
     def fatal(self, state: _In) -> str:
-        """See `Notation`."""
+        """See `BoxSyntax`."""
         return "" if state.where == "free" else f'"\\{_CONTROL}'
 
     def _in_box(self, state: _In, char: str) -> _In | None:

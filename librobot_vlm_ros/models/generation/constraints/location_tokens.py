@@ -5,17 +5,17 @@ locations can follow until it is whole, and its far corner does not lie before i
 much less of the output layer has to be computed, and no box comes out that cannot be read. Only an
 answer that is cut off by its length can still end inside a box. Answers that are well formed are
 not changed; what that takes of beams is in `beam_grammar`. Boxes that are written as text have
-their grammars in `notation_grammar`.
+their grammars in `syntax_constraint`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["BoxGrammar", "OutlineGrammar"]
+__all__ = ["BoxConstraint", "PolygonConstraint"]
 
 
-class BoxGrammar:
+class BoxConstraint:
     """Four locations in a row are a box: near corner, far corner, on the same axes in turn.
 
     `first`, `count`: the tokens of the locations. `size`: locations of a shape; `ordered`: whether
@@ -36,7 +36,7 @@ class BoxGrammar:
         self._size, self._ordered, self._unless = size, ordered, unless
 
     def allowed(self, ids: Sequence[int]) -> range | None:
-        """See `decode_rules.Grammar`."""
+        """See `TokenConstraint`."""
         written = _run(ids, self._all) % self._size
         if not written or (self._unless is not None and self._unless in ids):
             return None
@@ -45,14 +45,14 @@ class BoxGrammar:
         return self._all
 
 
-class OutlineGrammar:
+class PolygonConstraint:
     """Locations in a row are the corners of a polygon: an even number, three corners at least."""
 
     def __init__(self, first: int, count: int) -> None:
         self._all = range(first, first + count)
 
     def allowed(self, ids: Sequence[int]) -> range | None:
-        """See `decode_rules.Grammar`."""
+        """See `TokenConstraint`."""
         written = _run(ids, self._all)
         return self._all if written % 2 or 0 < written < 6 else None
 

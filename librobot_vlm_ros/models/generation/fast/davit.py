@@ -18,9 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from librobot_vlm_ros.models.generation.fast.weights import UnsupportedError, plain
+from librobot_vlm_ros.models.generation.fast.weights import (
+    UnsupportedError,
+    linear_weights,
+    norm_weights,
+)
 
-__all__ = ["DavitPass", "make_pass"]
+__all__ = ["FastDavit", "make_fast_davit"]
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +56,7 @@ class _Linear:
     """x W + b, `packed` for oneDNN or as the module has it."""
 
     def __init__(self, layer: Any, packed: bool) -> None:
-        weight, self.bias = plain(layer)
+        weight, self.bias = linear_weights(layer)
         self.weight, self._packed = weight.t(), packed
         if packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), 144)
@@ -82,7 +86,7 @@ class _Half:
     heads: int
 
 
-class DavitPass:
+class FastDavit:
     """The tower [B, 3, H, W] to [B, D, h, w]; holds views of its weights, and copies of small ones.
 
     Raises UnsupportedError, with the reason, for what it does not know.
@@ -105,7 +109,7 @@ class DavitPass:
         self._window = int(config.window_size)
         self._stages = [
             (
-                _norm(embed.norm),
+                norm_weights(embed.norm),
                 bool(embed.pre_norm),
                 _conv(embed.conv),
                 [
@@ -154,10 +158,10 @@ class DavitPass:
         return x + found[:, :height, :width]
 
 
-def make_pass(tower: Any) -> DavitPass | None:
+def make_fast_davit(tower: Any) -> FastDavit | None:
     """A pass over the tower's weights; None where the module itself is to see."""
     try:
-        return DavitPass(tower)
+        return FastDavit(tower)
     except (UnsupportedError, AttributeError) as reason:
         _log.debug("%s sees through its module: %s", type(tower).__name__, reason)
         return None
@@ -185,17 +189,17 @@ def _among_channels(half: _Half, normed: Tensor, x: Tensor) -> Tensor:
 
 
 def _normed(x: Tensor, norm: _Norm) -> Tensor:
-    return torch.layer_norm(x, x.shape[-1:], norm[0], norm[1], norm[2])
+    return torch.layer_norm(x, x.shape[-1:], *norm)
 
 
 def _half(block: Any, attention: Any, packed: bool) -> _Half:
     return _Half(
         before=_conv(block.conv1, plus_input=True),
-        norm=_norm(block.norm1),
+        norm=norm_weights(block.norm1),
         qkv=_Linear(attention.qkv, packed),
         out=_Linear(attention.proj, packed),
         between=_conv(block.conv2, plus_input=True),
-        mlp_norm=_norm(block.norm2),
+        mlp_norm=norm_weights(block.norm2),
         wide=_Linear(block.ffn.fc1, packed),
         narrow=_Linear(block.ffn.fc2, packed),
         heads=int(attention.num_heads if hasattr(attention, "num_heads") else attention.groups),
@@ -214,12 +218,6 @@ def _conv(layer: Any, *, plus_input: bool = False) -> _Conv:
         weight[:, 0, weight.shape[2] // 2, weight.shape[3] // 2] += 1.0
     weight = weight.contiguous(memory_format=torch.channels_last)
     return _Conv(weight, layer.bias.detach(), layer.stride, layer.padding, layer.groups)
-
-
-def _norm(layer: Any) -> _Norm:
-    if type(layer) is not nn.LayerNorm:
-        raise UnsupportedError(f"a {type(layer).__name__} stands in a norm's place")
-    return layer.weight.detach(), layer.bias.detach(), float(layer.eps)
 
 
 def _can_pack() -> bool:
