@@ -14,7 +14,7 @@ from librobot_vlm_ros.annotate.job import TEXT_TYPE, Job, standing_tasks_under
 from librobot_vlm_ros.bags import BagMessage, BagReader
 from librobot_vlm_ros.core import BagError, ErrorCode, VlmError
 from librobot_vlm_ros.replay.message_types import IMAGE_TYPES, header_stamp_ns
-from librobot_vlm_ros.runtime.standing import RateGate
+from librobot_vlm_ros.runtime.scheduler import RateGate
 
 __all__ = ["FramePlan", "Numbering", "Planner", "in_time_order"]
 

@@ -217,12 +217,11 @@ class _SegmentWorker:
         self, batch: Sequence[tuple[int, InferenceRequest]], results: list[ResultRow]
     ) -> None:
         from librobot_vlm_ros.runtime.batch_executor import run_batch
-        from librobot_vlm_ros.runtime.requests import Ticket
-        from librobot_vlm_ros.runtime.results import make_result
+        from librobot_vlm_ros.runtime.pending_request import PendingRequest, make_result
 
         if self._should_cancel():
             raise KeyboardInterrupt
-        run = run_batch(self._backend, [Ticket(request) for _, request in batch])
+        run = run_batch(self._backend, [PendingRequest(request) for _, request in batch])
         for (number, request), outcome in zip(batch, run.outcomes, strict=True):
             result = make_result(
                 request,

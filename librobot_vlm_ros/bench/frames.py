@@ -19,7 +19,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from librobot_vlm_ros.bags import BagReader, shipped_bag
 from librobot_vlm_ros.bench.measure import Bench
-from librobot_vlm_ros.bench.models import chatty_qwen
+from librobot_vlm_ros.bench.models import chatty_qwen, published_settings
 from librobot_vlm_ros.core import Frame, GenerationParams, InferenceRequest, ModelAnswer
 from librobot_vlm_ros.models import create_vlm
 from librobot_vlm_ros.models.families.florence2.processor import FLORENCE_TASKS, build_prompt
@@ -114,16 +114,11 @@ class _Transformers:
             do_sample=False,
             num_beams=beams,
             max_length=min(settings.max_new_tokens, room) + 1,
-            decoder_start_token_id=config.text_config.decoder_start_token_id,
             bos_token_id=config.text_config.bos_token_id,
             eos_token_id=config.text_config.eos_token_id,
             pad_token_id=config.text_config.pad_token_id,
-            forced_bos_token_id=settings.forced_bos_token_id,
-            forced_eos_token_id=settings.forced_eos_token_id,
-            no_repeat_ngram_size=settings.no_repeat_ngram_size or None,
-            early_stopping=settings.early_stopping,
-            length_penalty=settings.length_penalty,
             suppress_tokens=vlm._suppressed(torch.device("cpu")).tolist(),
+            **published_settings(vlm),
         )
         device = vlm.torch_device
         with torch.inference_mode():

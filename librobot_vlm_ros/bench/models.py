@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from librobot_vlm_ros.models import create_vlm
 
-__all__ = ["Pair", "TINY", "build", "chatty_qwen", "pair_of", "qwen_words"]
+__all__ = ["Pair", "TINY", "build", "chatty_qwen", "pair_of", "published_settings", "qwen_words"]
 
 _VISION = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
 _VISION |= {"num_attention_heads": 2, "image_size": 56, "patch_size": 14}
@@ -185,15 +185,7 @@ class Pair:
         first = ends[0] if isinstance(ends, (list, tuple)) else ends
         settings["pad_token_id"] = first if text.pad_token_id is None else text.pad_token_id
         if self.florence:
-            published = vlm.settings
-            settings |= {
-                "decoder_start_token_id": text.decoder_start_token_id,
-                "no_repeat_ngram_size": published.no_repeat_ngram_size or None,
-                "forced_bos_token_id": published.forced_bos_token_id,
-                "forced_eos_token_id": published.forced_eos_token_id,
-                "early_stopping": published.early_stopping,
-                "length_penalty": published.length_penalty,
-            }
+            settings |= published_settings(vlm)
         vlm.module.generation_config = GenerationConfig()
         with torch.inference_mode():
             out = vlm.module.generate(
@@ -218,6 +210,19 @@ class Pair:
         height, width = (side // images.patch for side in image.shape[-2:])
         grid = torch.tensor([[1, height, width]], device=device)
         return {"pixel_values": cells, "image_grid_thw": grid}
+
+
+def published_settings(florence: Any) -> dict[str, Any]:
+    """What a Florence-2 checkpoint says about generation, as transformers names it."""
+    settings = florence.settings
+    return {
+        "decoder_start_token_id": florence.config.text_config.decoder_start_token_id,
+        "no_repeat_ngram_size": settings.no_repeat_ngram_size or None,
+        "forced_bos_token_id": settings.forced_bos_token_id,
+        "forced_eos_token_id": settings.forced_eos_token_id,
+        "early_stopping": settings.early_stopping,
+        "length_penalty": settings.length_penalty,
+    }
 
 
 def pair_of(name: str, device: str, new_tokens: int, **config: Any) -> Pair:

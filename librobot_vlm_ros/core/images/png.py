@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from typing import ClassVar
 
 from librobot_vlm_ros.core.errors import ErrorCode, ImageError
 
@@ -28,6 +29,7 @@ _PICTURE = frozenset(
 class PngHeader:
     """What the header chunk of a PNG says."""
 
+    kind: ClassVar[str] = "PNG"
     width: int
     height: int
     bits: int
