@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from librobot_vlm_ros.models.configuration import sizes
 from librobot_vlm_ros.models.families.internvl2.processor import INTERNVL_TASKS, SYSTEM
 from librobot_vlm_ros.models.families.preprocess import normalise
 from librobot_vlm_ros.models.testing.parts import (
@@ -47,10 +48,8 @@ __all__ = [
     "write_official",
 ]
 
-VISION: dict[str, Any] = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3}
-VISION |= {"num_attention_heads": 2, "image_size": 56, "patch_size": 14}
-TEXT: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+VISION = {**sizes(hidden=24, inner=40, layers=3, heads=2), "image_size": 56, "patch_size": 14}
+TEXT = sizes(hidden=32, inner=48, layers=2, heads=4, kv_heads=2)
 #: Tokens that take the place of pieces, and tokens that stand behind all pieces, in this order.
 _RENAMED = (
     *("<|plugin|>", "<|interpreter|>", "<|action_end|>", "<|action_start|>"),

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from librobot_vlm_ros.models.configuration import sizes
 from librobot_vlm_ros.models.families.llava.model import CLIP_MEAN, CLIP_STD
 from librobot_vlm_ros.models.families.llava.processor import BEFORE_IMAGE, LLAVA_TASKS
 from librobot_vlm_ros.models.families.preprocess import normalise
@@ -42,10 +43,13 @@ from librobot_vlm_ros.models.testing.parts import (
 __all__ = ["difference", "original_logits", "pixels", "read_weights", "write_official"]
 
 SIDE = 336
-VISION: dict[str, Any] = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3}
-VISION |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14, "projection_dim": 16}
-TEXT: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+VISION: dict[str, Any] = {
+    **sizes(hidden=24, inner=40, layers=3, heads=2),
+    "image_size": 28,
+    "patch_size": 14,
+    "projection_dim": 16,
+}
+TEXT = sizes(hidden=32, inner=48, layers=2, heads=4, kv_heads=2)
 PATCHES, EPS = 4, 1e-5
 #: Token ids; the image stands behind the first.
 IDS = [1, 300, 301, 7, 20, 33]

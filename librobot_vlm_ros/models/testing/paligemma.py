@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from librobot_vlm_ros.models.configuration import sizes
 from librobot_vlm_ros.models.families.preprocess import normalise
 from librobot_vlm_ros.models.testing.parts import (
     RandomWeights,
@@ -38,10 +39,8 @@ from librobot_vlm_ros.models.testing.parts import (
 __all__ = ["difference", "mask_decoder_weights", "original_logits", "pixels", "write_official"]
 
 SIDE = 224
-VISION: dict[str, Any] = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
-VISION |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-TEXT: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 8}
+VISION = {**sizes(hidden=24, inner=40, layers=2, heads=2), "image_size": 28, "patch_size": 14}
+TEXT = {**sizes(hidden=32, inner=48, layers=2, heads=4, kv_heads=1), "head_dim": 8}
 PATCHES, EPS = 4, 1e-6
 #: Token ids behind the image.
 IDS = [2, 30, 31, 40, 21, 35, 50]
