@@ -132,7 +132,7 @@ class CausalTokenizer:
         self._names = {vocabulary[t]: t for t in self.control_tokens if t in vocabulary}
         self._hidden = hidden
         #: What grammars have found out about the tokens, by notation.
-        self.notations: dict[Any, Any] = {}
+        self.constraint_cache: dict[Any, Any] = {}
 
     @classmethod
     def from_folder(
@@ -183,7 +183,7 @@ class CausalTokenizer:
     def hide(self, ids: Iterable[int]) -> None:
         """Show answers without these ids, too."""
         self._hidden |= frozenset(ids)
-        self.notations.clear()
+        self.constraint_cache.clear()
 
     def words(self, text: str) -> list[int]:
         """Ids of words. Raises RequestError CONTROL_TOKEN_IN_PROMPT when one is no word."""
