@@ -212,7 +212,7 @@ class FakeVlm:
             polygon = ((x_min, y_min), (x_max, y_min), (x_max, y_max), (x_min, y_max))
             box = x_min, y_min, x_max, y_max
             score = 0.5 + seed[5] / 512
-            regions.append(Region(label, score, *box, polygon if outlined else ()))
+            regions.append(Region(label, score, *box, polygon=polygon if outlined else ()))
         return tuple(regions)
 
     def _embedding(self, digest: bytes) -> EmbeddingData:
