@@ -71,7 +71,7 @@ def summarize(run: DemoRun, wall_s: float) -> Summary:
         "mean_iou": boxes.mean_iou if known else None,
         "caption_exact": _share([right is True for right in captions]),
         "grounding_hit": _share([right for right in found if right is not None]),
-        "stamps_equal": bool(run.results) and run.strangers == 0,
+        "stamps_equal": bool(run.results) and run.unmatched == 0,
         "queries_ok": sum(not answer.error for answer in run.questions),
         "frame_age_p50_s": _percentile(ages, 50),
         "frame_age_p99_s": _percentile(ages, 99),

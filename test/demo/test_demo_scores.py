@@ -50,9 +50,9 @@ def test_a_missing_answer_counts_as_wrong(run: DemoRun) -> None:
 
 
 def test_a_result_of_no_frame_that_was_sent_spoils_the_stamps(run: DemoRun) -> None:
-    run.strangers = 1
+    run.unmatched = 1
     assert summarize(run, 1.0)["stamps_equal"] is False
-    run.strangers, run.results = 0, []
+    run.unmatched, run.results = 0, []
     assert summarize(run, 1.0)["stamps_equal"] is False
 
 
