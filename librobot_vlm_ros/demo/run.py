@@ -68,7 +68,7 @@ def run_demo(model: str, bag: Path | None, image_topic: str, rate: float, out: P
 
 
 def _require_weights(info: ModelInfo) -> None:
-    from librobot_vlm_ros.models.checkpoints.local_weights import weights_present
+    from librobot_vlm_ros.models.checkpoints.hub import weights_present
 
     if weights_present(info):
         return

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from librobot_vlm_ros.core import ErrorCode, ModelError, as_vlm_error
 from librobot_vlm_ros.models import create_vlm, model_info
-from librobot_vlm_ros.models.checkpoints.local_weights import shipped_folder
+from librobot_vlm_ros.models.checkpoints.hub import shipped_folder
 from librobot_vlm_ros.models.checkpoints.path_policy import confined, confined_to
 from librobot_vlm_ros.ros.parameters.settings import Settings
 from librobot_vlm_ros.runtime import Engine, LoadReport, settle
@@ -73,7 +73,7 @@ def load_model(engine: Engine, parameters: LiveParameters) -> LoadReport:
     try:
         return future.result(settings.load_timeout_s)
     except concurrent.futures.TimeoutError:
-        engine.cancel_load()
+        engine.cancel_load(future)
         raise ModelError(
             ErrorCode.LOAD_CANCELLED,
             f"loading '{settings.model}' took longer than {settings.load_timeout_s:g} s",
@@ -139,7 +139,7 @@ def switch_model(
         settle()
         answer.set_result(finished.result())
 
-    timer = threading.Timer(timeout_s, engine.cancel_load)
+    timer = threading.Timer(timeout_s, engine.cancel_load, [loading])
     timer.daemon = True
     timer.start()
     loading.add_done_callback(done)

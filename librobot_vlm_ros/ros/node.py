@@ -56,7 +56,7 @@ from librobot_vlm_ros.ros.services.generate import GenerateAction
 from librobot_vlm_ros.ros.services.node_services import NodeServices
 from librobot_vlm_ros.ros.services.request_conversion import RequestContext, not_active, timeout_of
 from librobot_vlm_ros.runtime import CameraEvent, Engine, LoadReport, settle
-from librobot_vlm_ros.runtime.requests import busy
+from librobot_vlm_ros.runtime.pending_request import busy
 
 __all__ = ["VlmNode"]
 

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -242,43 +241,40 @@ def _descriptor(item: Parameter) -> ParameterDescriptor:
 
 
 def guard_parameter_services(node: Any) -> None:
-    """Put the checks in front of the services for setting that `node` has made of its own."""
+    """Answer the services for setting, which rclpy has made for `node`, with these checks."""
+
+    def set_each(request: Any, response: Any) -> Any:
+        parameters = request.parameters
+        if too_many := _too_many(parameters):
+            response.results = [_refused(node, too_many)] * len(parameters)
+        else:
+            response.results = [_set(node, [parameter]) for parameter in parameters]
+        return response
+
+    def set_together(request: Any, response: Any) -> Any:
+        too_many = _too_many(request.parameters)
+        response.result = _refused(node, too_many) if too_many else _set(node, request.parameters)
+        return response
+
     for service in node.services:
         if service.srv_type is SetParameters:
-            service.callback = partial(_set_each, node, service.callback)
+            service.callback = set_each
         elif service.srv_type is SetParametersAtomically:
-            service.callback = partial(_set_together, node, service.callback)
+            service.callback = set_together
 
 
-def _set_each(node: Any, answer: Callable[..., Any], request: Any, response: Any) -> Any:
-    if too_many := _too_many(request):
-        response.results = [_refused(node, too_many)] * len(request.parameters)
-        return response
-    for parameter in request.parameters:
-        wrong = _wrong(node, parameter)
-        if wrong is None:
-            one = answer(SetParameters.Request(parameters=[parameter]), SetParameters.Response())
-            response.results.extend(one.results)
-        else:
-            response.results.append(_refused(node, wrong))
-    return response
-
-
-def _set_together(node: Any, answer: Callable[..., Any], request: Any, response: Any) -> Any:
-    if too_many := _too_many(request):
-        response.result = _refused(node, too_many)
-        return response
-    for parameter in request.parameters:
+def _set(node: Any, parameters: Sequence[Any]) -> SetParametersResult:
+    """Set all of these messages, or refuse all of them."""
+    for parameter in parameters:
         wrong = _wrong(node, parameter)
         if wrong is not None:
-            response.result = _refused(node, wrong)
-            return response
-    return answer(request, response)
+            return _refused(node, wrong)
+    return node.set_parameters_atomically([RosParameter.from_parameter_msg(p) for p in parameters])
 
 
-def _too_many(request: Any) -> VlmError | None:
+def _too_many(parameters: Sequence[Any]) -> VlmError | None:
     """The error for a request that would hold up the executor for long."""
-    count = len(request.parameters)
+    count = len(parameters)
     if count <= _MOST_AT_ONCE:
         return None
     return RequestError(

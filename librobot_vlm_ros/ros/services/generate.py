@@ -27,7 +27,7 @@ from librobot_vlm_ros.core import (
 )
 from librobot_vlm_ros.ros.services.request_conversion import Host, fill_answer, make_request
 from librobot_vlm_ros.ros.services.service_thread import SERVICE_QOS
-from librobot_vlm_ros.runtime.requests import busy
+from librobot_vlm_ros.runtime.pending_request import busy
 
 __all__ = ["GenerateAction"]
 
