@@ -1,4 +1,4 @@
-"""The core: frames, requests, results, errors, images, prompts, box geometry.
+"""The core: frames, tasks, requests, results, coded errors, prompts, images.
 
 Needs the standard library, numpy and the image libraries; neither ROS nor torch.
 """

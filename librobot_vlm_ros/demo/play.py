@@ -98,7 +98,7 @@ def run_live(
         link = NodeLink(session, NODE)
         link.connect()
         live = _Live(run, session, process, link)
-        link.on_result = live.take_result
+        link.on_result = live.on_result
         link.check = process.check
         try:
             _play(live, reader, rate, console)
@@ -182,14 +182,14 @@ class _Live:
         if question is not None:
             self._ask(*question)
 
-    def take_result(self, result: ResultMessage) -> None:
+    def on_result(self, result: ResultMessage) -> None:
         """A standing task's result."""
         self.run.results.append(result)
         frame = self._by_stamp.get(result.stamp_ns)
         sent_s = frame.sent_s if frame is not None else result.arrived_s
         answer = answer_of(result.message, took_s=result.arrived_s - sent_s)
         if frame is None or not _belongs(answer, frame):
-            self.run.strangers += 1
+            self.run.unmatched += 1
             return
         frame.answers[answer.task] = answer
         if answer.error:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from librobot_vlm_ros.core import ErrorCode, ModelError, as_vlm_error
 from librobot_vlm_ros.models import create_vlm, model_info
-from librobot_vlm_ros.models.checkpoints.local_weights import shipped_folder
+from librobot_vlm_ros.models.checkpoints.hub import shipped_folder
 from librobot_vlm_ros.models.checkpoints.path_policy import confined, confined_to
 from librobot_vlm_ros.ros.parameters.settings import Settings
 from librobot_vlm_ros.runtime import Engine, LoadReport, settle

@@ -139,29 +139,24 @@ class Loader:
         Raises `VlmError`.
         """
         had_model = self.backend is not None
-        beside = self.backend is not None and self._room_for_both(self.backend, job)
-        if not beside:
-            self.unload()
-        try:
-            new, report = self._build_for(job, commit)
-        except VlmError as error:
-            if not had_model:
-                raise
-            if not beside:
-                self._restore(job, error)
-                raise
-            if error.code != ErrorCode.OUT_OF_MEMORY or job.cancelled:
-                raise
-            logger.warning("%s did not fit beside %s: freeing that first", job.name, self._name)
+        built = None
+        if self.backend is not None and self._room_for_both(self.backend, job):
+            try:
+                built = self._build_for(job, commit)
+            except VlmError as error:
+                if error.code != ErrorCode.OUT_OF_MEMORY or job.cancelled:
+                    raise
+                logger.warning("%s did not fit beside %s: freeing that first", job.name, self._name)
+        if built is None:
             self.unload()
             try:
-                new, report = self._build_for(job, commit)
-            except VlmError as second:
-                self._restore(job, second)
+                built = self._build_for(job, commit)
+            except VlmError as error:
+                if had_model:
+                    self._restore(job, error)
                 raise
         self.unload()
-        self._adopt(new, report, job.name, job.options)
-        return report
+        return self._adopt(built, job.name, job.options)
 
     def unload(self) -> None:
         """Free the model; fine when there is none."""
@@ -219,15 +214,17 @@ class Loader:
             return
         logger.warning("switching failed (%s): loading %s again", reason, self._name)
         try:
-            new, report = self._build(self._name, self._options, lambda: not job.roll_back)
-            self._adopt(new, report, self._name, self._options)
+            built = self._build(self._name, self._options, lambda: not job.roll_back)
+            self._adopt(built, self._name, self._options)
         except VlmError as error:
             logger.error("the model before, %s, cannot be loaded again: %s", self._name, error)
 
     def _adopt(
-        self, backend: VlmBackend, report: LoadReport, name: str, options: Mapping[str, Any]
-    ) -> None:
-        self.backend, self.report, self._name, self._options = backend, report, name, options
+        self, built: tuple[VlmBackend, LoadReport], name: str, options: Mapping[str, Any]
+    ) -> LoadReport:
+        self.backend, self.report = built
+        self._name, self._options = name, options
+        return built[1]
 
 
 def load_cancelled(name: str) -> ModelError:

@@ -4,8 +4,6 @@ decoded.
 
 from __future__ import annotations
 
-import functools
-import importlib
 import re
 from typing import Any
 
@@ -205,17 +203,17 @@ def decode_compressed(
     return pixels
 
 
-@functools.lru_cache(maxsize=1)
 def _opencv() -> Any:
     """Imported when the first picture is decoded: most of the package works without it."""
     try:
-        return importlib.import_module("cv2")
+        import cv2
     except ImportError as exc:
         raise ModelError(
             ErrorCode.MISSING_DEPENDENCY,
             f"OpenCV cannot be imported ({exc}), it is needed to decode JPEG and PNG",
             "Install it: 'apt install python3-opencv' or 'pip install opencv-python-headless'.",
         ) from exc
+    return cv2
 
 
 def _reduction(header: CompressedHeader, at_least: tuple[int, int] | None) -> int:

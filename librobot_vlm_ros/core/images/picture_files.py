@@ -40,7 +40,7 @@ def read_picture(path: Path, limits: Limits = DEFAULT_LIMITS) -> npt.NDArray[np.
     try:
         if data.startswith((_JPEG, _PNG)):
             return _upright(decode_compressed(data, limits=limits), data)
-        return _upright(_by_pillow(data, limits), data)
+        return _by_pillow(data, limits)
     except ImageError as error:
         raise ImageError(error.code, f"{path}: {error.message}", error.hint) from error
 
@@ -66,11 +66,12 @@ def _read(path: Path, most: int) -> bytes:
 
 
 def _by_pillow(data: bytes, limits: Limits) -> npt.NDArray[np.uint8]:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-            check_size(picture.width, picture.height, limits)  # before anything is decoded
+        with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+            check_size(file.width, file.height, limits)  # before anything is decoded
+            picture = ImageOps.exif_transpose(file)
             if picture.mode in _MODES_16_BIT:
                 grey = sixteen_to_eight(np.asarray(picture, dtype=np.uint16))
                 return np.repeat(grey[..., None], 3, axis=2)
@@ -94,7 +95,7 @@ def _by_pillow(data: bytes, limits: Limits) -> npt.NDArray[np.uint8]:
 
 
 def _upright(pixels: npt.NDArray[np.uint8], data: bytes) -> npt.NDArray[np.uint8]:
-    """Turned as the file's EXIF says; one whose EXIF is damaged is taken as it lies."""
+    """`pixels` of the file turned as its EXIF says; where that is damaged they stay as they lie."""
     from PIL import Image, ImageOps
 
     try:

@@ -13,7 +13,7 @@ from typing import Any
 from librobot_vlm_ros.core import VlmError, as_vlm_error
 from librobot_vlm_ros.models import list_vlms, model_info
 from librobot_vlm_ros.models.backend import ModelInfo
-from librobot_vlm_ros.models.checkpoints.local_weights import weights_present
+from librobot_vlm_ros.models.checkpoints.hub import weights_present
 from librobot_vlm_ros.msg import ModelDescription
 from librobot_vlm_ros.ros.services.request_conversion import Host, fill_answer, make_request
 from librobot_vlm_ros.ros.services.service_thread import Handler, Reply, ServiceThread

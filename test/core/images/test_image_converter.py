@@ -130,11 +130,9 @@ def test_a_conversion_that_fails_is_a_coded_error(install_bridge, body, code):
 def test_opencv_missing_is_a_coded_error(monkeypatch):
     from librobot_vlm_ros.core.images import compressed
 
-    compressed._opencv.cache_clear()
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(ModelError, match="opencv") as caught:
         compressed._opencv()
-    compressed._opencv.cache_clear()
     assert caught.value.code is ErrorCode.MISSING_DEPENDENCY
 
 
