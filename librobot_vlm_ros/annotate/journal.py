@@ -13,7 +13,6 @@ import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, NamedTuple
 
 from librobot_vlm_ros.annotate.plan import FramePlan
@@ -106,12 +105,7 @@ class Journal:
         self._connect()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._disconnect()
         if self._lock is not None:
             self._lock.close()
@@ -176,7 +170,7 @@ class Journal:
             rows = self._open.execute(
                 "SELECT * FROM frames WHERE segment = ? ORDER BY number", (number,)
             ).fetchall()
-            yield number, [FramePlan(*row[:9], tuple(map(int, row[9].split(",")))) for row in rows]
+            yield number, [FramePlan._make((*row[:9], _numbers(row[9]))) for row in rows]
 
     # -- the work
 
@@ -228,10 +222,12 @@ class Journal:
 
     def counts(self) -> tuple[Counter[int], Counter[int]]:
         """Results and bad frames, by error code."""
-        return tuple(  # type: ignore[return-value]
-            Counter(dict(self._open.execute(f"SELECT code, count(*) FROM {table} GROUP BY code")))
-            for table in ("results", "bad")
-        )
+
+        def count(table: str) -> Counter[int]:
+            rows = self._open.execute(f"SELECT code, count(*) FROM {table} GROUP BY code")
+            return Counter(dict(rows.fetchall()))
+
+        return count("results"), count("bad")
 
     def bad_frames(self, most: int) -> list[tuple[str, int, str]]:
         """(topic, time, why) of the first bad frames."""
@@ -240,6 +236,10 @@ class Journal:
             "ORDER BY bad.frame LIMIT ?"
         )
         return self._open.execute(text, (most,)).fetchall()
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
 
 
 def remove_work(out: Path) -> None:

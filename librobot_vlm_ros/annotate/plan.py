@@ -10,10 +10,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from librobot_vlm_ros.annotate.job import TEXT_TYPE, Job, tasks_of
+from librobot_vlm_ros.annotate.job import TEXT_TYPE, Job, standing_tasks_under
 from librobot_vlm_ros.bags import BagMessage, BagReader
 from librobot_vlm_ros.core import BagError, ErrorCode, VlmError
 from librobot_vlm_ros.replay.message_types import IMAGE_TYPES, header_stamp_ns
+from librobot_vlm_ros.runtime.scheduler import RateGate
 
 __all__ = ["FramePlan", "Numbering", "Planner", "in_time_order"]
 
@@ -81,7 +82,7 @@ class Planner:
         self._readers = readers
         self._settings = job.settings()
         self._instruction = Instruction(self._settings.instruction)
-        self._gates: dict[tuple[str, ...], object] = {}
+        self._gates: dict[tuple[str, ...], RateGate] = {}
         self.instructions: list[tuple[str, int]] = []
         self.problems: list[str] = []
         self.images = 0
@@ -121,9 +122,10 @@ class Planner:
                 number += 1
 
     def _due(self, camera: str, sequence: int, stamp_ns: int) -> tuple[int, ...]:
-        if (sequence - 1) % self._job.every:
+        options = self._job.options
+        if (sequence - 1) % options.every:
             return ()
-        if self._job.rate_hz and not self._passes(("",), camera, self._job.rate_hz, stamp_ns):
+        if options.rate_hz and not self._passes(("",), camera, options.rate_hz, stamp_ns):
             return ()
         due = []
         for index, task in enumerate(self._tasks):
@@ -135,10 +137,7 @@ class Planner:
         return tuple(due)
 
     def _passes(self, what: tuple[str, ...], camera: str, rate_hz: float, stamp_ns: int) -> bool:
-        from librobot_vlm_ros.runtime.standing import RateGate
-
         gate = self._gates.setdefault((camera, *what), RateGate(round(1e9 / rate_hz)))
-        assert isinstance(gate, RateGate)
         return gate.passes(stamp_ns)
 
     def _hear(self, reader: BagReader, message: BagMessage) -> None:
@@ -154,7 +153,7 @@ class Planner:
     def _take_instruction(self) -> None:
         now = (self._instruction.text, self._instruction.number)
         self.instructions.append(now)
-        self._tasks = tasks_of(self._settings, *now)
+        self._tasks = standing_tasks_under(self._settings, *now)
 
 
 def _stamp_of(message: BagMessage) -> int:

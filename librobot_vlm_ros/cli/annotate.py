@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from librobot_vlm_ros.cli.arguments import at_least_one, count, node_name, positive
+from librobot_vlm_ros.cli.arguments import (
+    add_model_arguments,
+    add_node_argument,
+    at_least_one,
+    count,
+    positive,
+)
+from librobot_vlm_ros.console import Console
 
 if TYPE_CHECKING:
-    pass
+    from librobot_vlm_ros.annotate.job import Options
 
 _MOST_WORKERS = 64
 
@@ -78,9 +88,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     output.add_argument(
         "--storage", choices=("mcap", "db3"), help="of the new bag (default: as the first bag's)"
     )
-    output.add_argument(
-        "--node", type=node_name, default="/vlm", help="names the result topics (default /vlm)"
-    )
+    add_node_argument(output, "names the result topics")
     output.add_argument(
         "--overwrite", action="store_true", help="begin anew and replace OUT_BAG if there is one"
     )
@@ -93,12 +101,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _configure_model(model: Any) -> None:
-    model.add_argument("--model", default="florence-2-base", help="default florence-2-base")
-    model.add_argument("--weights", default="", help="folder or hub id (default: the model's own)")
+    add_model_arguments(model)
     model.add_argument("--model-config", default="", metavar="JSON", help="the model's settings")
-    model.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    model.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16")
-    model.add_argument("--quantization", default="none", help="none, int8, nf4")
     model.add_argument(
         "--batch", type=at_least_one, default=8, metavar="N", help="frames at once (default 8)"
     )
@@ -127,10 +131,60 @@ def _workers(text: str) -> int:
 
 def main(args: argparse.Namespace) -> int:
     """Annotate; 1 when no frame got an answer."""
-    from librobot_vlm_ros.annotate.run import annotate
-
     if len(args.bags) < 2:
         argparse.ArgumentParser(prog="librobot-vlm annotate").error(
             "expected at least one bag to read and last the one to write"
         )
-    return annotate(args)
+    from librobot_vlm_ros.annotate.run import annotate
+
+    console = Console(sys.stderr if args.json else None)
+    summary = annotate(_options(args), console)
+    if summary is None:
+        out = str(args.bags[-1])
+        console.line(f"{out} is finished already")
+        if args.json:
+            print(json.dumps({"out": out, "finished_before": True}))
+        return 0
+    rows = [(name, str(number)) for name, number in sorted(summary.topics.items())]
+    console.table(rows, header=("topic", "messages"), right="lr")
+    console.line(
+        f"{summary.frames} frames ({summary.bad_frames} bad), {summary.results} results, "
+        f"{summary.seconds:.1f} s: {summary.out}"
+    )
+    if args.json:
+        print(json.dumps(dataclasses.asdict(summary), indent=2))
+    return 1 if summary.frames and summary.results == summary.failed_results else 0
+
+
+def _options(args: argparse.Namespace) -> Options:
+    from librobot_vlm_ros.annotate.job import Options
+
+    return Options(
+        bags=tuple(args.bags[:-1]),
+        out=args.bags[-1],
+        parameters={
+            "model": args.model,
+            "weights": args.weights,
+            "model_config": args.model_config,
+            "device": args.device,
+            "dtype": args.dtype,
+            "quantization": args.quantization,
+            "tasks": tuple(args.tasks),
+            "instruction": args.instruction,
+            "max_batch": args.batch,
+            "max_new_tokens": args.max_new_tokens,
+            "num_beams": args.num_beams,
+            "min_score": args.min_score,
+            "allow_depth": args.allow_depth,
+        },
+        topics=tuple(args.topics),
+        instruction_topic=args.instruction_topic,
+        node=args.node,
+        every=args.every,
+        rate_hz=args.rate,
+        salvage=args.salvage,
+        storage=args.storage,
+        workers=args.workers,
+        overwrite=args.overwrite,
+        resume=args.resume,
+    )

@@ -125,9 +125,9 @@ def _parser(
 def _report(command: str, error: Exception, flags: Collection[str]) -> int:
     """Print a coded error; with its traceback when it is a defect of ours."""
     from librobot_vlm_ros.core import ErrorCode, as_vlm_error
-    from librobot_vlm_ros.ros.rcl_errors import known_refusal
+    from librobot_vlm_ros.ros.rcl_errors import coded_rcl_error
 
-    coded = known_refusal(error) or as_vlm_error(error)
+    coded = coded_rcl_error(error) or as_vlm_error(error)
     if coded.code == ErrorCode.INTERNAL:
         traceback.print_exception(type(error), error, error.__traceback__)
     if coded.code == ErrorCode.MISSING_DEPENDENCY and _is_of_ros(error):

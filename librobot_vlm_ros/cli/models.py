@@ -78,7 +78,7 @@ def _sha256(folder: Path) -> int:
 
 
 def _list(infos: list[ModelInfo], as_json: bool, asked: list[str]) -> int:
-    from librobot_vlm_ros.models.checkpoints.local_weights import weights_present
+    from librobot_vlm_ros.models.checkpoints.hub import weights_present
 
     if as_json:
         print(json.dumps([_as_dict(info, weights_present(info)) for info in infos], indent=2))

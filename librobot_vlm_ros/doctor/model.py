@@ -89,7 +89,7 @@ class ModelDoctor:
 
     def check_weights(self) -> Iterator[Finding]:
         """Whether they are here, and where."""
-        from librobot_vlm_ros.models.checkpoints.local_weights import (
+        from librobot_vlm_ros.models.checkpoints.hub import (
             downloaded,
             is_hub_id,
             shipped_folder,

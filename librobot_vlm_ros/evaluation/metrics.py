@@ -183,7 +183,8 @@ def average_precision(
 
     pairs = list(frames)
     labels = sorted({region.label for pair in pairs for part in pair for region in part})
-    truth, found = [], []
+    truth: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
     for frame, (predicted, expected) in enumerate(pairs):
         for region in expected:
             entry = _coco_box(region, frame, labels)

@@ -1,4 +1,4 @@
-"""The process made ready for big images before any DDS is there: shared memory, allocator."""
+"""Make the process ready for big images before any DDS is there: shared memory, allocator."""
 
 from __future__ import annotations
 
@@ -131,19 +131,13 @@ def segment_bytes(profile: Path | None) -> int | None:
         tree = ElementTree.parse(profile)
     except ElementTree.ParseError as error:
         raise ValueError(f"it is no XML: {error}") from error
-    found: list[int] = []
-    kinds = []
-    for item in tree.iter():
-        if item.tag.rpartition("}")[2] != "transport_descriptor":
-            continue
-        fields = {part.tag.rpartition("}")[2]: (part.text or "").strip() for part in item}
-        kinds.append(fields.get("type", ""))
-        if kinds[-1] == "SHM":
-            found.append(int(fields.get("segment_size", DEFAULT_SEGMENT_BYTES)))
+    found = [
+        int(item.findtext("{*}segment_size") or DEFAULT_SEGMENT_BYTES)
+        for item in tree.iterfind(".//{*}transport_descriptor")
+        if (item.findtext("{*}type") or "").strip() == "SHM"
+    ]
     built_in = [
-        (item.text or "").strip().lower()
-        for item in tree.iter()
-        if item.tag.rpartition("}")[2] == "useBuiltinTransports"
+        (item.text or "").strip().lower() for item in tree.iterfind(".//{*}useBuiltinTransports")
     ]
     if not found and "false" in built_in:
         return None

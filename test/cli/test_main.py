@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from librobot_vlm_ros import __version__
 from librobot_vlm_ros.bags.synthetic import write_rectangle_bag
@@ -133,8 +134,7 @@ def test_a_bag_that_is_cut_off_is_refused_with_its_code(tmp_path: Path, capsys: 
 def test_a_demo_of_a_model_without_weights_says_so_and_leaves_nothing(
     tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "no-hub"))
-    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "no-hub"))
     write_rectangle_bag(tmp_path / "bag", 1)
     words = ["demo", "--model", "florence-2-base", "--bag", str(tmp_path / "bag")]
     assert main([*words, "--out", str(tmp_path / "out")]) == 1

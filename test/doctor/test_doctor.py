@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 from librobot_vlm_ros.cli.main import main
 from librobot_vlm_ros.doctor import model as doctor_model
@@ -20,7 +21,7 @@ from librobot_vlm_ros.doctor.child_process import ask_python, last_words
 from librobot_vlm_ros.doctor.finding import Finding, found_by
 from librobot_vlm_ros.doctor.model import MINIMUM, ModelDoctor
 from librobot_vlm_ros.models import model_info
-from librobot_vlm_ros.models.checkpoints import local_weights as weights_here
+from librobot_vlm_ros.models.checkpoints.hub import weights_present
 from librobot_vlm_ros.ros import dds as transport
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -256,7 +257,7 @@ def test_an_index_of_shards_that_is_none_is_told(
 def test_weights_that_are_not_here_are_told_with_the_command(
     doctor: Callable[..., ModelDoctor], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
 
     def weights(name: str = "florence-2-base", source: str = "") -> Finding:
@@ -275,11 +276,12 @@ def test_weights_that_are_not_here_are_told_with_the_command(
     assert "weights:=" in weights().fix
     snapshot = tmp_path / "hub" / "models--microsoft--Florence-2-base" / "snapshots" / "x"
     snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
     (snapshot / "model.safetensors").write_bytes(b"x")
     assert weights().status == "problem"  # another revision than the pinned one
     snapshot.rename(snapshot.with_name(str(base.pinned_revision)))
     assert weights().status == "ok"
-    assert weights_here.weights_present(base)
+    assert weights_present(base)
     refs = snapshot.parents[1] / "refs"
     refs.mkdir()
     (refs / "trial").write_text(str(base.pinned_revision))

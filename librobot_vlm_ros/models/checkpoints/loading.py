@@ -1,4 +1,4 @@
-"""Checkpoint folders to models: whatever layout they are in, checked as they are read.
+"""Load a checkpoint folder of any known layout into a transformers model, checked as it is read.
 
 A `CheckpointLayout` says how to recognise a folder by its config.json, which transformers model it
 becomes, and what each of its keys is called there. Loading goes tensor by tensor: each is
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
 from librobot_vlm_ros.models.catalog import CATALOG
+from librobot_vlm_ros.models.checkpoints.key_mapping import Convert
 from librobot_vlm_ros.models.checkpoints.progress import LoggedProgress
 from librobot_vlm_ros.models.checkpoints.shards import iterate_tensors, read_config, weight_files
 from librobot_vlm_ros.models.checkpoints.size_limits import refuse_oversized
@@ -33,14 +34,12 @@ __all__ = [
     "build_empty",
     "build_random",
     "expect_rank",
+    "find_layout",
     "load_module",
     "register_layout",
 ]
 
 _log = logging.getLogger(__name__)
-
-#: Gives (native key, tensor) for each that a checkpoint tensor becomes; nothing means dropped.
-Convert = Callable[[str, Tensor], Iterable[tuple[str, Tensor]]]
 
 #: transformers switches initialisation off for the whole process while a model is built empty.
 _build_lock = threading.Lock()
@@ -82,6 +81,9 @@ class CheckpointLayout:
     matches: Callable[[Mapping[str, Any]], bool]
     #: (config.json, folder) -> plan. Raises ModelError BAD_CONFIG.
     plan: Callable[[dict[str, Any], Path], LoadPlan]
+    #: (config.json, folder) -> files of weights that are loaded beside the folder's own, by names
+    #: that their place does not change. Raises ModelError where one is missing.
+    companions: Callable[[dict[str, Any], Path], Mapping[str, Path]] = lambda config, folder: {}
 
 
 _layouts: dict[str, CheckpointLayout] = {}

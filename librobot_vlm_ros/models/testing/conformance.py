@@ -183,7 +183,7 @@ def _parameters(info: ModelInfo, hooks: Any) -> int:
     with torch.device("meta"):
         module = plan.model_class(plan.config)
     module.tie_weights()
-    return sum(parameter.numel() for parameter in module.parameters()) - added(module)
+    return sum(int(parameter.numel()) for parameter in module.parameters()) - added(module)
 
 
 def _conversion(hooks: Any, folder: Path) -> float:
@@ -197,7 +197,7 @@ def _picture(height: int, width: int) -> npt.NDArray[np.uint8]:
     random = np.random.default_rng(height * width)
     noise = random.integers(0, 256, (height, width, 3))
     slope = np.linspace(0, 255, width)[None, :, None]
-    return ((noise + slope) / 2).round().astype(np.uint8)
+    return np.rint((noise + slope) / 2).astype(np.uint8)
 
 
 def _pixels(hooks: Any, vlm: Any) -> float:

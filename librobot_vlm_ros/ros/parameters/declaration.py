@@ -16,10 +16,17 @@ from typing import Any
 
 from librobot_vlm_ros.core import ErrorCode, RequestError, shortened
 
-__all__ = ["Parameter", "Value", "When", "declared", "parameter", "parameter_table"]
+__all__ = ["Parameter", "Value", "When", "declared", "parameter", "parameter_table", "ros_value"]
 
 Value = bool | int | float | str | tuple[str, ...]
 _KEY = "ros_parameter"
+
+
+def ros_value(value: object) -> object:
+    """A value as rclpy and launch_ros take it: to them an empty list is one of no type. Blank
+    entries are left out again by `Parameter.converted`.
+    """
+    return list(value) or [""] if isinstance(value, tuple) else value
 
 
 class When(str, Enum):
@@ -69,17 +76,17 @@ class Parameter:
 
     def checked(self, value: object) -> Value:
         """`value` as this parameter holds it. Raises `RequestError` (BAD_PARAMETER)."""
-        value = self.converted(value)
-        right = type(value) is type(self.default)
-        if isinstance(value, tuple):
-            right = right and all(isinstance(entry, str) for entry in value)
+        found: Value = self.converted(value)
+        right = type(found) is type(self.default)
+        if isinstance(found, tuple):
+            right = right and all(isinstance(entry, str) for entry in found)
         if not right:
-            raise self._error(value, f"expected {_ARTICLE[self.type_name]}")
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            self._check_number(value)
-        if isinstance(value, str):
-            self._check_text(value)
-        return value
+            raise self._error(found, f"expected {_ARTICLE[self.type_name]}")
+        if isinstance(found, (int, float)) and not isinstance(found, bool):
+            self._check_number(found)
+        if isinstance(found, str):
+            self._check_text(found)
+        return found
 
     def converted(self, value: Any) -> Any:
         """`value` with the differences of notation removed, otherwise as it is, right or wrong.

@@ -23,7 +23,6 @@ from librobot_vlm_ros.models import sha256_list
 from librobot_vlm_ros.models.checkpoints.path_policy import allowed_folders, confined
 from librobot_vlm_ros.ros.parameters.declaration import (
     Parameter,
-    Value,
     When,
     declared,
     parameter,
@@ -287,7 +286,7 @@ class Settings:
             'Write a JSON object, such as {"latency_s": 0.05}.',
         )
 
-    def changed(self, **values: Value) -> Settings:
+    def changed(self, **values: Any) -> Settings:
         """A copy with these values, checked as a whole."""
         return dataclasses.replace(self, **values)
 

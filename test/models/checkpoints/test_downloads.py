@@ -20,7 +20,8 @@ COMMIT = "c" * 40
 SCRIPT = """
 import json, logging, sys
 logging.basicConfig(level=logging.INFO, format="%(name)s %(message)s")
-from librobot_vlm_ros.models import model_info, progress
+from librobot_vlm_ros.models import model_info
+from librobot_vlm_ros.models.checkpoints import progress
 from librobot_vlm_ros.models.checkpoints.hub import find_weights
 progress._PERIOD_S = 0.0
 for source in sys.argv[1:]:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from librobot_vlm_ros.core import ErrorCode, RequestError, VlmError
-from librobot_vlm_ros.ros.engine_config import engine_config, load_options, standing_tasks
+from librobot_vlm_ros.ros.engine_config import engine_config, standing_tasks
 from librobot_vlm_ros.ros.inputs.instruction import Instruction
+from librobot_vlm_ros.ros.model_loading import load_options, required_bytes
 from librobot_vlm_ros.ros.parameters.arguments import (
     LAUNCH_PARAMETERS,
     arguments,
@@ -27,9 +28,6 @@ from librobot_vlm_ros.ros.parameters.settings import PARAMETERS, Settings
 
 def test_a_switch_asks_for_the_memory_of_the_model_that_is_wanted() -> None:
     from librobot_vlm_ros.models import model_info
-
-    pytest.importorskip("rclpy")
-    from librobot_vlm_ros.ros.model_loading import required_bytes
 
     info = model_info("florence-2-base")
     wanted = Settings(model="florence-2-base")

@@ -9,13 +9,13 @@ token, so one row is added behind the vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
-from librobot_vlm_ros.models.configuration import ModelConfig, unreadable
+from librobot_vlm_ros.models.configuration import FamilyConfig, strict_config, unreadable
 
-__all__ = ["FlorenceConfig", "image_tokens", "is_original", "original_to_native", "variants"]
+__all__ = ["FlorenceConfig", "image_tokens", "is_original", "original_to_native"]
 
 _VISION_COMMON: dict[str, Any] = {
     "depths": [1, 1, 9, 1],
@@ -80,33 +80,23 @@ _VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def variants() -> tuple[str, ...]:
-    """Names that a `FlorenceConfig` can start from."""
-    return tuple(_VARIANTS)
-
-
 @dataclass(frozen=True)
-class FlorenceConfig(ModelConfig):
+class FlorenceConfig(FamilyConfig):
     """A Florence-2 architecture: a published variant, and what differs from it.
 
     `vision_config` and `text_config` take the fields of transformers' Florence2VisionConfig and
     BartConfig. Raises ModelError BAD_CONFIG for an unknown variant or a bad image size.
     """
 
+    family: ClassVar = "Florence-2"
+    variants: ClassVar = _VARIANTS
+
     variant: str = "florence-2-base"
     #: Side of the square input, in pixels.
     image_size: int = 768
-    vision_config: Mapping[str, Any] = field(default_factory=dict)
-    text_config: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.variant not in _VARIANTS:
-            raise ModelError(
-                ErrorCode.BAD_CONFIG,
-                f"there is no Florence-2 variant {self.variant!r}",
-                f"variants: {', '.join(_VARIANTS)}",
-            )
         if not isinstance(self.image_size, int) or self.image_size < 32:
             raise ModelError(
                 ErrorCode.BAD_CONFIG,
@@ -189,7 +179,7 @@ def image_tokens(vision_config: Any, height: int, width: int) -> int:
 def _native(vision: dict[str, Any], text: dict[str, Any], image_token: int) -> Any:
     from transformers import BartConfig, Florence2Config
 
-    try:
+    with strict_config("Florence-2 configuration"):
         return Florence2Config(
             vision_config=vision,
             # A configuration object, not a dict: a dict would be completed by BART-large's values
@@ -200,5 +190,3 @@ def _native(vision: dict[str, Any], text: dict[str, Any], image_token: int) -> A
             eos_token_id=text.get("eos_token_id", 2),
             pad_token_id=text.get("pad_token_id", 1),
         )
-    except Exception as error:  # transformers' strict configs raise errors of their own kinds
-        raise ModelError(ErrorCode.BAD_CONFIG, f"Florence-2 configuration: {error}") from error

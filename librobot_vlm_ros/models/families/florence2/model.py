@@ -38,7 +38,6 @@ from librobot_vlm_ros.models.families.florence2.checkpoint import (
 from librobot_vlm_ros.models.families.florence2.configuration import (
     FlorenceConfig,
     image_tokens,
-    variants,
 )
 from librobot_vlm_ros.models.families.florence2.processor import (
     BINS,
@@ -425,7 +424,7 @@ class FlorenceVLM(FlorenceTensors):
 
     @classmethod
     def _checked_config(cls, config: Any, name: str) -> Any:
-        if isinstance(config, FlorenceConfig) or name in variants():
+        if isinstance(config, FlorenceConfig) or name in FlorenceConfig.variants:
             return super()._checked_config(config, name)
         # Registered under a name of one's own: of the size that the class has by default.
         return super()._checked_config({"variant": cls.default_name, **(config or {})}, name)

@@ -1,21 +1,14 @@
-"""Qwen2-VL and Qwen3-VL configurations and checkpoint layouts, official and transformers' own."""
+"""Qwen2-VL and Qwen3-VL configurations: ours and transformers' own, which the official ones are."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from torch import Tensor
+from librobot_vlm_ros.models.configuration import FamilyConfig, check_marks, from_dict
 
-from librobot_vlm_ros.core import ErrorCode, ModelError
-from librobot_vlm_ros.models.checkpoints.key_mapping import DERIVED, renamed
-from librobot_vlm_ros.models.checkpoints.loading import CheckpointLayout, LoadPlan, register_layout
-from librobot_vlm_ros.models.configuration import ModelConfig, bad_value
-
-__all__ = ["QwenVLConfig", "plan_for"]
+__all__ = ["QwenVLConfig", "native_config"]
 
 _CHAT_IDS = {"bos_token_id": 151643, "eos_token_id": 151645}
 _QWEN2_TEXT: dict[str, Any] = {
@@ -97,7 +90,7 @@ _VARIANTS: Mapping[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
 
 
 @dataclass(frozen=True)
-class QwenVLConfig(ModelConfig):
+class QwenVLConfig(FamilyConfig):
     """A Qwen2-VL or Qwen3-VL architecture: a published one, and what differs from it.
 
     `vision_config` and `text_config` take the fields of transformers' Qwen2VLVisionConfig and
@@ -105,9 +98,10 @@ class QwenVLConfig(ModelConfig):
     for an unknown variant.
     """
 
+    family: ClassVar = "Qwen-VL"
+    variants: ClassVar = _VARIANTS
+
     variant: str = "qwen2-vl-2b"
-    vision_config: Mapping[str, Any] = field(default_factory=dict)
-    text_config: Mapping[str, Any] = field(default_factory=dict)
     #: Layers of the vision and of the text model; None means those of the variant.
     vision_num_layers: int | None = None
     num_hidden_layers: int | None = None
@@ -121,15 +115,9 @@ class QwenVLConfig(ModelConfig):
     max_pixels: int | None = None
 
     def __post_init__(self) -> None:
+        if self.variant == "qwen3-vl-7b":
+            object.__setattr__(self, "variant", "qwen3-vl-8b")
         super().__post_init__()
-        named = {"qwen3-vl-7b": "qwen3-vl-8b"}.get(self.variant, self.variant)
-        if named not in _VARIANTS:
-            raise ModelError(
-                ErrorCode.BAD_CONFIG,
-                f"there is no Qwen-VL variant {self.variant!r}",
-                f"variants: {', '.join(_VARIANTS)}",
-            )
-        object.__setattr__(self, "variant", named)
         for part, key, count in (
             ("vision_config", "depth", self.vision_num_layers),
             ("text_config", "num_hidden_layers", self.num_hidden_layers),
@@ -151,13 +139,8 @@ class QwenVLConfig(ModelConfig):
             "vision_start_token_id": self.vision_start_token_id,
             "vision_end_token_id": self.vision_end_token_id,
         }
-        if beyond := [name for name, token in marks.items() if token >= text["vocab_size"]]:
-            raise ModelError(
-                ErrorCode.BAD_CONFIG,
-                f"{beyond[0]} is {marks[beyond[0]]}, the vocabulary has {text['vocab_size']}",
-                f"give a smaller vocabulary its own {', '.join(marks)}",
-            )
-        return _native(
+        check_marks(marks, text["vocab_size"])
+        return native_config(
             {
                 "model_type": "qwen2_vl" if self.variant.startswith("qwen2") else "qwen3_vl",
                 "text_config": text,
@@ -170,70 +153,7 @@ class QwenVLConfig(ModelConfig):
         )
 
 
-def _native(config: dict[str, Any]) -> Any:
-    import transformers
-
+def native_config(config: Mapping[str, Any]) -> Any:
+    """transformers' configuration of a config.json. Raises ModelError BAD_CONFIG."""
     kind = {"qwen2_vl": "Qwen2VLConfig", "qwen3_vl": "Qwen3VLConfig"}[config["model_type"]]
-    try:
-        return getattr(transformers, kind).from_dict(config)
-    except Exception as error:  # transformers' strict configs raise errors of their own kinds
-        raise ModelError(ErrorCode.BAD_CONFIG, f"config.json of a Qwen-VL: {error}") from error
-
-
-_NAMES = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"^(?:model\.)?visual\.", "model.visual."),
-        (r"^(?:language_model\.)?lm_head\.", "lm_head."),
-        (
-            r"^(?:model\.language_model|language_model\.model|language_model|model)\.",
-            "model.language_model.",
-        ),
-    )
-)
-
-
-def _tensors(key: str, value: Tensor) -> Iterable[tuple[str, Tensor]]:
-    """Names as published with either family, and as newer versions of transformers write them."""
-    if not DERIVED.search(key):
-        yield renamed(key, _NAMES), value
-
-
-def _check_sections(text: Any) -> None:
-    """The numbers that a place's time, row and column get, of each head's, must be all of them."""
-    stated = (getattr(text, "rope_parameters", None) or {}).get("mrope_section")
-    if stated is None:
-        return
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    whole = isinstance(stated, (list, tuple)) and all(type(n) is int and n >= 0 for n in stated)
-    if not whole or len(stated) != 3 or sum(stated) != head // 2:
-        raise bad_value(
-            "config.json: mrope_section", stated, f"three integers that make {head // 2}"
-        )
-
-
-def plan_for(config: Any) -> LoadPlan:
-    """How a Qwen2VLConfig or Qwen3VLConfig of transformers becomes a model.
-
-    Raises ModelError BAD_CONFIG.
-    """
-    from transformers import Qwen2VLForConditionalGeneration, Qwen3VLForConditionalGeneration
-
-    _check_sections(config.text_config)
-    two = config.model_type == "qwen2_vl"
-    kind = Qwen2VLForConditionalGeneration if two else Qwen3VLForConditionalGeneration
-    return LoadPlan(kind, config, _tensors)
-
-
-def _plan(config: dict[str, Any], folder: Path) -> LoadPlan:
-    return plan_for(_native(config))
-
-
-for _family in ("qwen2_vl", "qwen3_vl"):
-    register_layout(
-        CheckpointLayout(
-            f"{_family} (official and transformers)",
-            lambda config, family=_family: config.get("model_type") == family,  # type: ignore[misc]
-            _plan,
-        )
-    )
+    return from_dict(kind, config, "a Qwen-VL")

@@ -25,7 +25,8 @@ from librobot_vlm_ros.models.configuration import tokens
 from librobot_vlm_ros.models.families.causal_lm import CausalParts, CausalVLM
 from librobot_vlm_ros.models.families.llava.model import CLIP_MEAN, CLIP_STD
 from librobot_vlm_ros.models.families.prompts import question
-from librobot_vlm_ros.models.families.qwen_vl.configuration import QwenVLConfig, plan_for
+from librobot_vlm_ros.models.families.qwen_vl.checkpoint import plan_for
+from librobot_vlm_ros.models.families.qwen_vl.configuration import QwenVLConfig
 from librobot_vlm_ros.models.families.qwen_vl.processor import (
     QWEN2_TASKS,
     QWEN3_TASKS,

@@ -1,7 +1,8 @@
-"""One thread that decodes what costs time (JPEG, PNG, Bayer, YUV), so that the executor stays
-responsive.
+"""A thread for work of which only the newest counts: decoding (JPEG, PNG, Bayer, YUV) and drawing,
+so that the executor stays responsive.
 
-Per camera only the newest image waits; an image that a newer one replaced is never decoded.
+Per key, such as a camera, only the newest piece of work waits; what a newer one replaced is never
+done.
 """
 
 from __future__ import annotations
@@ -10,15 +11,15 @@ import logging
 import threading
 from collections.abc import Callable
 
-__all__ = ["Decoder"]
+__all__ = ["LatestWorker"]
 
 _log = logging.getLogger(__name__)
 
 
-class Decoder:
+class LatestWorker:
     """Runs the newest piece of work per key, keys in turn, on a thread of its own."""
 
-    def __init__(self, name: str = "vlm-decode") -> None:
+    def __init__(self, name: str) -> None:
         self._ready = threading.Condition()
         self._waiting: dict[str, Callable[[], None]] = {}  # insertion order: the oldest key is next
         self._open = True
@@ -54,5 +55,5 @@ class Decoder:
                 work = self._waiting.pop(next(iter(self._waiting)))
             try:
                 work()
-            except Exception:  # the work reports its own errors; this thread serves all cameras
-                _log.exception("decoding failed in a way it should not")
+            except Exception:  # the work reports its own errors; this thread serves all keys
+                _log.exception("work failed in a way it should not")

@@ -1,4 +1,4 @@
-"""The end of `annotate`: originals and results become one bag that appears whole or not at all."""
+"""Originals and results become one bag, which appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from librobot_vlm_ros.bags import BagReader, BagWriter
 from librobot_vlm_ros.bags.writer import BagSummary, Storage
 from librobot_vlm_ros.core import BagError, ErrorCode
 
-__all__ = ["NOTE", "is_finished", "put_in_place", "storage_of", "write_bag"]
+__all__ = ["is_finished", "put_in_place", "storage_of", "write_bag"]
 
 #: Key of what `annotate` notes in metadata.yaml.
-NOTE = "librobot_vlm_annotate"
+_NOTE = "librobot_vlm_annotate"
 
 
 def storage_of(reader: BagReader) -> Storage:
@@ -57,7 +57,7 @@ def write_bag(
             for topic, data in journal.results_at(*numbering.key(number, message)):
                 bag.write(topic, message.stamp_ns, data)
                 written += 1
-        bag.note(NOTE, json.dumps(note))
+        bag.note(_NOTE, json.dumps(note))
     expected = sum(journal.counts()[0].values())
     if written != expected:
         raise BagError(
@@ -108,7 +108,7 @@ def is_finished(out: Path, fingerprint: Mapping[str, Any]) -> bool:
     """Whether `out` is the finished bag of this very job."""
     try:
         with BagReader(out) as reader:
-            note = json.loads(reader.notes.get(NOTE, "{}"))
+            note = json.loads(reader.notes.get(_NOTE, "{}"))
     except (BagError, ValueError):
         return False
-    return bool(note.get("fingerprint") == json.loads(json.dumps(fingerprint)))
+    return bool(note.get("fingerprint") == fingerprint)

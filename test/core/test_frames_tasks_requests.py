@@ -27,7 +27,6 @@ from librobot_vlm_ros.core import (
     VlmError,
     get_task,
     make_request,
-    task_names,
 )
 
 
@@ -114,7 +113,6 @@ def test_tasks_are_known_by_florences_prompts_and_other_usual_names(name, task):
 def test_every_common_name_and_alias_leads_to_one_task():
     names = [name for spec in TASKS.values() for name in (spec.name, *spec.aliases)]
     assert len(names) == len(set(names))
-    assert task_names() == tuple(TASKS)
     assert all(get_task(name).name == name for name in TASKS)
 
 
@@ -217,11 +215,9 @@ def test_a_request_from_outside_is_cleaned_and_bounded(frame):
         task="<CAPTION_TO_PHRASE_GROUNDING>",
         prompt=" the <image>\x00 red\ncube ",
         region=[0, 0, 5, 5],
-        instruction_id=4,
-        deadline_ns=9,
     )
     assert (request.task, request.prompt) == ("ground", "the image red cube")
-    assert (request.region, request.instruction_id, request.deadline_ns) == ((0, 0, 5, 5), 4, 9)
+    assert request.region == (0, 0, 5, 5)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +229,6 @@ def test_a_request_from_outside_is_cleaned_and_bounded(frame):
         ({"prompt": None}, ErrorCode.BAD_PARAMETER),
         ({"task": "nothing"}, ErrorCode.UNKNOWN_TASK),
         ({"params": GenerationParams(max_new_tokens=1025)}, ErrorCode.BAD_PARAMETER),
-        ({"prompt": "go", "control_tokens": ["go"]}, ErrorCode.CONTROL_TOKEN_IN_PROMPT),
     ],
     ids=lambda value: str(value)[:30],
 )

@@ -223,7 +223,7 @@ def test_switching_to_a_model_that_fails_to_load_rolls_back(
 ) -> None:
     from librobot_vlm_ros.srv import SwitchModel
 
-    from librobot_vlm_ros.models.checkpoints.local_weights import shipped_folder
+    from librobot_vlm_ros.models.checkpoints.hub import shipped_folder
 
     weights = str(shipped_folder() / "nowhere")
     response = vlm.call(SwitchModel, "switch_model", 60.0, model="florence-2-base", weights=weights)
