@@ -306,9 +306,10 @@ class _Run:
                 left_s = (self._total - now) / rate if rate else 0.0
                 progress.step(f"{rate:.1f}/s, {_clock(left_s)} left" if rate else "", to=now)
 
-            todo = self._journal.open_segments()
+            numbers = self._journal.open_segments()
+            todo = ((number, self._journal.frames_of(number)) for number in numbers)
             # More than there are segments would load the model for nothing.
-            workers = min(self._job.options.workers, self._journal.open_count())
+            workers = min(self._job.options.workers, len(numbers))
             told = (on_model, on_frames)
             if workers > 1:
                 yield from run_in_processes(workers, self._job, instructions, todo, *told)

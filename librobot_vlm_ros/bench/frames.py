@@ -17,9 +17,9 @@ from PIL import Image
 from transformers import GenerationConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from librobot_vlm_ros.bags import BagReader, shipped_bag
+from librobot_vlm_ros.bags import BagReader, decode_frame, shipped_bag
 from librobot_vlm_ros.bench.measure import Bench
-from librobot_vlm_ros.bench.models import chatty_qwen, published_settings
+from librobot_vlm_ros.bench.models import published_settings, qwen_with_tokenizer
 from librobot_vlm_ros.core import Frame, GenerationParams, InferenceRequest, ModelAnswer
 from librobot_vlm_ros.models import create_vlm
 from librobot_vlm_ros.models.families.florence2.processor import FLORENCE_TASKS, build_prompt
@@ -47,17 +47,13 @@ def shipped_frames(count: int) -> list[Frame]:
     with BagReader(shipped_bag()) as bag:
         found = [bag.deserialize(message) for message in bag.messages(["/camera/image_raw"])]
     step = max(1, len(found) // count)
-    frames = []
-    for number, message in enumerate(found[::step][:count]):
-        pixels = np.asarray(message.data, dtype=np.uint8).reshape(message.height, -1)
-        rgb = pixels[:, : 3 * message.width].reshape(message.height, message.width, 3)
-        if message.encoding == "bgr8":
-            rgb = rgb[..., ::-1]
-        frames.append(Frame(np.ascontiguousarray(rgb), "camera", number, sequence=number))
-    return frames
+    return [
+        Frame(decode_frame(image), "camera", number, sequence=number)
+        for number, image in enumerate(found[::step][:count])
+    ]
 
 
-def again(frame: Frame) -> Frame:
+def fresh(frame: Frame) -> Frame:
     """The same picture as a frame of its own, of which nothing is known."""
     return dataclasses.replace(frame)
 
@@ -147,7 +143,7 @@ class _Recorder:
 
         vlm.read = read
 
-    def take(self) -> list[list[int]]:
+    def pop_rows(self) -> list[list[int]]:
         """Rows since the last time."""
         rows, self.rows = self.rows, []
         return rows
@@ -162,7 +158,7 @@ def tabletop(bench: Bench) -> None:
 
         def ours(frame: Frame, beams: int = beams) -> list[int]:
             answer(vlm, ask(frame, "detect", num_beams=beams))
-            return recorder.take()[0]
+            return recorder.pop_rows()[0]
 
         def theirs(frame: Frame, beams: int = beams) -> list[int]:
             return reference.tokens(frame, "detect", beams=beams)
@@ -172,12 +168,12 @@ def tabletop(bench: Bench) -> None:
             f"tabletop, detect, {'greedy' if beams == 1 else f'{beams} beams'}{usual}",
             theirs,
             ours,
-            [again(frame) for frame in frames[: bench.pairs + 1]],
+            [fresh(frame) for frame in frames[: bench.pairs + 1]],
             note="a 640x480 frame to boxes",
             target=2.0,
         )
-    _on_one_frame(bench, vlm, [again(frame) for frame in frames[: bench.pairs + 1]])
-    _in_a_batch(bench, vlm, recorder, [again(frame) for frame in frames])
+    _on_one_frame(bench, vlm, [fresh(frame) for frame in frames[: bench.pairs + 1]])
+    _in_a_batch(bench, vlm, recorder, [fresh(frame) for frame in frames])
 
 
 def _on_one_frame(bench: Bench, vlm: Any, frames: Sequence[Frame]) -> None:
@@ -214,11 +210,11 @@ def _alone_and_together(
 ) -> tuple[float, float]:
     """Seconds of the dearest of the questions (task, text) alone, and of all in one batch."""
     alone = [
-        bench.seconds(answer, vlm, ask(again(frame), *question, **params))[0]
+        bench.seconds(answer, vlm, ask(fresh(frame), *question, **params))[0]
         for question in questions
     ]
-    fresh = again(frame)
-    requests = [ask(fresh, *question, **params) for question in questions]
+    shared = fresh(frame)
+    requests = [ask(shared, *question, **params) for question in questions]
     return max(alone), bench.seconds(answer, vlm, *requests)[0]
 
 
@@ -227,14 +223,14 @@ def _in_a_batch(bench: Bench, vlm: Any, recorder: _Recorder, frames: list[Frame]
 
     def one_at_a_time(batch: Sequence[Frame]) -> list[list[int]]:
         for frame in batch:
-            answer(vlm, ask(again(frame), "detect"))
-        return recorder.take()
+            answer(vlm, ask(fresh(frame), "detect"))
+        return recorder.pop_rows()
 
     def at_once(batch: Sequence[Frame]) -> list[list[int]]:
-        answer(vlm, *(ask(again(frame), "detect") for frame in batch))
-        return recorder.take()
+        answer(vlm, *(ask(fresh(frame), "detect") for frame in batch))
+        return recorder.pop_rows()
 
-    recorder.take()
+    recorder.pop_rows()
     eight = [(frames * 8)[start : start + 8] for start in range(max(3, bench.pairs // 2))]
     bench.paired(
         "tabletop, eight frames in a batch",
@@ -248,7 +244,7 @@ def _in_a_batch(bench: Bench, vlm: Any, recorder: _Recorder, frames: list[Frame]
 
 def one_frame(bench: Bench) -> None:
     """A causal model asked several things about a frame, whose cached prefix it reuses."""
-    vlm = chatty_qwen(bench.device)
+    vlm = qwen_with_tokenizer(bench.device)
     texts = ("is there a cube?", "what lies on the table?", "which way is free?")
     asked = [("answer", text) for text in texts]
     seconds, together = [], []

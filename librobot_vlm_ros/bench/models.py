@@ -13,7 +13,15 @@ from transformers import GenerationConfig
 
 from librobot_vlm_ros.models import create_vlm
 
-__all__ = ["Pair", "TINY", "build", "chatty_qwen", "pair_of", "published_settings", "qwen_words"]
+__all__ = [
+    "Pair",
+    "TINY",
+    "build",
+    "qwen_with_tokenizer",
+    "pair_of",
+    "published_settings",
+    "qwen_tokenizer",
+]
 
 _VISION = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
 _VISION |= {"num_attention_heads": 2, "image_size": 56, "patch_size": 14}
@@ -233,7 +241,7 @@ def pair_of(name: str, device: str, new_tokens: int, **config: Any) -> Pair:
     return Pair(vlm, new_tokens, sides.get(name, 112))
 
 
-def qwen_words(name: str, generation: Any) -> tuple[Any, dict[str, Any]]:
+def qwen_tokenizer(name: str, generation: Any) -> tuple[Any, dict[str, Any]]:
     """A tokenizer of letters, and what a Qwen-VL config must know of its tokens."""
     from librobot_vlm_ros.models.testing.qwen_vl import IDS, write_official
 
@@ -249,11 +257,11 @@ def qwen_words(name: str, generation: Any) -> tuple[Any, dict[str, Any]]:
     }
 
 
-def chatty_qwen(device: str, layers: int = 12) -> Any:
+def qwen_with_tokenizer(device: str, layers: int = 12) -> Any:
     """A Qwen2-VL of random weights with a tokenizer, for whole requests."""
     from librobot_vlm_ros.models.testing.qwen_vl import IDS, SECOND, VOCABULARY
 
-    tokenizer, marks = qwen_words("qwen2-vl-2b", SECOND)
+    tokenizer, marks = qwen_tokenizer("qwen2-vl-2b", SECOND)
     rope = {"type": "mrope", "mrope_section": [8, 4, 4]}
     text = _text(layers, vocab_size=VOCABULARY, rope_scaling=rope, eos_token_id=IDS["<|im_end|>"])
     vision = {"depth": 4, "embed_dim": 64, "num_heads": 4}

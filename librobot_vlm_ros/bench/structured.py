@@ -10,7 +10,7 @@ from torch import Tensor
 
 from librobot_vlm_ros.bench.frames import ask, noise
 from librobot_vlm_ros.bench.measure import Bench
-from librobot_vlm_ros.bench.models import TINY, qwen_words
+from librobot_vlm_ros.bench.models import TINY, qwen_tokenizer
 from librobot_vlm_ros.models import create_vlm
 from librobot_vlm_ros.models.generation.config import Generated
 from librobot_vlm_ros.models.generation.loop import generate
@@ -82,7 +82,7 @@ def _model(device: str) -> Any:
     """A Qwen3-VL of random weights with a tokenizer of letters."""
     from librobot_vlm_ros.models.testing.qwen_vl import IDS, THIRD
 
-    tokenizer, marks = qwen_words("qwen3-vl-4b", THIRD)
+    tokenizer, marks = qwen_tokenizer("qwen3-vl-4b", THIRD)
     ends = {"eos_token_id": IDS["<|im_end|>"], "bos_token_id": IDS["<|endoftext|>"]}
     vision = TINY["qwen3-vl-4b"]["vision_config"]
     config = {"text_config": {**_TEXT, **ends}, "vision_config": vision, **marks}

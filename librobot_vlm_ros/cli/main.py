@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115  until the process ends
     if sys.stdout is None:
         return _report(command, _closed(), ())
-    let_signals_go = signals.catch()
+    restore_signals = signals.install()
     flags: Collection[str] = ()
     try:
         parser, children, modules = _parser(words)
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         return _report(command, error, flags)
     finally:
-        let_signals_go()
+        restore_signals()
 
 
 def _parser(

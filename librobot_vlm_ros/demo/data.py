@@ -76,7 +76,7 @@ class DemoRun:
     questions: list[Answer] = field(default_factory=list)
     instructions: list[tuple[int, str]] = field(default_factory=list)
     """(when recorded, text)"""
-    strangers: int = 0
+    unmatched: int = 0
     """Results whose stamp, frame or size is that of no frame that was sent."""
     play_s: float = 0.0
     load_s: float = 0.0

@@ -58,7 +58,7 @@ def run_demo(model: str, bag: Path | None, image_topic: str, rate: float, out: P
     summary = summarize(run, time.monotonic() - began_s)
     if not summary["stamps_equal"]:
         run.failures.append(
-            f"{run.strangers} of {len(run.results)} results carried a stamp, frame or size that is "
+            f"{run.unmatched} of {len(run.results)} results carried a stamp, frame or size that is "
             "not that of an image that was sent"
         )
     save_report(run, summary, out / "report.html")

@@ -18,26 +18,11 @@ from librobot_vlm_ros.evaluation.metrics import (
 )
 from librobot_vlm_ros.tabletop.labels import LABELS
 
-__all__ = ["SUMMARY_KEYS", "answer_is_right", "missed_objects", "summarize", "vocabulary"]
+__all__ = ["Summary", "answer_is_right", "missed_objects", "summarize", "vocabulary"]
 
-#: Exactly the keys of summary.json.
-SUMMARY_KEYS = (
-    "frames",
-    "results",
-    "precision",
-    "recall",
-    "mean_iou",
-    "caption_exact",
-    "grounding_hit",
-    "stamps_equal",
-    "queries_ok",
-    "frame_age_p50_s",
-    "frame_age_p99_s",
-    "model",
-    "wall_s",
-)
-
-Summary = dict[str, int | float | bool | str | None]
+Figure = int | float | bool | str | None
+#: What summary.json holds.
+Summary = dict[str, Figure]
 
 
 def summarize(run: DemoRun, wall_s: float) -> Summary:
@@ -71,14 +56,14 @@ def summarize(run: DemoRun, wall_s: float) -> Summary:
         "mean_iou": boxes.mean_iou if known else None,
         "caption_exact": _share([right is True for right in captions]),
         "grounding_hit": _share([right for right in found if right is not None]),
-        "stamps_equal": bool(run.results) and run.strangers == 0,
+        "stamps_equal": bool(run.results) and run.unmatched == 0,
         "queries_ok": sum(not answer.error for answer in run.questions),
         "frame_age_p50_s": _percentile(ages, 50),
         "frame_age_p99_s": _percentile(ages, 99),
         "model": run.model,
         "wall_s": wall_s,
     }
-    return {key: _rounded(summary[key]) for key in SUMMARY_KEYS}
+    return {key: _rounded(value) for key, value in summary.items()}
 
 
 def vocabulary(run: DemoRun) -> frozenset[str]:
@@ -159,5 +144,5 @@ def _percentile(values: list[float], percent: float) -> float | None:
     return float(np.percentile(values, percent)) if values else None
 
 
-def _rounded(value: int | float | bool | str | None) -> int | float | bool | str | None:
+def _rounded(value: Figure) -> Figure:
     return round(value, 4) if isinstance(value, float) and math.isfinite(value) else value

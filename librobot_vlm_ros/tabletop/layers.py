@@ -74,7 +74,7 @@ def render_view(world: World, seed: int, layers: int) -> tuple[np.ndarray, list[
             continue
         body = world.place(kind, colour, placement.pose, placement.tint)
         alone = world.render(view.camera, view.light)
-        world.take_back(kind, body)
+        world.hide_last(kind, body)
         mask = alone.body == body
         changed = mask | (np.abs(alone.rgb.astype(int) - empty.rgb).max(-1) > 2)
         ys, xs = np.nonzero(changed)

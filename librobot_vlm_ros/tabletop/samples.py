@@ -19,7 +19,7 @@ from librobot_vlm_ros.tabletop.labels import COLOURS, KINDS
 from librobot_vlm_ros.tabletop.layers import Bank
 from librobot_vlm_ros.tabletop.network import CELLS, IMAGE_SIZE
 
-__all__ = ["FrameStream", "Sample", "jitter", "parts"]
+__all__ = ["FrameStream", "Sample", "jitter", "kind_and_colour"]
 
 _COLOUR_NAMES = list(COLOURS)
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
@@ -38,7 +38,7 @@ class Sample:
     owner8: np.ndarray
 
 
-def parts(label: str) -> tuple[int, int]:
+def kind_and_colour(label: str) -> tuple[int, int]:
     """(kind, colour) as class numbers; kind from 1 (0 is background), colour -1 for plain kinds."""
     first, _, rest = label.partition(" ")
     if first in COLOURS:

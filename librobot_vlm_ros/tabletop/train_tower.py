@@ -19,7 +19,7 @@ from torch import nn
 
 from librobot_vlm_ros.tabletop.labels import COLOURS, KINDS
 from librobot_vlm_ros.tabletop.network import CELLS, QUIET_X, QUIET_Y, build_model
-from librobot_vlm_ros.tabletop.samples import MEAN, STD, FrameStream, Sample, parts
+from librobot_vlm_ros.tabletop.samples import MEAN, STD, FrameStream, Sample, kind_and_colour
 from librobot_vlm_ros.tabletop.training import TrainingRun, batches, options
 
 KIND = slice(0, len(KINDS) + 1)
@@ -44,7 +44,7 @@ def dense_targets(samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor, to
 
 def owner_targets(sample: Sample, owner: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The dense targets of one sample for its owner map [C, C]."""
-    codes = np.array([parts(label) for label in sample.labels], np.int64).reshape(-1, 2)
+    codes = np.array([kind_and_colour(label) for label in sample.labels], np.int64).reshape(-1, 2)
     safe = np.maximum(owner, 0).astype(np.int64)
     on = owner >= 0
     kind = np.where(on, codes[safe, 0], np.where(owner == -1, 0, -100))

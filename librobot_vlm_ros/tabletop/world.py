@@ -108,7 +108,8 @@ class Rendering:
 def _mesh_vertices(path: str) -> np.ndarray:
     with open(path, encoding="utf-8", errors="replace") as lines:
         rows = [line.split()[1:4] for line in lines if line.startswith("v ")]
-    return np.array(rows, dtype=np.float64)
+    vertices: np.ndarray = np.array(rows, dtype=np.float64)
+    return vertices
 
 
 def rotation(euler: tuple[float, float, float]) -> np.ndarray:
@@ -255,7 +256,7 @@ class World:
             self.arm = None
         self._used.clear()
 
-    def _take(self, pool: str, create: Any) -> int:
+    def _next_body(self, pool: str, create: Any) -> int:
         index = self._used.get(pool, 0)
         bodies = self._pool.setdefault(pool, [])
         if index == len(bodies):
@@ -265,7 +266,7 @@ class World:
 
     def place(self, kind: str, colour: str | None, pose: Pose, tint: float = 1.0) -> int:
         """Stand an object on the table; returns its body number. ``tint`` scales its brightness."""
-        body = self._take(kind, lambda: self._create(kind))
+        body = self._next_body(kind, lambda: self._create(kind))
         low, _ = shape_extent(kind, pose.euler, self.data)
         position = (pose.x, pose.y, TABLE_TOP + 0.001 - float(low[2]))
         turn = self._bullet.getQuaternionFromEuler(pose.euler)
@@ -275,7 +276,7 @@ class World:
         self._bullet.changeVisualShape(body, -1, rgbaColor=rgba)
         return body
 
-    def take_back(self, kind: str, body: int) -> None:
+    def hide_last(self, kind: str, body: int) -> None:
         """Put the object placed last of its kind out of sight again."""
         self._bullet.resetBasePositionAndOrientation(body, _HIDDEN, (0, 0, 0, 1))
         self._used[kind] -= 1
@@ -289,7 +290,7 @@ class World:
         """
         key = "slab " + ",".join(f"{side:.3f}" for side in size)
         half = (size[0] / 2, size[1] / 2, size[2] / 2)
-        body = self._take(key, lambda: self._box(half))
+        body = self._next_body(key, lambda: self._box(half))
         turn = self._bullet.getQuaternionFromEuler((0, 0, yaw))
         self._bullet.resetBasePositionAndOrientation(
             body, (xy[0], xy[1], TABLE_TOP + 0.0015 + half[2]), turn

@@ -29,7 +29,13 @@ from librobot_vlm_ros.bench.node_check.report import (
     single_summary,
     summary,
 )
-from librobot_vlm_ros.bench.node_check.robot import NODE, Robot, camera_process, said, say
+from librobot_vlm_ros.bench.node_check.robot import (
+    NODE,
+    Robot,
+    camera_process,
+    images_sent,
+    start_sending,
+)
 from librobot_vlm_ros.cli.arguments import positive
 from librobot_vlm_ros.client.node_process import NodeProcess
 from librobot_vlm_ros.client.ros_domain import isolated_ros
@@ -163,11 +169,11 @@ def _measure(load: _Load, log: Path) -> _Run:
         started = time.monotonic()
         answers_from = len(robot.answers)
         for camera in running:
-            say(camera, load.seconds)
+            start_sending(camera, load.seconds)
         asks = robot.ask(started + load.seconds, load.query_period_s)
         wall_s = time.monotonic() - started
         cpu_s = _cpu_s(process.pid) - cpu_before
-        sent = sum(said(camera) for camera in running)
+        sent = sum(images_sent(camera) for camera in running)
         if load.counted:
             robot.settle()
         received = {name: count - before[name] for name, count in robot.received().items()}

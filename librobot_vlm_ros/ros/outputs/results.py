@@ -7,6 +7,7 @@ regions as vision_msgs/Detection2DArray, for all that already speaks it.
 from __future__ import annotations
 
 import array
+import dataclasses
 import importlib
 import math
 from collections.abc import Callable, Sequence
@@ -95,23 +96,11 @@ def result_text(result: Result, frame: Frame, now_ns: int) -> str:
 
 def info_message(info: InferenceInfo) -> InfoMessage:
     """`InferenceInfo`, field for field."""
-    return InfoMessage(
-        request_id=info.request_id,
-        camera=info.camera,
-        model=info.model,
-        revision=info.revision,
-        task=info.task,
-        prompt=info.prompt,
-        dtype=info.dtype,
-        device=info.device,
-        instruction_id=info.instruction_id & _UINT32_MAX,
-        preprocess_s=info.preprocess_s,
-        inference_s=info.inference_s,
-        age_s=max(0.0, info.age_s),
-        prompt_tokens=info.prompt_tokens,
-        generated_tokens=info.generated_tokens,
-        batch_size=info.batch_size,
-    )
+    bounded = {
+        "instruction_id": info.instruction_id & _UINT32_MAX,
+        "age_s": max(0.0, info.age_s),
+    }
+    return InfoMessage(**dataclasses.asdict(info) | bounded)
 
 
 def caption_message(result: Result) -> Caption:

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from librobot_vlm_ros.ros import dds as transport
+from librobot_vlm_ros.ros import dds
 
 CONFIG = Path(__file__).parents[2] / "config"
 
 
 def test_the_profile_is_used_and_gives_64_mb() -> None:
     environ: dict[str, str] = {}
-    said = transport.use_image_profile(environ)
+    said = dds.use_image_profile(environ)
     file = Path(environ["FASTRTPS_DEFAULT_PROFILES_FILE"])
     assert str(file) in said
     names = {"d": "http://www.eprosima.com/XMLSchemas/fastRTPS_Profiles"}
@@ -36,20 +36,20 @@ def test_the_profile_is_used_and_gives_64_mb() -> None:
 )
 def test_what_the_user_has_set_stays(environ: dict[str, str]) -> None:
     before = dict(environ)
-    assert "left as it is" in transport.use_image_profile(environ)
+    assert "left as it is" in dds.use_image_profile(environ)
     assert environ == before
 
 
 def test_too_little_shared_memory_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(transport, "SHARED_MEMORY", tmp_path / "none")
+    monkeypatch.setattr(dds, "SHARED_MEMORY", tmp_path / "none")
     environ: dict[str, str] = {}
-    assert "--shm-size" in transport.use_image_profile(environ)
+    assert "--shm-size" in dds.use_image_profile(environ)
     assert environ == {}
 
 
 def test_the_allocator_can_be_tuned_and_gives_memory_back() -> None:
-    assert transport.keep_freed_memory() in (True, False)
-    transport.give_back_memory()
+    assert dds.keep_freed_memory() in (True, False)
+    dds.give_back_memory()
 
 
 def test_the_other_middlewares_files_are_well_formed_and_say_that_they_are_untested() -> None:
