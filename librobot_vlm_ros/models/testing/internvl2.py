@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 
 from librobot_vlm_ros.models.configuration import sizes
 from librobot_vlm_ros.models.families.internvl2.processor import INTERNVL_TASKS, SYSTEM
-from librobot_vlm_ros.models.families.preprocess import normalise
+from librobot_vlm_ros.models.testing.conformance import our_pixels
 from librobot_vlm_ros.models.testing.parts import (
     RandomWeights,
     State,
@@ -253,8 +252,7 @@ def pixels(vlm: Any, image: npt.NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
         GotOcr2ImageProcessorPil,
     )
 
-    vlm.images = settings = dataclasses.replace(vlm.images, side=SIDE)
-    ours = normalise(vlm._pixels(image), settings, torch.device("cpu"), torch.float32)
+    settings = vlm.images
     reference = GotOcr2ImageProcessorPil(
         crop_to_patches=True,
         min_patches=settings.min_tiles,
@@ -263,7 +261,7 @@ def pixels(vlm: Any, image: npt.NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
         image_mean=list(settings.mean),
         image_std=list(settings.std),
     )
-    return ours, reference_pixels(reference, image)
+    return our_pixels(vlm, image, side=SIDE), reference_pixels(reference, image)
 
 
 def image_features(state: State, config: dict[str, Any], tile: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ class token, an MLP of two layers, put in the image's place), CLIP (Radford et a
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor
 from librobot_vlm_ros.models.configuration import sizes
 from librobot_vlm_ros.models.families.llava.model import CLIP_MEAN, CLIP_STD
 from librobot_vlm_ros.models.families.llava.processor import BEFORE_IMAGE, LLAVA_TASKS
-from librobot_vlm_ros.models.families.preprocess import normalise
+from librobot_vlm_ros.models.testing.conformance import our_pixels
 from librobot_vlm_ros.models.testing.parts import (
     RandomWeights,
     State,
@@ -153,8 +152,6 @@ def pixels(vlm: Any, image: npt.NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
     """The published side's pixels [1, 3, H, W]: ours, and the reference processor's."""
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-    vlm.images = dataclasses.replace(vlm.images, height=SIDE, width=SIDE)
-    ours = normalise([vlm._pixels(image)], vlm.images, torch.device("cpu"), torch.float32)
     reference = LlavaImageProcessorPil(
         do_pad=True,
         size={"shortest_edge": SIDE},
@@ -162,7 +159,7 @@ def pixels(vlm: Any, image: npt.NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
         image_mean=list(CLIP_MEAN),
         image_std=list(CLIP_STD),
     )
-    return ours, reference_pixels(reference, image)
+    return our_pixels(vlm, image, height=SIDE, width=SIDE), reference_pixels(reference, image)
 
 
 def read_weights(folder: Path) -> State:

@@ -7,7 +7,6 @@ published under and knows nothing of transformers.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from librobot_vlm_ros.models.configuration import sizes
-from librobot_vlm_ros.models.families.preprocess import normalise
+from librobot_vlm_ros.models.testing.conformance import our_pixels
 from librobot_vlm_ros.models.testing.parts import (
     RandomWeights,
     State,
@@ -146,10 +145,8 @@ def pixels(vlm: Any, image: npt.NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
     """The published side's pixels [1, 3, H, W]: ours, and the reference processor's."""
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-    vlm.images = dataclasses.replace(vlm.images, height=SIDE, width=SIDE)
-    ours = normalise([vlm._pixels(image)], vlm.images, torch.device("cpu"), torch.float32)
     reference = SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE}, resample=3)
-    return ours, reference_pixels(reference, image)
+    return our_pixels(vlm, image, height=SIDE, width=SIDE), reference_pixels(reference, image)
 
 
 def _siglip_features(state: State, image: Tensor) -> Tensor:
