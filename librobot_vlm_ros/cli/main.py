@@ -179,7 +179,3 @@ def _is_of_ros(error: Exception) -> bool:
     ours = package == "librobot_vlm_ros" and rest in ("msg", "srv", "action")
     foreign = package in ("rclpy", "rpyutils") or package.endswith(("_msgs", "_interfaces"))
     return ours or foreign or "rclpy" in str(cause) or "rosidl" in str(cause)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
