@@ -1,8 +1,8 @@
 """The model's side of `annotate`: segments of frames in, serialized result messages out.
 
-Segments are worked off in this process, or in several that each hold the model. The messages are
-made by the node's own `ResultPublisher`; only its publishers are replaced by ones that keep what
-they are given. There is no node and no middleware.
+Segments are answered in this process, or in several that each hold the model. The messages are
+built by the node's own `ResultPublisher`; its publishers are replaced by ones that only keep what
+is published. There is no node and no middleware.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class ResultRecorder:
 
 
 class _SegmentWorker:
-    """Holds a model and works off segments. Raises `VlmError` when the model cannot be loaded."""
+    """Holds a model and answers segments. Raises `VlmError` when the model cannot be loaded."""
 
     def __init__(
         self,
@@ -133,7 +133,7 @@ class _SegmentWorker:
         self._backend = loader.backend
 
     def run(self, number: int, plan: Sequence[FramePlan], on_frames: OnFrames) -> SegmentDone:
-        """Work off one segment."""
+        """Answer the frames of one segment."""
         results: list[ResultRow] = []
         bad: list[BadFrame] = []
         waiting: list[tuple[FramePlan, Frame]] = []
@@ -245,7 +245,7 @@ def run_here(
     on_model: OnModel,
     on_frames: OnFrames,
 ) -> Iterator[SegmentDone]:
-    """Work off `segments` one after the other. Raises `VlmError`."""
+    """Answer `segments` one after the other. Raises `VlmError`."""
     worker = _SegmentWorker(job, readers, instructions)
     on_model(worker.report)
     for number, plan in segments:
@@ -260,7 +260,7 @@ def run_in_processes(
     on_model: OnModel,
     on_frames: OnFrames,
 ) -> Iterator[SegmentDone]:
-    """Work off `segments` in `count` processes; they come back in the order they are done.
+    """Answer `segments` in `count` processes; they come back in the order they are done.
 
     Raises the `VlmError` of a process that fails, INFERENCE_FAILED for one that is killed. However
     this ends, the processes end too; they notice by themselves when this one is gone.
