@@ -1,4 +1,4 @@
-"""Which frames of the bags are asked what: settled before the first one is, and then kept.
+"""Which frames of the bags are asked what: decided before the first is asked, and then kept.
 
 The plan is what makes a run resumable: a frame belongs to one segment, a segment is done or not.
 """
@@ -58,7 +58,7 @@ class Numbering:
 def in_time_order(
     readers: Sequence[BagReader], topics: Iterable[str] = ()
 ) -> Iterator[tuple[int, BagMessage]]:
-    """(bag, message) of several bags in one order of time; of all topics, unless some are named."""
+    """(bag, message) of several bags merged by time; of all topics, unless some are named."""
     wanted = set(topics)
 
     def rows(bag: int, reader: BagReader) -> Iterator[tuple[int, int, BagMessage]]:
@@ -73,7 +73,7 @@ def in_time_order(
 
 
 class Planner:
-    """Walks over the bags once. `instructions` and `problems` are complete when it is through."""
+    """Reads the bags once. `instructions` and `problems` are complete after the last frame."""
 
     def __init__(self, job: Job, readers: Sequence[BagReader]) -> None:
         from librobot_vlm_ros.ros.inputs.instruction import Instruction

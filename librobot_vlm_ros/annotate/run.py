@@ -109,7 +109,7 @@ def _announce(console: Console, job: Job, twins: dict[str, str]) -> None:
 
 
 def _result_topics(job: Job, types: dict[str, str]) -> dict[str, str]:
-    """Topics of the results that these tasks give. Checks the tasks, too."""
+    """Result topic -> type for these tasks, which are checked first."""
     from librobot_vlm_ros.models import model_info
 
     settings, node = job.settings(), job.options.node
@@ -130,7 +130,7 @@ def _result_topics(job: Job, types: dict[str, str]) -> dict[str, str]:
 
 
 def _refuse_own_input(out: Path, bags: Sequence[Path]) -> None:
-    """Neither the new bag nor the folder of the work for it may be, hold or lie in a bag read."""
+    """Refuse where the new bag or its work folder is, contains or lies in a bag that is read."""
     for target in (_real(out), _real(journal_folder(out))):
         for path in bags:
             source = _real(path)
@@ -148,7 +148,7 @@ def _real(path: Path) -> Path:
 
 
 def _is_done_already(job: Job) -> bool:
-    """Whether there is nothing to do; raises where `out` is something else."""
+    """Whether `out` is finished; raises where it is something else that must not be replaced."""
     options, out = job.options, job.options.out
     if not os.path.lexists(out):  # a link to nothing is something, too
         return False
@@ -329,7 +329,7 @@ class _Run:
         }
 
     def _summary(self, topics: dict[str, int], left_out: dict[str, str], model_s: float) -> Summary:
-        """The counts; faults are shown."""
+        """Count what was done, and show the faults."""
         options, console = self._job.options, self._console
         results, bad = (dict(sorted(one.items())) for one in self._journal.counts())
         good = results.pop(0, 0)

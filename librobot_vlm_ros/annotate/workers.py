@@ -67,7 +67,7 @@ class _RecordedTopic:
         self._published.append((self.topic, bytes(serialize_message(message))))
 
     def get_subscription_count(self) -> int:
-        """Somebody listens where the bag can hold such messages."""
+        """1 where a bag can hold such messages: detections are built for subscribers only."""
         return int(self.type in package_typestore().fielddefs)
 
 
@@ -191,8 +191,8 @@ class _SegmentWorker:
     def _answer_all(
         self, frames: Sequence[tuple[FramePlan, Frame]], results: list[ResultRow]
     ) -> None:
-        """One batch a task: requests of one kind are answered together best, and the model keeps
-        the features of these frames from task to task.
+        """Ask task by task: requests of one task make the best batches, and the model caches the
+        features of these frames for the next task.
         """
         for index in sorted({index for item, _ in frames for index in item.tasks}):
             asked = [
@@ -328,7 +328,7 @@ def _killed(process: Any) -> VlmError:
 
 @contextlib.contextmanager
 def _shared_cores(count: int) -> Iterator[None]:
-    """Each process started in here uses its share of the cores, unless the user said otherwise."""
+    """Let each process started inside use its share of the cores, unless the user set it."""
     name = "OMP_NUM_THREADS"
     if name in os.environ:
         yield
@@ -341,7 +341,7 @@ def _shared_cores(count: int) -> Iterator[None]:
 
 
 def _work(pipe: Connection, job: Job, instructions: Instructions) -> None:
-    """A worker process: segments come through the pipe until None does."""
+    """A worker process: answer the segments that come through the pipe, until None comes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent ends this one
     parent = multiprocessing.parent_process()
 

@@ -156,8 +156,8 @@ def in_flags(hint: str, flags: Collection[str]) -> str:
 
 
 def _closed() -> Exception:
-    """Said before the work: nobody could read what comes of it, and the next file that is opened
-    would get the number of standard output, and what libraries print.
+    """The error for a closed standard output, raised before any work: nobody could read the answer,
+    and the next file that is opened would get its number and with it what libraries print.
     """
     from librobot_vlm_ros.core import ErrorCode, RequestError
 
