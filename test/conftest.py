@@ -106,6 +106,15 @@ def ros_env(ros_domain: int) -> Iterator[dict[str, str]]:
             os.environ[name] = value
 
 
+@pytest.fixture
+def session(ros_env: dict[str, str]) -> Iterator[object]:
+    """An rclpy node of this process on the tests' domain."""
+    from librobot_vlm_ros.client.session import Session
+
+    with Session("tests") as session:
+        yield session
+
+
 def wait_for(predicate: Callable[[], T], timeout_s: float = 10.0, what: str = "") -> T:
     """Call `predicate` until its value is true and return that value; fail the test after that."""
     end = time.monotonic() + timeout_s

@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import GenerationConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from librobot_vlm_ros.bags import BagReader, shipped_bag
+from librobot_vlm_ros.bags import BagReader, decode_frame, shipped_bag
 from librobot_vlm_ros.bench.measure import Bench
 from librobot_vlm_ros.bench.models import published_settings, qwen_with_tokenizer
 from librobot_vlm_ros.core import Frame, GenerationParams, InferenceRequest, ModelAnswer
@@ -47,14 +47,10 @@ def shipped_frames(count: int) -> list[Frame]:
     with BagReader(shipped_bag()) as bag:
         found = [bag.deserialize(message) for message in bag.messages(["/camera/image_raw"])]
     step = max(1, len(found) // count)
-    frames = []
-    for number, message in enumerate(found[::step][:count]):
-        pixels = np.asarray(message.data, dtype=np.uint8).reshape(message.height, -1)
-        rgb = pixels[:, : 3 * message.width].reshape(message.height, message.width, 3)
-        if message.encoding == "bgr8":
-            rgb = rgb[..., ::-1]
-        frames.append(Frame(np.ascontiguousarray(rgb), "camera", number, sequence=number))
-    return frames
+    return [
+        Frame(decode_frame(image), "camera", number, sequence=number)
+        for number, image in enumerate(found[::step][:count])
+    ]
 
 
 def fresh(frame: Frame) -> Frame:

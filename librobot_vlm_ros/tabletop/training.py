@@ -48,7 +48,8 @@ class TrainingRun:
         clip: dict[str, float], decay: float, warm: float = 0.02, unit: str = "frames",
     ) -> None:  # fmt: skip
         self.path, self.modules, self.clip, self.warm, self.unit = path, modules, clip, warm, unit
-        self.rate, self.total_s, self.batch = args.rate, args.minutes * 60, args.batch
+        self.total_s: float = args.minutes * 60
+        self.rate, self.batch = args.rate, args.batch
         self.rank, self.ranks = _join_ranks()
         self.optims = _optimizers(list(modules.values()), args.rate, decay)
         self.spent_s, self.steps = 0.0, 0

@@ -108,7 +108,8 @@ class Rendering:
 def _mesh_vertices(path: str) -> np.ndarray:
     with open(path, encoding="utf-8", errors="replace") as lines:
         rows = [line.split()[1:4] for line in lines if line.startswith("v ")]
-    return np.array(rows, dtype=np.float64)
+    vertices: np.ndarray = np.array(rows, dtype=np.float64)
+    return vertices
 
 
 def rotation(euler: tuple[float, float, float]) -> np.ndarray:
