@@ -119,7 +119,7 @@ def switch_model(
         "dtype": asked["dtype"] or now.dtype,
     }
     wanted = now.changed(**values)
-    loading = engine.switch(
+    loading = engine.load(
         values["model"],
         required_bytes=required_bytes(wanted, engine.loaded),
         **load_options(wanted),

@@ -152,29 +152,38 @@ class Engine:
 
     # -- loading, starting, pausing, stopping --------------------------------------------------
 
-    def load(self, name: str, **options: Any) -> Future[LoadReport]:
-        """Load a model into an empty engine. The future raises `VlmError`: what the loader says,
-        LOAD_CANCELLED, BUSY while another load runs, INVALID_TRANSITION when a model is loaded (use
-        `switch`), SHUTTING_DOWN.
-        """
-        return self._enqueue_load(LoadJob(name, options), switch=False)
-
-    def switch(
+    def load(
         self, name: str, *, required_bytes: int | None = None, **options: Any
     ) -> Future[LoadReport]:
-        """Load another model in place of the present one, without losing what waits.
+        """Load a model, in place of the present one if there is one, without losing what waits.
 
         The present one is kept until the new one is warm if there is memory for both
         (`required_bytes` of the new one, default: as much as the present one), else closed first.
-        After a failure the present one is back and the future raises the new one's error; codes as
-        for `load`.
+        After a failure the present one is back. The future raises `VlmError`: what the loader says,
+        LOAD_CANCELLED, BUSY while another load runs, SHUTTING_DOWN.
         """
-        return self._enqueue_load(LoadJob(name, options, required_bytes), switch=True)
+        shared = self._shared
+        job = LoadJob(name, options, required_bytes)
+        job.future.set_running_or_notify_cancel()
+        error: VlmError | None = None
+        with shared.lock:
+            if shared.stopped:
+                error = shutting_down()
+            elif shared.load_in_progress() is not None:
+                error = EngineError(
+                    ErrorCode.BUSY, "a model is being loaded", "Wait for it, or cancel it."
+                )
+            else:
+                shared.next_load = job
+                shared.wake_all()
+        if error is not None:
+            job.future.set_exception(error)
+        return job.future
 
     def cancel_load(self, future: Future[LoadReport] | None = None) -> bool:
-        """Give up the load or switch in progress (with `future`: only if it is that one): its
-        future raises LOAD_CANCELLED at once, and what the loader still brings is thrown away. False
-        when there is none.
+        """Give up the load in progress (with `future`: only if it is that one). Its future raises
+        LOAD_CANCELLED at once, and what the loader still brings is thrown away. False when there is
+        none.
         """
         shared = self._shared
         with shared.lock:
@@ -239,30 +248,6 @@ class Engine:
             if thread is not threading.current_thread():
                 thread.join(max(0.0, until - time.monotonic()))
         return not any(thread.is_alive() for thread in threads)
-
-    def _enqueue_load(self, job: LoadJob, *, switch: bool) -> Future[LoadReport]:
-        shared = self._shared
-        job.future.set_running_or_notify_cancel()
-        error: VlmError | None = None
-        with shared.lock:
-            if shared.stopped:
-                error = shutting_down()
-            elif shared.load_in_progress() is not None:
-                error = EngineError(
-                    ErrorCode.BUSY, "a model is being loaded", "Wait for it, or cancel it."
-                )
-            elif not switch and shared.loaded is not None:
-                error = VlmError(
-                    ErrorCode.INVALID_TRANSITION,
-                    f"model {shared.loaded.model} is loaded",
-                    "Switch, or unload first.",
-                )
-            else:
-                shared.next_load = job
-                shared.wake_all()
-        if error is not None:
-            job.future.set_exception(error)
-        return job.future
 
     # -- cameras and standing tasks ------------------------------------------------------------
 

@@ -92,7 +92,7 @@ class SharedState:
     # -- with the lock held ----------------------------------------------------------------
 
     def load_in_progress(self) -> LoadJob | None:
-        """The load or switch that is wanted and not done."""
+        """The load that is wanted and not done."""
         for job in (self.load, self.next_load):
             if job is not None and not job.cancelled:
                 return job

@@ -105,7 +105,7 @@ class LoadReport:
 
 @dataclasses.dataclass
 class LoadJob:
-    """One load or switch on its way. `settled` and `cancelled` never both become true."""
+    """One load on its way. `settled` and `cancelled` never both become true."""
 
     name: str
     options: Mapping[str, Any]

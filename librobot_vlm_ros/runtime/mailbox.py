@@ -38,6 +38,7 @@ class Mailbox:
         self.dropped: Counter[DropReason] = Counter()
         self.newest: Frame | None = None
         self.period_ns = 0  # between the arrivals of the last two frames
+        self.prefetched_ns = 0  # when preparing a newest frame was begun last
         self._used = True  # the newest frame was processed or dropped
         self._last_used_ns = 0  # arrival of the frame that the model was given last
         self._prefetched: deque[_Prefetched] = deque(maxlen=_MAX_PREFETCHED)
@@ -74,6 +75,7 @@ class Mailbox:
 
     def prefetching(self, frame: Frame, now_ns: int) -> None:
         """The newest frame is being prepared for the model from now on."""
+        self.prefetched_ns = now_ns
         self._prefetched.append(_Prefetched(frame, now_ns))
 
     def best(self, now_ns: int, prepare_ns: int) -> Frame | None:

@@ -35,7 +35,6 @@ class PrefetchThread:
     def __init__(self, shared: SharedState) -> None:
         self._shared = shared
         self._done: WeakSet[Frame] = WeakSet()
-        self._begun_ns: dict[str, int] = {}  # by camera, of the newest frame that was on its way
 
     def run(self) -> None:
         """The thread's loop."""
@@ -53,8 +52,7 @@ class PrefetchThread:
                 shared.preparing = True
                 mailbox = shared.scheduler.mailboxes.get(frame.camera)
                 if mailbox is not None and mailbox.newest is frame:
-                    self._begun_ns[frame.camera] = shared.clock()
-                    mailbox.prefetching(frame, self._begun_ns[frame.camera])
+                    mailbox.prefetching(frame, shared.clock())
             started = time.perf_counter()
             try:
                 backend.prepare_frame(frame)
@@ -84,11 +82,7 @@ class PrefetchThread:
         for frame in shared.scheduler.upcoming_frames(done_ns)[: shared.frames_at_once]:
             if frame in self._done:
                 continue
-            begin_ns = self._begin_ns(frame, done_ns)
-            begun_ns = self._begun_ns.get(frame.camera, 0)
-            if begun_ns > started_ns:
-                begin_ns = max(begin_ns, begun_ns + REFRESH * shared.scheduler.prepare_ns)
-            wait_ns = begin_ns - now_ns
+            wait_ns = self._begin_ns(frame, started_ns, done_ns) - now_ns
             if wait_ns <= 0:
                 return frame, None
             waits.append(wait_ns)
@@ -101,11 +95,14 @@ class PrefetchThread:
         if shared.config.lock_step:
             yield from shared.scheduler.upcoming_frames(0)[:IN_LINE]
 
-    def _begin_ns(self, frame: Frame, done_ns: int) -> int:
-        """When to begin with a camera's newest frame, the model being done at `done_ns`."""
+    def _begin_ns(self, frame: Frame, started_ns: int, done_ns: int) -> int:
+        """When to begin with a camera's newest frame, the model running until `done_ns`."""
         scheduler = self._shared.scheduler
+        mailbox = scheduler.mailboxes[frame.camera]
         lead_ns = round(LEAD * scheduler.prepare_ns)
-        period_ns = scheduler.mailboxes[frame.camera].period_ns
-        if frame.received_ns + max(period_ns, lead_ns) >= done_ns:
-            return 0  # it will still be the newest, or there is no time for a newer one
-        return done_ns - lead_ns
+        begin_ns = done_ns - lead_ns
+        if frame.received_ns + max(mailbox.period_ns, lead_ns) >= done_ns:
+            begin_ns = 0  # it will still be the newest, or there is no time for a newer one
+        if mailbox.prefetched_ns > started_ns:
+            begin_ns = max(begin_ns, mailbox.prefetched_ns + REFRESH * scheduler.prepare_ns)
+        return begin_ns

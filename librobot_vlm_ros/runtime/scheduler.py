@@ -278,16 +278,16 @@ class Scheduler:
         """When a frame that is here becomes due for a task (steady clock)."""
         if self.config.lock_step:
             return None
-        times = [
-            gate.next_ns
-            for mailbox in self.mailboxes.values()
-            if mailbox.newest is not None
-            and not mailbox.expire(now_ns, self.config.max_frame_age_s)
-            for task in self._active
-            if task.runs_on(mailbox.camera)
-            for gate in [self._gate(mailbox.camera, task)]
-            if gate.next_ns is not None and gate.last_frame is not mailbox.newest
-        ]
+        times = []
+        for mailbox in self.mailboxes.values():
+            if mailbox.newest is None or mailbox.expire(now_ns, self.config.max_frame_age_s):
+                continue
+            for task in self._active:
+                if not task.runs_on(mailbox.camera):
+                    continue
+                gate = self._gate(mailbox.camera, task)
+                if gate.next_ns is not None and gate.last_frame is not mailbox.newest:
+                    times.append(gate.next_ns)
         return min(times, default=None)
 
     def pause(self) -> None:

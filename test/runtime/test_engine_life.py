@@ -133,7 +133,7 @@ def test_hundreds_of_transitions_leave_threads_and_answers_as_they_were(make_eng
         assert engine.pause(SOON)
         engine.start()
     for _ in range(5):
-        engine.switch("script").result(SOON)
+        engine.load("script").result(SOON)
         assert engine.pause(SOON)
         engine.start()
     assert engine_threads() == before
@@ -263,12 +263,6 @@ def test_loading_shows_in_the_state_and_a_second_load_is_busy(make_engine, door)
     assert first.result(SOON).model == "a"
 
 
-def test_loading_over_a_loaded_model_is_refused_with_the_way_to_do_it(make_engine):
-    engine = make_engine()
-    with pytest.raises(VlmError, match=r"INVALID_TRANSITION.*Switch, or unload first"):
-        engine.load("script").result(SOON)
-
-
 @pytest.mark.parametrize("deaf", [False, True])
 def test_a_cancelled_load_ends_at_once_and_its_model_is_thrown_away(make_engine, door, deaf):
     door.deaf = deaf
@@ -337,7 +331,7 @@ def two(make_engine, door):
 
 def test_switching_keeps_running_and_loses_no_request(two, door, ask):
     door.open.clear()
-    switching = two.switch("b")
+    switching = two.load("b")
     door.wait_entered()
     assert two.state == EngineState.LOADING
     waiting = two.submit(ask())
@@ -351,7 +345,7 @@ def test_switching_keeps_running_and_loses_no_request(two, door, ask):
 
 def test_deadlines_hold_while_a_model_is_being_switched(two, door, ask, clock):
     door.open.clear()
-    two.switch("b")
+    two.load("b")
     door.wait_entered()
     waiting = two.submit(ask(deadline_ns=clock.ns + 1_000_000_000))
     clock.advance(1.0)
@@ -363,7 +357,7 @@ def test_a_failed_switch_goes_on_with_the_old_model(two, door, ask):
     for free_bytes in (10**9, 0):
         door.made[-1].free_memory = lambda: free_bytes  # noqa: B023
         with pytest.raises(ModelError, match="SHAPE_MISMATCH"):
-            two.switch("b").result(SOON)
+            two.load("b").result(SOON)
         assert door.made[0].closed is (free_bytes == 0)
         assert two.state == EngineState.RUNNING
         assert two.submit(ask()).result(SOON).info.model == "a"
@@ -373,7 +367,7 @@ def test_a_failed_switch_goes_on_with_the_old_model(two, door, ask):
 def test_a_cancelled_switch_goes_on_with_the_old_model(two, door, ask, deaf):
     door.open.clear()
     door.deaf = deaf
-    switching = two.switch("b")
+    switching = two.load("b")
     door.wait_entered()
     assert two.cancel_load()
     with pytest.raises(ModelError, match="LOAD_CANCELLED"):
@@ -385,20 +379,13 @@ def test_a_cancelled_switch_goes_on_with_the_old_model(two, door, ask, deaf):
 
 def test_pausing_while_switching_leaves_the_new_model_paused(two, door):
     door.open.clear()
-    switching = two.switch("b")
+    switching = two.load("b")
     door.wait_entered()
     assert two.pause(SOON)  # needs not wait for the loader
     door.open.set()
     switching.result(SOON)
     assert two.state == EngineState.PAUSED
     assert two.stats().model == "b"
-
-
-def test_a_switch_without_a_model_is_a_load(make_engine, door):
-    door.open.set()
-    engine = make_engine(load=False, factory=door)
-    assert engine.switch("a").result(SOON).model == "a"
-    assert engine.state == EngineState.PAUSED
 
 
 def test_when_switching_loses_both_models_the_node_is_told(make_engine, door):
@@ -416,7 +403,7 @@ def test_when_switching_loses_both_models_the_node_is_told(make_engine, door):
     engine.start()
     door.failing = dict.fromkeys("ab", ModelError(ErrorCode.WEIGHTS_NOT_FOUND, "disk is gone"))
     with pytest.raises(ModelError):
-        engine.switch("b").result(SOON)
+        engine.load("b").result(SOON)
     assert ready.wait(SOON)
     assert told == [ErrorCode.WEIGHTS_NOT_FOUND]
     assert engine.state == EngineState.UNLOADED
@@ -431,7 +418,7 @@ def test_after_a_switch_the_tasks_of_the_new_model_run(two, door, make_frame, re
     reader = script("b")
     reader.tasks = frozenset({"ocr"})
     door.script = lambda name: reader
-    two.switch("b").result(SOON)
+    two.load("b").result(SOON)
     assert [name for name, _ in two.stats().idle_tasks] == ["caption"]
     two.offer(make_frame())
     assert results.wait(1)[0].info.task == "ocr"
@@ -461,7 +448,7 @@ def test_models_that_fail_again_and_again_are_reported_once_and_paused(make_engi
     assert engine.state == EngineState.PAUSED
     assert engine._shared.meter.consecutive_failures == 3
     backend.before_run = lambda batch: None
-    engine.switch("script").result(SOON)
+    engine.load("script").result(SOON)
     engine.start()
     assert code(engine.submit(ask())) == ErrorCode.OK
 

@@ -1,4 +1,4 @@
-"""Pictures from files: turned as their EXIF says, checked before they are decoded."""
+"""Picture files to pixels: checked before they are decoded, turned upright by their EXIF."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ def _by_pillow(data: bytes, limits: Limits) -> npt.NDArray[np.uint8]:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as file:
-            check_size(file.width, file.height, limits)  # before anything is decoded
-            picture = ImageOps.exif_transpose(file)
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            check_size(picture.width, picture.height, limits)  # before anything is decoded
+            ImageOps.exif_transpose(picture, in_place=True)
             if picture.mode in _MODES_16_BIT:
                 grey = sixteen_to_eight(np.asarray(picture, dtype=np.uint16))
                 return np.repeat(grey[..., None], 3, axis=2)
