@@ -6,15 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from librobot_vlm_ros.core import Region
+from librobot_vlm_ros.models.generation.constraints.box_syntax import MOST_BLANKS, SCALE
 
 __all__ = ["BLANKS", "MOST_BLANKS", "NUMBER", "SCALE", "Score", "region_of"]
-
-#: What stands for the whole width or height.
-SCALE = 1000
-
-#: Blanks that may stand in a row within a box: a model that finds no way on must not write them
-#: until its answer is cut off.
-MOST_BLANKS = 64
 
 #: Patterns of the boxes that are written as text: blanks, and a number (a group) between blanks.
 BLANKS = rf"\s{{0,{MOST_BLANKS}}}"

@@ -260,7 +260,7 @@ def test_what_may_follow_is_what_the_notation_says(tokenizer, pieces, family: st
     for words in (tokenizer, pieces) if family == "internvl" else (tokenizer,):
         eos = end_of(words)
         grammar = syntax_constraint(words, notation, [eos])
-        known = words.notations[type(notation), (eos,)]
+        known = words.constraint_cache[type(notation), (eos,)]
         bound = 0
         for text in GOOD[family]:
             ids = [i for char in text for i in words.words(char)] if words is tokenizer else (

@@ -22,9 +22,11 @@ from librobot_vlm_ros.models.generation.fast.graph_runner import (
 )
 from librobot_vlm_ros.models.generation.fast.weights import (
     Activation,
+    Norm,
     UnsupportedError,
     activation,
     addresses,
+    layer_norm,
     linear_weights,
     norm_weights,
     project,
@@ -34,7 +36,6 @@ from librobot_vlm_ros.models.generation.fast.weights import (
 __all__ = ["BartStaticCache", "FastBart", "FastBartDecoder"]
 
 _Linear = tuple[Tensor, Tensor]
-_Norm = tuple[Tensor, Tensor, float]
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,14 @@ class _Layer:
 
     qkv: tuple[_Linear, ...]
     out: _Linear
-    norm: _Norm
+    norm: Norm
     cross_q: _Linear
     cross_kv: tuple[_Linear, ...]
     cross_out: _Linear
-    cross_norm: _Norm
+    cross_norm: Norm
     fc1: _Linear
     fc2: _Linear
-    last_norm: _Norm
+    last_norm: Norm
 
 
 class BartStaticCache(StaticCache):
@@ -166,7 +167,7 @@ class FastBart:
         if self.embed_scale is not None:
             hidden = hidden * self.embed_scale
         hidden = hidden + self.positions.index_select(0, position)
-        hidden = _layer_norm(hidden, self.first_norm)
+        hidden = layer_norm(hidden, self.first_norm)
         for layer, (kv, keys, values, cross_keys, cross_values) in zip(
             self.layers, cache.layers, strict=True
         ):
@@ -175,16 +176,16 @@ class FastBart:
             kv.index_copy_(3, position, cache.new_kv)
             attended = attention(cache.query, keys, values, cache.mask)
             hidden = hidden + _linear(attended.reshape(rows, -1), layer.out)
-            hidden = _layer_norm(hidden, layer.norm)
+            hidden = layer_norm(hidden, layer.norm)
 
             weight, bias = layer.cross_q
             torch.addmm(bias, hidden, weight, out=cache.cross_q)
             attended = attention(cache.cross_query, cross_keys, cross_values, cross_mask)
             attended = attended.transpose(1, 2).reshape(rows, -1)
-            hidden = _layer_norm(hidden + _linear(attended, layer.cross_out), layer.cross_norm)
+            hidden = layer_norm(hidden + _linear(attended, layer.cross_out), layer.cross_norm)
 
             wide = self.act(_linear(hidden, layer.fc1))
-            hidden = _layer_norm(hidden + _linear(wide, layer.fc2), layer.last_norm)
+            hidden = layer_norm(hidden + _linear(wide, layer.fc2), layer.last_norm)
         position.add_(1)
         return project(hidden, self.head, self.head_bias, allowed)
 
@@ -214,10 +215,6 @@ def _with_bias(layer: Any) -> _Linear:
 
 def _linear(x: Tensor, layer: _Linear) -> Tensor:
     return torch.addmm(layer[1], x, layer[0])
-
-
-def _layer_norm(x: Tensor, norm: _Norm) -> Tensor:
-    return torch.layer_norm(x, x.shape[-1:], *norm)
 
 
 class FastBartDecoder(FastDecoder):

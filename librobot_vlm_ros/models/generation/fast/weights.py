@@ -15,9 +15,11 @@ from librobot_vlm_ros.core import ErrorCode, ModelError
 __all__ = [
     "DECODERS",
     "Activation",
+    "Norm",
     "UnsupportedError",
     "activation",
     "addresses",
+    "layer_norm",
     "linear_weights",
     "make_fast",
     "norm_weights",
@@ -32,6 +34,8 @@ _log = logging.getLogger(__name__)
 DECODERS = ("auto", "module", "functional")
 
 Activation = Callable[[Tensor], Tensor]
+#: Weight, bias and epsilon of a LayerNorm.
+Norm = tuple[Tensor, Tensor, float]
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
@@ -98,11 +102,16 @@ def linear_weights(layer: Any) -> tuple[Tensor, Tensor | None]:
     return weight.t(), None if layer.bias is None else layer.bias.detach()
 
 
-def norm_weights(layer: Any) -> tuple[Tensor, Tensor, float]:
-    """Weight, bias and epsilon of a LayerNorm."""
+def norm_weights(layer: Any) -> Norm:
+    """Those of a LayerNorm."""
     if type(layer) is not nn.LayerNorm:
         raise UnsupportedError(f"a {type(layer).__name__} stands in a norm's place")
     return layer.weight.detach(), layer.bias.detach(), float(layer.eps)
+
+
+def layer_norm(x: Tensor, norm: Norm) -> Tensor:
+    """LayerNorm over the last axis."""
+    return torch.layer_norm(x, x.shape[-1:], *norm)
 
 
 def activation(config: Any, field: str) -> Activation:
