@@ -18,6 +18,7 @@ __all__ = ["Console", "Progress", "log_on_stderr", "table"]
 
 _REDRAW_S = 0.1
 _PLAIN_PERIOD_S = 3.0
+_ENDLESS = 10_000
 
 
 class Console:
@@ -68,24 +69,29 @@ class Console:
         from rich.table import Table
         from rich.text import Text
 
-        shown = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+        shown = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), header_style="bold")
         for place, name in enumerate(header):
-            to_the_right = right[place : place + 1] == "r"
-            shown.add_column(name, justify="right" if to_the_right else "left", overflow="fold")
+            shown.add_column(name, justify="right" if right[place : place + 1] == "r" else "left")
         for row in rows:
             shown.add_row(*map(Text.from_ansi, row))
-        self.rich().print(shown)
+        # As wide as it is: names that were broken could not be copied.
+        self.rich(width=_ENDLESS).print(shown)
 
     def progress(self, total: int, what: str) -> Progress:
         """A progress display of `total` steps."""
         return Progress(self, total, what)
 
-    def rich(self) -> Any:
+    def rich(self, width: int | None = None) -> Any:
         """rich's console on this stream, which takes no text for markup."""
         from rich.console import Console as RichConsole
 
         return RichConsole(
-            file=self.stream, force_terminal=True, markup=False, highlight=False, emoji=False
+            file=self.stream,
+            width=width,
+            force_terminal=True,
+            markup=False,
+            highlight=False,
+            emoji=False,
         )
 
 

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from librobot_vlm_ros.annotate.job import Options
 
 _MOST_WORKERS = 64
+#: Arguments that are parameters of the node.
+_PARAMETERS = (
+    *("model", "weights", "model_config", "device", "dtype", "quantization", "instruction"),
+    *("max_batch", "max_new_tokens", "num_beams", "min_score", "allow_depth"),
+)
 
 SUMMARY = "run a model over recorded bags: originals and results into a new bag"
 
@@ -66,6 +71,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     fewer.add_argument(
         "--rate",
+        dest="rate_hz",
         type=positive,
         default=0.0,
         metavar="HZ",
@@ -104,7 +110,12 @@ def _configure_model(model: Any) -> None:
     add_model_arguments(model)
     model.add_argument("--model-config", default="", metavar="JSON", help="the model's settings")
     model.add_argument(
-        "--batch", type=at_least_one, default=8, metavar="N", help="frames at once (default 8)"
+        "--batch",
+        dest="max_batch",
+        type=at_least_one,
+        default=8,
+        metavar="N",
+        help="frames at once (default 8)",
     )
     model.add_argument("--max-new-tokens", type=count, default=0, metavar="N", help="length limit")
     model.add_argument("--num-beams", type=count, default=0, metavar="N", help="of the decoding")
@@ -163,25 +174,14 @@ def _options(args: argparse.Namespace) -> Options:
         bags=tuple(args.bags[:-1]),
         out=args.bags[-1],
         parameters={
-            "model": args.model,
-            "weights": args.weights,
-            "model_config": args.model_config,
-            "device": args.device,
-            "dtype": args.dtype,
-            "quantization": args.quantization,
+            **{name: getattr(args, name) for name in _PARAMETERS},
             "tasks": tuple(args.tasks),
-            "instruction": args.instruction,
-            "max_batch": args.batch,
-            "max_new_tokens": args.max_new_tokens,
-            "num_beams": args.num_beams,
-            "min_score": args.min_score,
-            "allow_depth": args.allow_depth,
         },
         topics=tuple(args.topics),
         instruction_topic=args.instruction_topic,
         node=args.node,
         every=args.every,
-        rate_hz=args.rate,
+        rate_hz=args.rate_hz,
         salvage=args.salvage,
         storage=args.storage,
         workers=args.workers,

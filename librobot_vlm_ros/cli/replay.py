@@ -11,7 +11,7 @@ from librobot_vlm_ros.cli.arguments import add_node_argument, positive, remappin
 from librobot_vlm_ros.console import Console
 
 if TYPE_CHECKING:
-    from librobot_vlm_ros.replay.publishers import PlayOptions, PlayReport
+    from librobot_vlm_ros.replay.player import PlayOptions, PlayReport
 
 SUMMARY = "play a db3 or MCAP bag into topics, at its own timing or in step with the node"
 
@@ -141,7 +141,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _options(args: argparse.Namespace) -> PlayOptions:
-    from librobot_vlm_ros.replay.publishers import PlayOptions
+    from librobot_vlm_ros.replay.player import PlayOptions
 
     return PlayOptions(
         rate=args.rate if args.rate or args.lock_step else 1.0,

@@ -14,8 +14,7 @@ from librobot_vlm_ros.core import EngineError
 from librobot_vlm_ros.demo.data import Answer, DemoRun, FrameRecord, answer_of
 from librobot_vlm_ros.replay.lock_step import NodeLink, ResultMessage
 from librobot_vlm_ros.replay.message_types import IMAGE_TYPES, header_stamp_ns
-from librobot_vlm_ros.replay.player import Player
-from librobot_vlm_ros.replay.publishers import PlayOptions
+from librobot_vlm_ros.replay.player import Player, PlayOptions
 
 __all__ = ["INSTRUCTION_TOPIC", "read_frames", "run_live"]
 
