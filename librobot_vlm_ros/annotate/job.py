@@ -1,4 +1,4 @@
-"""What one run of `annotate` is asked to do, resolved against its bags: cameras, tasks, topics.
+"""What one run of `annotate` is to do: the user's options, and the cameras and topics they mean.
 
 A `Job` is plain data: it goes to worker processes, and its `fingerprint` tells a run that can go on
 where another stopped from one that was asked something else.
@@ -50,9 +50,9 @@ class Options:
     instruction_topic: str | None = None
     """"" for none, None for the usual one where a bag has it."""
     node: str = "/vlm"
-    """Results are named as the node of this name would name them."""
+    """Result topics are named as the node of this name would name them."""
     every: int = 1
-    """Each how many-th frame of a camera."""
+    """Take each `every`-th frame of a camera."""
     rate_hz: float = 0.0
     """At most so many frames of each camera per second of its stamps; 0 = all."""
     salvage: bool = False
@@ -75,14 +75,14 @@ class Job:
     """"" where there is none."""
 
     def settings(self) -> Settings:
-        """The node's settings. Raises `RequestError` for a value that is no good."""
+        """The node's settings. Raises `RequestError` for a bad value."""
         from librobot_vlm_ros.ros.parameters.settings import Settings
 
         cameras = tuple(f"{name}=/{name}" for name in self.cameras.values())
         return Settings(**self.options.parameters, cameras=cameras)
 
     def fingerprint(self) -> dict[str, Any]:
-        """All that the results depend on, as JSON has it."""
+        """All that the results depend on, in JSON's own types."""
         options = self.options
         parameters = sorted(options.parameters.items())
         return {
@@ -232,7 +232,7 @@ def _find_instruction_topic(types: Mapping[str, str], asked: str | None, node: s
 
 
 def standing_tasks_under(settings: Settings, text: str, number: int) -> list[StandingTask]:
-    """The standing tasks under the instruction `text`, which is the `number`-th."""
+    """The standing tasks while instruction number `number` is `text`."""
     from librobot_vlm_ros.ros.engine_config import standing_tasks
     from librobot_vlm_ros.ros.inputs.instruction import Instruction
 

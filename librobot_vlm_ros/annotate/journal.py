@@ -69,7 +69,7 @@ class BadFrame(NamedTuple):
 
 
 class SegmentDone(NamedTuple):
-    """All that came of a segment."""
+    """Everything that answering a segment gave."""
 
     number: int
     frames: int
@@ -116,7 +116,7 @@ class Journal:
     # -- the plan
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Throw everything away and begin anew."""
         self._db.close()
         for item in self.folder.iterdir():
             if item.name.startswith(_FILE):
@@ -124,7 +124,7 @@ class Journal:
         self._connect()
 
     def meta(self) -> dict[str, Any]:
-        """What `write_plan` was given; empty when no plan was completed."""
+        """The `meta` given to `write_plan`; empty when no plan was completed."""
         try:
             rows = self._db.execute("SELECT name, value FROM meta").fetchall()
         except sqlite3.DatabaseError:  # killed before there were tables, or no journal of ours
@@ -132,7 +132,7 @@ class Journal:
         return {name: json.loads(value) for name, value in rows}
 
     def write_plan(self, frames: Iterable[FramePlan], meta: Callable[[], dict[str, Any]]) -> None:
-        """Keep the plan: all of it or nothing. `meta` is asked when the last frame is through."""
+        """Store the plan: all of it or nothing. `meta` is called after the last frame."""
 
         with self._transaction() as db:
             for statement in _TABLES.split(";"):
@@ -161,7 +161,7 @@ class Journal:
     # -- the work
 
     def commit(self, done: SegmentDone) -> None:
-        """Keep a finished segment: all of it or nothing."""
+        """Store a finished segment: all of it or nothing."""
         with self._transaction() as db:
             db.execute("INSERT INTO segments VALUES (?, ?)", (done.number, done.frames))
             db.executemany("INSERT INTO results VALUES (?,?,?,?,?)", done.results)
@@ -226,8 +226,8 @@ def remove_work(out: Path) -> None:
 
 
 def check_work(out: Path) -> None:
-    """Raise `BagError` PATH_NOT_ALLOWED where something that is not of annotate stands in the place
-    of the work for `out`; touches nothing.
+    """Raise `BagError` PATH_NOT_ALLOWED where something that annotate did not make is in the place
+    of the work for `out`; changes nothing.
     """
     folder = journal_folder(out)
     wrong = ""

@@ -1,4 +1,4 @@
-"""Originals and results become one bag, which appears whole or not at all."""
+"""Write originals and results into one bag, which appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NOTE = "librobot_vlm_annotate"
 
 
 def storage_of(reader: BagReader) -> Storage:
-    """What a bag is stored in."""
+    """The storage format of a bag."""
     path = reader.path
     files = [path] if path.is_file() else list(path.iterdir())
     return "db3" if any(file.suffix == ".db3" for file in files) else "mcap"
@@ -81,7 +81,7 @@ def _declare(bag: BagWriter, readers: Sequence[BagReader]) -> dict[str, str]:
 
 
 def put_in_place(out: Path, name: str) -> None:
-    """Make the written bag the bag `out`: on the disk first, then there under its name at once."""
+    """Move the written bag to `out` in one step, after everything has reached the disk."""
     folder = journal_folder(out)
     new = folder / "bag" / name
     for file in sorted(new.iterdir()):

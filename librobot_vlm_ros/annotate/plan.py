@@ -1,4 +1,4 @@
-"""Which frames of the bags are asked what: settled before the first one is, and then kept.
+"""Which frames of the bags are asked what: decided before the first is asked, and then kept.
 
 The plan is what makes a run resumable: a frame belongs to one segment, a segment is done or not.
 """
@@ -58,7 +58,7 @@ class Numbering:
 def in_time_order(
     readers: Sequence[BagReader], topics: Iterable[str] = ()
 ) -> Iterator[tuple[int, BagMessage]]:
-    """(bag, message) of several bags in one order of time; of all topics, unless some are named."""
+    """(bag, message) of several bags merged by time; of all topics, unless some are named."""
     wanted = set(topics)
 
     def rows(bag: int, reader: BagReader) -> Iterator[tuple[int, int, BagMessage]]:
@@ -73,7 +73,7 @@ def in_time_order(
 
 
 class Planner:
-    """Walks over the bags once. `instructions` and `problems` are complete when it is through."""
+    """Reads the bags once. `instructions` and `problems` are complete after the last frame."""
 
     def __init__(self, job: Job, readers: Sequence[BagReader]) -> None:
         from librobot_vlm_ros.ros.inputs.instruction import Instruction
@@ -86,7 +86,7 @@ class Planner:
         self.instructions: list[tuple[str, int]] = []
         self.problems: list[str] = []
         self.images = 0
-        self._take_instruction()
+        self._add_instruction()
 
     def frames(self) -> Iterator[FramePlan]:
         """The frames in order of time."""
@@ -96,7 +96,7 @@ class Planner:
         number = 0
         for bag, message in in_time_order(self._readers, [name for name in topics if name]):
             if message.topic == self._job.instruction_topic:
-                self._hear(self._readers[bag], message)
+                self._read_instruction(self._readers[bag], message)
                 continue
             if message.type not in IMAGE_TYPES:
                 raise BagError(
@@ -140,17 +140,17 @@ class Planner:
         gate = self._gates.setdefault((camera, *what), RateGate(round(1e9 / rate_hz)))
         return gate.passes(stamp_ns)
 
-    def _hear(self, reader: BagReader, message: BagMessage) -> None:
+    def _read_instruction(self, reader: BagReader, message: BagMessage) -> None:
         try:
             if message.type != TEXT_TYPE:
                 raise BagError(ErrorCode.WRONG_TYPE, f"it is {message.type}, expected {TEXT_TYPE}")
             before = self._instruction.number
             if self._instruction.set(reader.deserialize(message).data) != before:
-                self._take_instruction()
+                self._add_instruction()
         except VlmError as error:  # as live: refused, and the one before stays
             self.problems.append(f"an instruction at {message.stamp_ns} is refused: {error}")
 
-    def _take_instruction(self) -> None:
+    def _add_instruction(self) -> None:
         now = (self._instruction.text, self._instruction.number)
         self.instructions.append(now)
         self._tasks = standing_tasks_under(self._settings, *now)

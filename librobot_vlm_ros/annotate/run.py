@@ -95,7 +95,7 @@ def annotate(options: Options, console: Console) -> Summary | None:
                 if not isinstance(error, VlmError) and is_disk_full(error):
                     error = disk_full(journal.folder, error)
                 if isinstance(error, VlmError) and error.code == ErrorCode.DISK_FULL:
-                    raise _with_what_is_kept(error, journal) from error
+                    raise _with_hint_to_resume(error, journal) from error
                 raise
 
 
@@ -109,7 +109,7 @@ def _announce(console: Console, job: Job, twins: dict[str, str]) -> None:
 
 
 def _result_topics(job: Job, types: dict[str, str]) -> dict[str, str]:
-    """Topics of the results that these tasks give. Checks the tasks, too."""
+    """Result topic -> type for these tasks, which are checked first."""
     from librobot_vlm_ros.models import model_info
 
     settings, node = job.settings(), job.options.node
@@ -130,7 +130,7 @@ def _result_topics(job: Job, types: dict[str, str]) -> dict[str, str]:
 
 
 def _refuse_own_input(out: Path, bags: Sequence[Path]) -> None:
-    """Neither the new bag nor the folder of the work for it may be, hold or lie in a bag read."""
+    """Refuse where the new bag or its work folder is, contains or lies in a bag that is read."""
     for target in (_real(out), _real(journal_folder(out))):
         for path in bags:
             source = _real(path)
@@ -148,7 +148,7 @@ def _real(path: Path) -> Path:
 
 
 def _is_done_already(job: Job) -> bool:
-    """Whether there is nothing to do; raises where `out` is something else."""
+    """Whether `out` is finished; raises where it is something else that must not be replaced."""
     options, out = job.options, job.options.out
     if not os.path.lexists(out):  # a link to nothing is something, too
         return False
@@ -170,8 +170,8 @@ def _is_done_already(job: Job) -> bool:
     return False
 
 
-def _with_what_is_kept(error: VlmError, journal: Journal) -> VlmError:
-    """`error` with what was kept. Half a bag is not: its results are in the journal."""
+def _with_hint_to_resume(error: VlmError, journal: Journal) -> VlmError:
+    """`error` with a hint to what was kept; half a bag is removed."""
     shutil.rmtree(journal.folder / "bag", ignore_errors=True)
     try:
         done, total = journal.done_count(), journal.frame_count()
@@ -226,7 +226,7 @@ class _Run:
             self._readers,
             self._results,
             self._job.options.storage or storage_of(self._readers[0]),
-            {"fingerprint": self._job.fingerprint(), "model": self._model_told()},
+            {"fingerprint": self._job.fingerprint(), "model": self._model_used()},
             out.absolute().name,
         )
         put_in_place(out, out.absolute().name)
@@ -316,7 +316,7 @@ class _Run:
             else:
                 yield from run_here(self._job, self._readers, instructions, todo, *told)
 
-    def _model_told(self) -> dict[str, str]:
+    def _model_used(self) -> dict[str, str]:
         """Which model answered, as far as this run knows."""
         model = self._model
         if model is None:  # all frames were done before
@@ -329,7 +329,7 @@ class _Run:
         }
 
     def _summary(self, topics: dict[str, int], left_out: dict[str, str], model_s: float) -> Summary:
-        """The counts; faults are shown."""
+        """Count what was done, and show the faults."""
         options, console = self._job.options, self._console
         results, bad = (dict(sorted(one.items())) for one in self._journal.counts())
         good = results.pop(0, 0)
@@ -347,7 +347,7 @@ class _Run:
         return Summary(
             out=str(options.out),
             bags=[str(path) for path in options.bags],
-            model=self._model_told(),
+            model=self._model_used(),
             frames=self._total,
             resumed_frames=self._resumed,
             bad_frames=bad_frames,

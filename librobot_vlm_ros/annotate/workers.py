@@ -1,8 +1,8 @@
 """The model's side of `annotate`: segments of frames in, serialized result messages out.
 
-Segments are worked off in this process, or in several that each hold the model. The messages are
-made by the node's own `ResultPublisher`; only its publishers are replaced by ones that keep what
-they are given. There is no node and no middleware.
+Segments are answered in this process, or in several that each hold the model. The messages are
+built by the node's own `ResultPublisher`; its publishers are replaced by ones that only keep what
+is published. There is no node and no middleware.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class _RecordedTopic:
         self._published.append((self.topic, bytes(serialize_message(message))))
 
     def get_subscription_count(self) -> int:
-        """Somebody listens where the bag can hold such messages."""
+        """1 where a bag can hold such messages: detections are built for subscribers only."""
         return int(self.type in package_typestore().fielddefs)
 
 
@@ -109,7 +109,7 @@ class ResultRecorder:
 
 
 class _SegmentWorker:
-    """Holds a model and works off segments. Raises `VlmError` when the model cannot be loaded."""
+    """Holds a model and answers segments. Raises `VlmError` when the model cannot be loaded."""
 
     def __init__(
         self,
@@ -133,7 +133,7 @@ class _SegmentWorker:
         self._backend = loader.backend
 
     def run(self, number: int, plan: Sequence[FramePlan], on_frames: OnFrames) -> SegmentDone:
-        """Work off one segment."""
+        """Answer the frames of one segment."""
         results: list[ResultRow] = []
         bad: list[BadFrame] = []
         waiting: list[tuple[FramePlan, Frame]] = []
@@ -191,8 +191,8 @@ class _SegmentWorker:
     def _answer_all(
         self, frames: Sequence[tuple[FramePlan, Frame]], results: list[ResultRow]
     ) -> None:
-        """One batch a task: requests of one kind are answered together best, and the model keeps
-        the features of these frames from task to task.
+        """Ask task by task: requests of one task make the best batches, and the model caches the
+        features of these frames for the next task.
         """
         for index in sorted({index for item, _ in frames for index in item.tasks}):
             asked = [
@@ -245,7 +245,7 @@ def run_here(
     on_model: OnModel,
     on_frames: OnFrames,
 ) -> Iterator[SegmentDone]:
-    """Work off `segments` one after the other. Raises `VlmError`."""
+    """Answer `segments` one after the other. Raises `VlmError`."""
     worker = _SegmentWorker(job, readers, instructions)
     on_model(worker.report)
     for number, plan in segments:
@@ -260,7 +260,7 @@ def run_in_processes(
     on_model: OnModel,
     on_frames: OnFrames,
 ) -> Iterator[SegmentDone]:
-    """Work off `segments` in `count` processes; they come back in the order they are done.
+    """Answer `segments` in `count` processes; they come back in the order they are done.
 
     Raises the `VlmError` of a process that fails, INFERENCE_FAILED for one that is killed. However
     this ends, the processes end too; they notice by themselves when this one is gone.
@@ -328,7 +328,7 @@ def _killed(process: Any) -> VlmError:
 
 @contextlib.contextmanager
 def _shared_cores(count: int) -> Iterator[None]:
-    """Each process started in here uses its share of the cores, unless the user said otherwise."""
+    """Let each process started inside use its share of the cores, unless the user set it."""
     name = "OMP_NUM_THREADS"
     if name in os.environ:
         yield
@@ -341,7 +341,7 @@ def _shared_cores(count: int) -> Iterator[None]:
 
 
 def _work(pipe: Connection, job: Job, instructions: Instructions) -> None:
-    """A worker process: segments come through the pipe until None does."""
+    """A worker process: answer the segments that come through the pipe, until None comes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent ends this one
     parent = multiprocessing.parent_process()
 

@@ -84,7 +84,7 @@ def at_least_one(text: str) -> int:
 
 
 def node_name(text: str) -> str:
-    """A node's name with its namespace, absolute: ROS takes no other signs in the topics of it."""
+    """A node's name with its namespace, absolute, of the characters that ROS takes in topics."""
     name = f"/{text.strip('/')}"
     if len(name) > _MOST_OF_A_NAME or not re.fullmatch(r"(/[A-Za-z_][A-Za-z0-9_]*)+", name):
         raise argparse.ArgumentTypeError(

@@ -100,7 +100,7 @@ def _check_task(info: Any, task: str) -> None:
 
 
 def _out_path(image: Path, asked: Path | None) -> Path:
-    """Where the drawing goes; refused before the model is loaded where it cannot be one."""
+    """Where the drawing goes. Raises `RequestError` for a path that cannot be written."""
     from PIL import Image
 
     from librobot_vlm_ros.core import ErrorCode, RequestError
@@ -123,7 +123,7 @@ def _out_path(image: Path, asked: Path | None) -> Path:
 
 
 def _draw(out: Path, frame: Frame, request: InferenceRequest, answer: ModelAnswer) -> None:
-    """Written under another name first: what is there is whole."""
+    """Draw the answer, under another name first, so that `out` is never half a picture."""
     from PIL import Image
 
     from librobot_vlm_ros.core.drawing import draw

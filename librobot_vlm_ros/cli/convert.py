@@ -41,7 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Convert and say what came of it."""
+    """Convert, and print what was written."""
     from librobot_vlm_ros.models import get_vlm
     from librobot_vlm_ros.models.checkpoints.conversion import convert_folder
 

@@ -156,8 +156,8 @@ def in_flags(hint: str, flags: Collection[str]) -> str:
 
 
 def _closed() -> Exception:
-    """Said before the work: nobody could read what comes of it, and the next file that is opened
-    would get the number of standard output, and what libraries print.
+    """The error for a closed standard output, raised before any work: nobody could read the answer,
+    and the next file that is opened would get its number and with it what libraries print.
     """
     from librobot_vlm_ros.core import ErrorCode, RequestError
 
@@ -179,7 +179,3 @@ def _is_of_ros(error: Exception) -> bool:
     ours = package == "librobot_vlm_ros" and rest in ("msg", "srv", "action")
     foreign = package in ("rclpy", "rpyutils") or package.endswith(("_msgs", "_interfaces"))
     return ours or foreign or "rclpy" in str(cause) or "rosidl" in str(cause)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

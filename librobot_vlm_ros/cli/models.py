@@ -1,4 +1,4 @@
-"""`librobot-vlm models`: what this installation knows, and whether it is what it claims to be."""
+"""`librobot-vlm models`: list the models of this installation, or check them at tiny size."""
 
 from __future__ import annotations
 

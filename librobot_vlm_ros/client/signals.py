@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as exceptions, raised where they arrive whole.
+"""Ctrl-C and SIGTERM as exceptions, raised only where they are not mangled on the way.
 
 Python runs a signal's handler between any two of its instructions, also in those that rclpy's C++
 code calls to make and read messages. An exception that is raised there comes out as another

@@ -13,7 +13,7 @@ from librobot_vlm_ros.evaluation.metrics import (
     caption_exact,
     detection_scores,
     grounding_hit,
-    match_boxes,
+    match_regions,
     named_objects,
 )
 from librobot_vlm_ros.tabletop.labels import LABELS
@@ -87,7 +87,7 @@ def answer_is_right(run: DemoRun, answer: Answer | None, words: frozenset[str]) 
     if answer.task == "caption":
         return caption_exact(answer.text, frame.truth.labels, words)
     if answer.task == "detect":
-        matches = _matches(answer.regions, truth)
+        matches = match_regions(answer.regions, truth)
         return len(matches) == len(answer.regions) == len(truth)
     if answer.task == "ground":
         return _grounded(answer, truth, words)
@@ -99,7 +99,7 @@ def missed_objects(frame: FrameRecord) -> tuple[Region, ...]:
     if frame.truth is None:
         return ()
     truth = truth_regions(frame.truth)
-    met = _matches(_detected(frame), truth)
+    met = {match.truth for match in match_regions(_detected(frame), truth)}
     return tuple(region for place, region in enumerate(truth) if place not in met)
 
 
@@ -117,17 +117,6 @@ def _grounded(answer: Answer, truth: tuple[Region, ...], words: frozenset[str]) 
         return [r for r in answer.regions if name in named_objects(r.label, words)]
 
     return all(grounding_hit(found_for(name), boxes) for name, boxes in in_view.items())
-
-
-def _matches(found: tuple[Region, ...], truth: tuple[Region, ...]) -> set[int]:
-    """Indices of the true regions that a found one matches in label and box."""
-    pairs = match_boxes(
-        [region.box for region in found],
-        [region.box for region in truth],
-        predicted_labels=[region.label for region in found],
-        truth_labels=[region.label for region in truth],
-    )
-    return {pair.truth for pair in pairs}
 
 
 def _detected(frame: FrameRecord) -> tuple[Region, ...]:

@@ -24,6 +24,7 @@ __all__ = [
     "iou",
     "iou_matrix",
     "match_boxes",
+    "match_regions",
     "named_objects",
 ]
 
@@ -103,6 +104,19 @@ def match_boxes(
     ]
 
 
+def match_regions(
+    predicted: Sequence[Region], truth: Sequence[Region], *, iou_threshold: float = 0.5
+) -> list[Match]:
+    """`match_boxes` of regions, whose labels must be equal."""
+    return match_boxes(
+        [region.box for region in predicted],
+        [region.box for region in truth],
+        iou_threshold=iou_threshold,
+        predicted_labels=[region.label for region in predicted],
+        truth_labels=[region.label for region in truth],
+    )
+
+
 @dataclass(frozen=True)
 class DetectionScores:
     """Counts and scores over a set of frames."""
@@ -131,13 +145,7 @@ def detection_scores(
         count += 1
         predicted += len(found)
         expected += len(truth)
-        matches = match_boxes(
-            [region.box for region in found],
-            [region.box for region in truth],
-            iou_threshold=iou_threshold,
-            predicted_labels=[region.label for region in found],
-            truth_labels=[region.label for region in truth],
-        )
+        matches = match_regions(found, truth, iou_threshold=iou_threshold)
         overlaps += [match.iou for match in matches]
     matched = len(overlaps)
     return DetectionScores(

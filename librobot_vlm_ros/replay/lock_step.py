@@ -1,4 +1,4 @@
-"""What a replay must know of the running node to keep in step with it.
+"""Follow the running node, so that a replay can keep in step with it.
 
 In lock-step a frame is sent only when the node has answered the one before. Which answers are due
 for a frame follows from the node's own parameters: every standing task without a rate that the
@@ -70,7 +70,7 @@ class NodeLink:
         self._session = session
         self.on_result: Callable[[ResultMessage], None] = lambda result: None
         self.check: Callable[[], None] = lambda: None
-        """Called while waiting for answers; may raise what makes waiting senseless."""
+        """Called while waiting for answers; may raise to end a wait that is in vain."""
         self._answers: Counter[tuple[str, int, str]] = Counter()
         self._parameters: Any = None
 

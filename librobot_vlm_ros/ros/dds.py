@@ -21,7 +21,6 @@ __all__ = [
     "SHARED_MEMORY",
     "TRANSPORT_VARIABLE",
     "clear_dead_segments",
-    "config_file",
     "give_back_memory",
     "keep_freed_memory",
     "profile_in_force",
@@ -94,7 +93,7 @@ def use_image_profile(environ: MutableMapping[str, str] | None = None) -> str:
     for name in _OTHER_WISHES:
         if environ.get(name):
             return f"the transport is left as it is: {name} is set"
-    profile = config_file(PROFILE)
+    profile = _config_file(PROFILE)
     if profile is None:
         return f"the transport is left as it is: {PROFILE} is not installed"
     if not SHARED_MEMORY.is_dir() or shutil.disk_usage(SHARED_MEMORY).free < _NEEDED_BYTES:
@@ -144,7 +143,7 @@ def segment_bytes(profile: Path | None) -> int | None:
     return max(found, default=DEFAULT_SEGMENT_BYTES)
 
 
-def config_file(name: str) -> Path | None:
+def _config_file(name: str) -> Path | None:
     """A file of this package's config folder: of the checkout, or as it is installed."""
     folders = [Path(librobot_vlm_ros.__file__).parents[1] / "config"]
     try:

@@ -97,7 +97,6 @@ class VlmNode(GuardedLifecycleNode):
         self._barrier = ExecutorBarrier(self, self._decoder)
         self._node_services = NodeServices(self, self.service_thread)
         self._generate = GenerateAction(self, self)
-        self.service_thread.start()
 
         self._diagnostics = DiagnosticsPublisher(self)
         self._duplicates = DuplicateNodeCheck(self)
@@ -108,6 +107,7 @@ class VlmNode(GuardedLifecycleNode):
             (_CHECK_PERIOD_S, self._check_topics),
         ):
             self.create_timer(period_s, guarded(work, self.throttled_log), clock=steady)
+        self.service_thread.start()
 
     # -- what services need (Host)
 

@@ -101,7 +101,7 @@ def test_what_is_missing_or_broken_ends_nothing(tmp_path: Path) -> None:
         (tmp_path / f"{name}.py").write_text(text)
     path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-m", "librobot_vlm_ros.cli.main", "doctor", "--json"],
+        [sys.executable, "-m", "librobot_vlm_ros.cli", "doctor", "--json"],
         env={**os.environ, "PYTHONPATH": path},
         cwd=tmp_path,
         capture_output=True,

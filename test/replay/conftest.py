@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 RESULT_TOPICS = ("/vlm/caption", "/vlm/grounding", "/vlm/embedding")
-
-
-@pytest.fixture
-def session(ros_env: dict[str, str]) -> Iterator[Any]:
-    """An rclpy node of this process on the tests' domain."""
-    from librobot_vlm_ros.client.session import Session
-
-    with Session("replay_tests") as session:
-        yield session
 
 
 @pytest.fixture

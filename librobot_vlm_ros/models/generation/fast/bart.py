@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from librobot_vlm_ros.models.generation.fast.graph_runner import (
     FastDecoder,
+    FastModel,
     GraphRunner,
     StaticCache,
 )
@@ -25,12 +26,10 @@ from librobot_vlm_ros.models.generation.fast.weights import (
     Norm,
     UnsupportedError,
     activation,
-    addresses,
     layer_norm,
     linear_weights,
     norm_weights,
     project,
-    weight_of,
 )
 
 __all__ = ["BartStaticCache", "FastBart", "FastBartDecoder"]
@@ -99,35 +98,24 @@ class BartStaticCache(StaticCache):
         self.cross_mask.zero_()
 
 
-class FastBart:
-    """The decode step of a decoder and its output layer; holds views of their weights.
-
-    Raises UnsupportedError, with the reason, for what it does not know: quantised and adapted
-    layers, hooks.
-    """
-
-    #: See `FastModel`: its table of positions bounds answers, not the arithmetic.
-    longest: int | None = None
+class FastBart(FastModel):
+    """The decode step of BART's decoder."""
 
     def __init__(self, decoder: Any, head: Any) -> None:
+        super().__init__(decoder, head)
         config = decoder.config
-        self._modules = decoder, head
         kind = type(decoder.layers[0]).__name__
         if kind != "BartDecoderLayer":
             raise UnsupportedError(f"a {kind} is not known")
         self.heads = int(config.decoder_attention_heads)
         self.head_dim = int(config.d_model) // self.heads
         self.act: Activation = activation(config, "activation_function")
-        self.embedding = weight_of(decoder.embed_tokens, nn.Embedding)
         scale = float(getattr(decoder.embed_tokens, "embed_scale", None) or 1.0)
         self.embed_scale = None if scale == 1.0 else scale
         self.positions = decoder.embed_positions.weight.detach()
         self.positions = self.positions[int(decoder.embed_positions.offset) :]
         self.first_norm = norm_weights(decoder.layernorm_embedding)
-        self.head, self.head_bias = linear_weights(head)
-        self.dtype, self.device = self.embedding.dtype, self.embedding.device
         self.layers = [_layer(layer) for layer in decoder.layers]
-        #: Weights of its largest matrix, but for the head.
         self.largest = max(layer.fc1[0].numel() for layer in self.layers)
 
     def new_cache(self, rows: int, capacity: int, prompts: int, width: int) -> BartStaticCache:
@@ -150,10 +138,6 @@ class FastBart:
             cache.cross_mask[..., length:] = -math.inf
         if mask is not None:
             cache.cross_mask[..., :length].masked_fill_((mask == 0)[:, None, None], -math.inf)
-
-    def weights(self) -> tuple[Any, ...]:
-        """See `FastModel`."""
-        return addresses(*self._modules)
 
     def decode_one_token(
         self, cache: BartStaticCache, allowed: range | Tensor | None = None

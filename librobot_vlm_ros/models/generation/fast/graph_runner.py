@@ -14,11 +14,12 @@ import weakref
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from librobot_vlm_ros.models.generation.fast.weights import linear_weights, states, weight_of
 from librobot_vlm_ros.models.generation.sampler import columns
 from librobot_vlm_ros.models.placement import is_light
 
@@ -39,7 +40,13 @@ class StaticCache:
     """
 
     def __init__(
-        self, model: Any, rows: int, capacity: int, kv_heads: int, prompts: int = 0, width: int = 0
+        self,
+        model: FastModel,
+        rows: int,
+        capacity: int,
+        kv_heads: int,
+        prompts: int = 0,
+        width: int = 0,
     ) -> None:
         options: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
         self.rows, self.capacity, self.prompts, self.width = rows, capacity, prompts, width
@@ -65,20 +72,31 @@ class StaticCache:
         self.cache_position.zero_()
 
 
-class FastModel(Protocol):
-    """A text model's decode step as plain arithmetic on its module's own weights."""
+class FastModel(ABC):
+    """A text model's decode step as plain arithmetic on its module's own weights.
 
-    dtype: torch.dtype
-    device: torch.device
-    layers: Sequence[Any]
+    Holds views of them. Raises UnsupportedError, with the reason, for what it does not know:
+    quantised and adapted layers, hooks, other layers than those of its family.
+    """
+
     #: Tokens of prompt and answer together that it is right for; None means any number.
-    longest: int | None
+    longest: int | None = None
+    layers: Sequence[Any]
+    head_dim: int
     #: Weights of its largest matrix, but for the output layer.
     largest: int
 
+    def __init__(self, text_model: Any, head: Any) -> None:
+        self._modules = text_model, head
+        self.embedding = weight_of(text_model.embed_tokens, nn.Embedding)
+        self.head, self.head_bias = linear_weights(head)
+        self.dtype, self.device = self.embedding.dtype, self.embedding.device
+
+    @abstractmethod
     def new_cache(self, rows: int, capacity: int, prompts: int, width: int) -> Any:
         """A static cache; `prompts` x `width` encoder states, 0 x 0 without an encoder."""
 
+    @abstractmethod
     def decode_one_token(self, cache: Any, allowed: range | Tensor | None = None) -> Tensor:
         """Take `cache.tokens` in, one a row; gives the logits [rows, V] of what follows.
 
@@ -87,6 +105,7 @@ class FastModel(Protocol):
 
     def weights(self) -> tuple[Any, ...]:
         """Where its weights lie and what they are; equal while a captured graph is valid."""
+        return states(weight for module in self._modules for weight in module.parameters())
 
 
 def bucket(number: int, smallest: int) -> int:

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from librobot_vlm_ros.models.generation.causal_decoder import CausalDecoder
 from librobot_vlm_ros.models.generation.fast.graph_runner import (
     FastDecoder,
+    FastModel,
     GraphRunner,
     StaticCache,
 )
@@ -26,7 +27,6 @@ from librobot_vlm_ros.models.generation.fast.weights import (
     Activation,
     UnsupportedError,
     activation,
-    addresses,
     linear_weights,
     project,
     weight_of,
@@ -95,19 +95,12 @@ class LlamaStaticCache(StaticCache):
         self.squares = self.square.squeeze(2)
 
 
-class FastLlama:
-    """The decode step of a text model and its output layer; holds views of their weights.
-
-    Raises UnsupportedError, with the reason, for what it does not know: quantised and adapted
-    layers, hooks, sliding windows, other layers than those named above.
-    """
-
-    #: See `FastModel`.
-    longest: int | None = None
+class FastLlama(FastModel):
+    """The decode step of a text model with layers named above, without sliding windows."""
 
     def __init__(self, text_model: Any, head: Any) -> None:
+        super().__init__(text_model, head)
         config = text_model.config
-        self._modules = text_model, head
         kind = type(text_model.layers[0]).__name__
         if kind not in _LAYERS:
             raise UnsupportedError(f"a {kind} is not known")
@@ -130,11 +123,8 @@ class FastLlama:
         self.head_dim = int(attention.head_dim)
         self.scaling = float(attention.scaling)
         self.act: Activation = activation(config, "hidden_act")
-        self.embedding = weight_of(text_model.embed_tokens, nn.Embedding)
         scale = getattr(text_model.embed_tokens, "embed_scale", None)
         self.embed_scale = None if scale is None else scale.to(self.embedding.dtype)
-        self.head, self.head_bias = linear_weights(head)
-        self.dtype, self.device = self.embedding.dtype, self.embedding.device
         self.rope_scale = float(rope.attention_scaling)
         self.eps = float(config.rms_norm_eps)
         # In float32 on a CPU a few small operations beat the one that torch offers.
@@ -143,7 +133,6 @@ class FastLlama:
         self.norm_eps = torch.full((1, 1, 1), self.width * self.eps, device=self.device)
         self.layers = [self._layer(layer) for layer in text_model.layers]
         self.norm = self._norm_weight(text_model.norm)
-        #: Weights of its largest matrix, but for the head.
         self.largest = max(layer.gate.numel() for layer in self.layers)
 
     def _norm_weight(self, norm: Any) -> Tensor:
@@ -193,10 +182,6 @@ class FastLlama:
         cos, sin = angles.cos() * self.rope_scale, angles.sin() * self.rope_scale
         cache.cos.copy_(torch.cat([cos, cos], dim=-1)[:, :, None])
         cache.sin.copy_(torch.cat([-sin, sin], dim=-1)[:, :, None])
-
-    def weights(self) -> tuple[Any, ...]:
-        """See `FastModel`."""
-        return addresses(*self._modules)
 
     def decode_one_token(
         self, cache: LlamaStaticCache, allowed: range | Tensor | None = None

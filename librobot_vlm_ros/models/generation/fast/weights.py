@@ -18,7 +18,6 @@ __all__ = [
     "Norm",
     "UnsupportedError",
     "activation",
-    "addresses",
     "layer_norm",
     "linear_weights",
     "make_fast",
@@ -136,11 +135,9 @@ def project(
     return torch.mm(hidden, head) if bias is None else torch.addmm(bias, hidden, head)
 
 
-def addresses(*modules: nn.Module) -> tuple[Any, ...]:
-    """Where the weights of `modules` lie, what they are, and how often they were changed."""
-    return states([weight for module in modules for weight in module.parameters()])
-
-
 def states(weights: Iterable[Tensor]) -> tuple[Any, ...]:
-    """`addresses` of tensors. What is written through ``.data`` does not count as a change."""
+    """Where weights lie, what they are, and how often they were changed.
+
+    What is written through ``.data`` does not count as a change.
+    """
     return tuple((w.data_ptr(), w.dtype, 0 if w.is_inference() else w._version) for w in weights)

@@ -13,6 +13,8 @@ import pytest
 from librobot_vlm_ros.client.node_process import NodeProcess
 from librobot_vlm_ros.core import EngineError, ErrorCode, ModelError, VlmError
 
+pytestmark = pytest.mark.ros
+
 
 def test_the_error_of_a_model_that_cannot_be_loaded_is_raised(tmp_path: Path, session: Any) -> None:
     """The model's own code, not that of the warnings before it."""
