@@ -12,7 +12,7 @@ SET_UP := $(PYTHON) tools/set_up.py
 RUN := bash tools/run
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test torture node-check bench lint format setup evaluate clean distclean python
+.PHONY: help demo test torture node-check bench lint format docs setup evaluate clean distclean python
 
 help:
 	@echo "make demo       set up what is missing, run the demo, leave build/demo/report.html"
@@ -22,6 +22,7 @@ help:
 	@echo "make bench      against transformers' generate, leaves build/bench/summary.json"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff rewrite the sources"
+	@echo "make docs       the documentation's site, leaves build/docs/index.html"
 	@echo "make evaluate   score the embedded model on renders of its world: SEED=1 FRAMES=200"
 	@echo "make setup      only the set-up: .venv, requirements, ROS 2 wheels, colcon build"
 	@echo "make clean      remove what was built; make distclean removes .venv too"
@@ -57,6 +58,11 @@ lint: setup
 format: setup
 	@$(RUN) ruff check --fix .
 	@$(RUN) ruff format .
+
+docs: python
+	@$(SET_UP) --extra docs
+	@NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --quiet --strict
+	@echo "build/docs/index.html"
 
 evaluate: python
 	@$(SET_UP) --extra tabletop

@@ -37,7 +37,10 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=[PACKAGE, f"{PACKAGE}.*"]),
     package_data={
-        PACKAGE: ["py.typed", *data_below("models/checkpoints/shipped", "bags", "tabletop")],
+        PACKAGE: [
+            "py.typed",
+            *data_below("models/checkpoints/shipped", "bags", "demo"),
+        ],
     },
     # Where bags/typestore.py looks for the definitions, as in a ROS installation.
     data_files=[

@@ -24,6 +24,7 @@ from librobot_vlm_ros.ros.parameters.arguments import (
     parse_values,
     unknown_argument,
 )
+from librobot_vlm_ros.ros.parameters.declaration import ros_value
 
 ARGUMENTS = arguments(LAUNCH_PARAMETERS)
 
@@ -72,14 +73,9 @@ def start_node(context: LaunchContext) -> list[LaunchDescriptionEntity]:
                 f"{logger}:={texts['log_level']}",
                 *(["--enclave", enclave] if enclave else []),
             ],
-            parameters=[*files, {name: as_parameter(value) for name, value in values.items()}],
+            parameters=[*files, {name: ros_value(value) for name, value in values.items()}],
             additional_env={TRANSPORT_VARIABLE: texts["transport"], **security},
             output="screen",
             emulate_tty=True,
         ),
     ]
-
-
-def as_parameter(value: object) -> object:
-    # launch_ros takes an empty list for one of no type; the node leaves blank entries out.
-    return list(value) or [""] if isinstance(value, tuple) else value

@@ -1,89 +1,147 @@
-"""What commands show: stages, progress, tables, answers, log lines; plain without a terminal."""
+"""What commands show: stages, warnings, progress and tables; by `rich` on a terminal.
+
+Into a pipe or a file, and with NO_COLOR, everything is plain lines that scripts can read. `rich` is
+imported when something of it is drawn.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import TextIO
+from typing import Any, TextIO
 
-__all__ = [
-    "Console",
-    "Progress",
-    "embedding_words",
-    "log_on_stderr",
-    "number_or_none",
-    "print_answer",
-    "table",
-]
+__all__ = ["Console", "Progress", "log_on_stderr", "table"]
 
-_BAR_CELLS = 24
 _REDRAW_S = 0.1
 _PLAIN_PERIOD_S = 3.0
+_ENDLESS = 10_000
 
 
 class Console:
-    """Writes to `stream`; colours and redrawn lines only on a terminal, and never with NO_COLOR."""
+    """Writes to `stream`. `is_terminal`: lines may be redrawn; `colours`: and be coloured."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stdout
-        self.is_terminal = bool(getattr(self.stream, "isatty", lambda: False)())
+        self.is_terminal = self.stream.isatty() and os.environ.get("TERM") != "dumb"
         self.colours = self.is_terminal and "NO_COLOR" not in os.environ
+        self.above: Any = None
+        """rich's console while a progress bar is shown: lines are to stand above it."""
 
     def line(self, text: str = "") -> None:
         """One line."""
+        if self.above is not None:
+            self.above.out(text)
+            return
         self.stream.write(f"{text}\n")
         self.stream.flush()
 
     def stage(self, text: str) -> None:
         """Announces what comes next."""
-        self.line(f"{self.paint('==>', '1;34')} {self.paint(text, '1')}")
+        self.line(f"{self.paint('==>', 'bold blue')} {self.paint(text, 'bold')}")
 
     def warn(self, text: str) -> None:
         """Something the user should know that ends nothing."""
-        self.line(f"{self.paint('warning:', '1;33')} {text}")
+        self.line(f"{self.paint('warning:', 'bold yellow')} {text}")
 
-    def paint(self, text: str, code: str) -> str:
-        """`text` in an ANSI style, or as it is."""
-        return f"\x1b[{code}m{text}\x1b[0m" if self.colours else text
+    def paint(self, text: str, style: str) -> str:
+        """`text` in a style of rich, as "bold red"; as it is where there are no colours."""
+        if not self.colours:
+            return text
+        from rich.color import ColorSystem
+        from rich.style import Style
+
+        return Style.parse(style).render(text, color_system=ColorSystem.STANDARD)
+
+    def table(
+        self, rows: Sequence[Sequence[str]], *, header: Sequence[str], right: str = ""
+    ) -> None:
+        """`rows` in columns under `header`. `right` holds an "r" for each column of numbers, as in
+        "lrr". Cells may be painted.
+        """
+        if not self.colours:
+            self.line(table(rows, header=header, right=right))
+            return
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+        from rich.text import Text
+
+        shown = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+        for place, name in enumerate(header):
+            shown.add_column(name, justify="right" if right[place : place + 1] == "r" else "left")
+        for row in rows:
+            shown.add_row(*map(Text.from_ansi, row))
+        # As wide as it is: names that were broken could not be copied.
+        self.rich(width=_ENDLESS).print(shown)
 
     def progress(self, total: int, what: str) -> Progress:
         """A progress display of `total` steps."""
         return Progress(self, total, what)
 
+    def rich(self, width: int | None = None) -> Any:
+        """rich's console on this stream, which takes no text for markup."""
+        from rich.console import Console as RichConsole
+
+        return RichConsole(
+            file=self.stream,
+            width=width,
+            force_terminal=True,
+            markup=False,
+            highlight=False,
+            emoji=False,
+        )
+
 
 class Progress:
-    """A bar, redrawn on a terminal; elsewhere a line every few seconds. A context manager."""
+    """A bar on a terminal; elsewhere a line every few seconds. A context manager."""
 
     def __init__(self, console: Console, total: int, what: str) -> None:
         self.done = 0
         self._console = console
         self._total = max(1, total)
         self._what = what
-        self._drawn_s = -1e9
         self._note = ""
-        self._period_s = _REDRAW_S if console.is_terminal else _PLAIN_PERIOD_S
+        self._drawn_s = -1e9
+        self._bar: Any = None
 
     def __enter__(self) -> Progress:
+        if self._console.is_terminal:
+            from rich import progress
+
+            self._console.above = self._console.rich()
+            self._bar = progress.Progress(
+                progress.TextColumn("  {task.description}", markup=False),
+                progress.BarColumn(24),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn("{task.fields[note]}", markup=False),
+                console=self._console.above,
+                auto_refresh=False,  # it would do so in a thread
+                # What libraries print stands above the bar, unless it goes to a file.
+                redirect_stdout=sys.stdout.isatty(),
+                redirect_stderr=sys.stderr.isatty(),
+            )
+            self._bar.add_task(self._what, total=self._total, note="")
+            self._bar.start()
         self._draw()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._draw()
-        if self._console.is_terminal:
-            self._console.stream.write("\n")
-            self._console.stream.flush()
+        try:
+            self._draw()
+        finally:
+            if self._bar is not None:
+                self._bar.stop()
+                self._console.above = None
 
     def step(self, note: str = "", *, to: int | None = None) -> None:
         """One step further (or to step `to`), with a word about it."""
         self.done = self.done + 1 if to is None else to
         self._note = note
-        if time.monotonic() - self._drawn_s >= self._period_s:
+        period_s = _PLAIN_PERIOD_S if self._bar is None else _REDRAW_S
+        if time.monotonic() - self._drawn_s >= period_s:
             self._draw()
 
     def finish(self, note: str = "") -> None:
@@ -93,42 +151,32 @@ class Progress:
 
     def _draw(self) -> None:
         self._drawn_s = time.monotonic()
-        share = min(1.0, self.done / self._total)
-        counts = f"{self.done}/{self._total}"
-        if not self._console.is_terminal:
-            self._console.line(f"  {self._what} {counts}{f'  {self._note}' if self._note else ''}")
-            return
-        full = round(share * _BAR_CELLS)
-        bar = "█" * full + "░" * (_BAR_CELLS - full)
-        width = shutil.get_terminal_size().columns - 1
-        text = f"  {self._what} {bar} {counts}  {self._note}"[:width]
-        self._console.stream.write(f"\r{text}\x1b[K")
-        self._console.stream.flush()
+        if self._bar is None:
+            note = f"  {self._note}" if self._note else ""
+            self._console.line(f"  {self._what} {self.done}/{self._total}{note}")
+        else:
+            state = {"completed": self.done, "total": self._total, "note": self._note}
+            self._bar.update(self._bar.task_ids[0], refresh=True, **state)
 
 
 def table(rows: Sequence[Sequence[str]], *, header: Sequence[str] = (), right: str = "") -> str:
-    """`rows` in aligned columns under `header`. `right` holds an "r" for each column of numbers,
-    as in "lrr".
-    """
-    everything = [list(header), *map(list, rows)] if header else [list(row) for row in rows]
-    if not everything:
+    """`rows` as plain lines in aligned columns, the way `Console.table` prints without colours."""
+    if not rows and not header:
         return ""
-    widths = [max(len(row[place]) for row in everything) for place in range(len(everything[0]))]
+    columns = list(zip(header, *rows, strict=True))
+    widths = [max(map(len, cells)) for cells in columns]
 
-    def show(row: Sequence[str]) -> str:
+    def line(row: Sequence[str]) -> str:
         cells = [
             cell.rjust(width) if right[place : place + 1] == "r" else cell.ljust(width)
             for place, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         return "  ".join(cells).rstrip()
 
-    lines = [show(row) for row in everything]
-    if header:
-        lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
 
 
-class _Lines(logging.Handler):
+class _StderrLines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         warning = "warning: " if record.levelno >= logging.WARNING else ""
         print(f"{warning}{record.getMessage()}", file=sys.stderr, flush=True)
@@ -136,44 +184,15 @@ class _Lines(logging.Handler):
 
 @contextlib.contextmanager
 def log_on_stderr() -> Iterator[None]:
-    """Print the package's log lines while this lasts, and keep transformers' bars out of them."""
-    ours, lines = logging.getLogger("librobot_vlm_ros"), _Lines(logging.INFO)
-    before = ours.level, ours.propagate
-    ours.addHandler(lines)
-    ours.setLevel(logging.INFO)
-    ours.propagate = False
+    """Print the package's log lines while this lasts."""
+    logger, lines = logging.getLogger("librobot_vlm_ros"), _StderrLines(logging.INFO)
+    before = logger.level, logger.propagate
+    logger.addHandler(lines)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
     try:
         yield
     finally:
-        ours.removeHandler(lines)
-        ours.setLevel(before[0])
-        ours.propagate = before[1]
-
-
-Row = tuple[str, float, tuple[float, float, float, float]]
-
-
-def print_answer(text: str, regions: Sequence[Row], embedding: str, note: str) -> None:
-    """Print what came back: `regions` as (label, score, box in pixels); `note` goes to stderr."""
-    if text and not regions:
-        print(text)
-    if regions:
-        rows = [
-            (label, "-" if math.isnan(score) else f"{score:.2f}", *(f"{edge:.1f}" for edge in box))
-            for label, score, box in regions
-        ]
-        header = ("label", "score", "x_min", "y_min", "x_max", "y_max")
-        print(table(rows, header=header, right="lrrrrr"))
-    elif not text:
-        print(embedding or "nothing found")
-    print(f"({note})", file=sys.stderr)
-
-
-def embedding_words(dtype: str, shape: Sequence[int]) -> str:
-    """An embedding is too long to be shown: what it is."""
-    return f"embedding {dtype}{list(shape)}"
-
-
-def number_or_none(value: float) -> float | None:
-    """JSON has no NaN."""
-    return None if math.isnan(value) else value
+        logger.removeHandler(lines)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]

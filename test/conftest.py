@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.util
 import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,11 +16,6 @@ from typing import TypeVar
 import pytest
 
 T = TypeVar("T")
-
-#: Fast DDS computes ports from the domain; above 101 they meet Linux's ephemeral ports. 0 is what
-#: everyone else uses by default.
-DOMAINS = range(1, 102)
-
 
 # Started in the background of a script, a process ignores Ctrl-C, and so would every child: tests
 # of what Ctrl-C does would then test nothing.
@@ -53,34 +46,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(skip)
 
 
-@contextlib.contextmanager
-def claimed_domain(folder: Path, domains: Sequence[int]) -> Iterator[int]:
-    """A domain that no other process holds: the first of `domains` whose lock file is free.
-
-    The lock belongs to the open file, so that it ends with the process, whatever ends it. The
-    order starts at the process id, so that parallel runs seldom try the same one.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    start = os.getpid() % len(domains)
-    for domain in [*domains[start:], *domains[:start]]:
-        with open(folder / str(domain), "a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                continue
-            yield domain
-            return
-    raise RuntimeError(
-        f"all {len(domains)} ROS domains are held by other runs: end some of them "
-        f"(the locks are in {folder})"
-    )
-
-
 @pytest.fixture(scope="session")
 def ros_domain() -> Iterator[int]:
     """A ROS_DOMAIN_ID that no other test process on this machine uses while this one lives."""
-    folder = Path(tempfile.gettempdir()) / f"librobot_vlm_ros_domains_{os.getuid()}"
-    with claimed_domain(folder, DOMAINS) as domain:
+    from librobot_vlm_ros.client.ros_domain import claimed_domain
+
+    with claimed_domain() as domain:
         yield domain
 
 
@@ -104,6 +75,15 @@ def ros_env(ros_domain: int) -> Iterator[dict[str, str]]:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+
+
+@pytest.fixture
+def session(ros_env: dict[str, str]) -> Iterator[object]:
+    """An rclpy node of this process on the tests' domain."""
+    from librobot_vlm_ros.client.session import Session
+
+    with Session("tests") as session:
+        yield session
 
 
 def wait_for(predicate: Callable[[], T], timeout_s: float = 10.0, what: str = "") -> T:

@@ -44,7 +44,7 @@ def missing_prerequisites(
     if machine != "Linux x86_64":
         problems.append(
             f"This is {machine}; the ROS 2 wheels exist for Linux x86_64 only.\n"
-            "  On a robot: install ROS 2 Jazzy and build with colcon, see README.md."
+            "  On a robot: install ROS 2 Jazzy and build with colcon, see docs/robot.md."
         )
     if any(character.isspace() or character in "'\"$:;" for character in str(root)):
         problems.append(

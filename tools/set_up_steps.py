@@ -171,12 +171,11 @@ class SetUp:
         command += ["--progress-bar", "off", "--retries", "8", "-r", file, "-c", "constraints.txt"]
         self.stamps.mkdir(parents=True, exist_ok=True)
         log = self.stamps / f"{Path(file).stem}.log"
-        print(
-            "      the first time this downloads about 0.6 GB (3 GB where pip finds only the CUDA"
-        )
-        print(
-            "      build of torch); pip keeps what it got, so nothing is fetched twice", flush=True
-        )
+        if file == "requirements.txt":
+            print("      the first time this downloads about 0.6 GB (3 GB where pip finds only the")
+            print(
+                "      CUDA build of torch); pip keeps it, so nothing is fetched twice", flush=True
+            )
         for attempt in range(1, TRIES + 1):
             try:
                 run_logged(command, log, summarise=pip_progress, env=clean(), cwd=self.root)

@@ -1,1 +1,1 @@
-"""A model over recorded bags: resumable, in several processes."""
+"""Run a model over recorded bags: resumable, in several processes."""

@@ -1,4 +1,4 @@
-"""What one run of `annotate` is asked to do, resolved against its bags: cameras, tasks, topics.
+"""What one run of `annotate` is to do: the user's options, and the cameras and topics they mean.
 
 A `Job` is plain data: it goes to worker processes, and its `fingerprint` tells a run that can go on
 where another stopped from one that was asked something else.
@@ -6,7 +6,6 @@ where another stopped from one that was asked something else.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import re
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from librobot_vlm_ros.bags import BagReader
+from librobot_vlm_ros.bags.writer import Storage
 from librobot_vlm_ros.core import BagError, ErrorCode, RequestError, get_task
 from librobot_vlm_ros.replay.message_types import IMAGE_TYPES
 
@@ -22,53 +22,82 @@ if TYPE_CHECKING:
     from librobot_vlm_ros.ros.parameters.settings import Settings
     from librobot_vlm_ros.runtime import StandingTask
 
-__all__ = ["TEXT_TYPE", "Job", "find_cameras", "find_instruction_topic", "open_bags", "tasks_of"]
+__all__ = [
+    "TEXT_TYPE",
+    "Job",
+    "Options",
+    "check_tasks",
+    "make_job",
+    "open_bags",
+    "standing_tasks_under",
+    "topic_types",
+]
 
 TEXT_TYPE = "std_msgs/msg/String"
 _ENDINGS = ("compressed", "image_raw", "image_rect", "image_rect_color", "image_color", "image")
 
 
 @dataclasses.dataclass(frozen=True)
+class Options:
+    """What the user asks for."""
+
+    bags: tuple[Path, ...]
+    out: Path
+    parameters: Mapping[str, Any]
+    """Of the node (`Settings`): model, tasks, limits."""
+    topics: tuple[str, ...] = ()
+    """Image topics, as /topic or camera=/topic; none means all."""
+    instruction_topic: str | None = None
+    """"" for none, None for the usual one where a bag has it."""
+    node: str = "/vlm"
+    """Result topics are named as the node of this name would name them."""
+    every: int = 1
+    """Take each `every`-th frame of a camera."""
+    rate_hz: float = 0.0
+    """At most so many frames of each camera per second of its stamps; 0 = all."""
+    salvage: bool = False
+    storage: Storage | None = None
+    """Of the new bag; None is that of the first one read."""
+    workers: int = 1
+    """Processes, at most."""
+    overwrite: bool = False
+    resume: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Job:
     """One run. Topic names are absolute."""
 
-    bags: tuple[Path, ...]
-    salvage: bool
-    values: Mapping[str, Any]
-    """Parameters of the node (`Settings`): model, tasks, limits."""
+    options: Options
     cameras: Mapping[str, str]
     """Image topic -> name of its camera."""
     instruction_topic: str
     """"" where there is none."""
-    node: str
-    """Results are named as the node of this name would name them."""
-    every: int
-    rate_hz: float
-    """At most so many frames of each camera per second of its stamps; 0 = all."""
 
     def settings(self) -> Settings:
-        """The node's settings. Raises `RequestError` for a value that is no good."""
+        """The node's settings. Raises `RequestError` for a bad value."""
         from librobot_vlm_ros.ros.parameters.settings import Settings
 
         cameras = tuple(f"{name}=/{name}" for name in self.cameras.values())
-        return Settings(**self.values, cameras=cameras)
+        return Settings(**self.options.parameters, cameras=cameras)
 
     def fingerprint(self) -> dict[str, Any]:
-        """All that the results depend on."""
+        """All that the results depend on, in JSON's own types."""
+        options = self.options
+        parameters = sorted(options.parameters.items())
         return {
-            "bags": [[str(path.absolute()), _files(path)] for path in self.bags],
-            "salvage": self.salvage,
-            "parameters": {name: _plain(value) for name, value in sorted(self.values.items())},
+            "bags": [[str(path.absolute()), _files(path)] for path in options.bags],
+            "salvage": options.salvage,
+            "parameters": {
+                name: list(value) if isinstance(value, tuple) else value
+                for name, value in parameters
+            },
             "cameras": dict(sorted(self.cameras.items())),
             "instruction_topic": self.instruction_topic,
-            "node": self.node,
-            "every": self.every,
-            "rate": self.rate_hz,
+            "node": options.node,
+            "every": options.every,
+            "rate": options.rate_hz,
         }
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _files(path: Path) -> list[list[Any]]:
@@ -100,7 +129,16 @@ def topic_types(readers: Sequence[BagReader]) -> dict[str, str]:
     return types
 
 
-def find_cameras(
+def make_job(options: Options, types: Mapping[str, str]) -> tuple[Job, dict[str, str]]:
+    """(the job, compressed topics left out -> their raw twins) for bags with topics of these types.
+    Raises `VlmError` for what does not fit.
+    """
+    cameras, twins = _find_cameras(types, options.topics)
+    instruction_topic = _find_instruction_topic(types, options.instruction_topic, options.node)
+    return Job(options, cameras, instruction_topic), twins
+
+
+def _find_cameras(
     types: Mapping[str, str], asked: Sequence[str]
 ) -> tuple[dict[str, str], dict[str, str]]:
     """(image topic -> camera name, topic left out -> its raw twin) of what was asked for.
@@ -172,7 +210,7 @@ def _name_of(topic: str, taken: set[str]) -> str:
     return free
 
 
-def find_instruction_topic(types: Mapping[str, str], asked: str | None, node: str) -> str:
+def _find_instruction_topic(types: Mapping[str, str], asked: str | None, node: str) -> str:
     """The topic whose texts standing tasks follow; "" for none.
 
     Left open (None) it is the node's own `<node>/instruction`, else `/instruction`, where a bag has
@@ -193,8 +231,8 @@ def find_instruction_topic(types: Mapping[str, str], asked: str | None, node: st
     return name
 
 
-def tasks_of(settings: Settings, text: str, number: int) -> list[StandingTask]:
-    """The standing tasks under the instruction `text`, which is the `number`-th."""
+def standing_tasks_under(settings: Settings, text: str, number: int) -> list[StandingTask]:
+    """The standing tasks while instruction number `number` is `text`."""
     from librobot_vlm_ros.ros.engine_config import standing_tasks
     from librobot_vlm_ros.ros.inputs.instruction import Instruction
 
@@ -217,36 +255,3 @@ def check_tasks(settings: Settings, supported: Sequence[str]) -> None:
                 f"{settings.model} cannot do {task.task!r}",
                 f"It can do: {', '.join(sorted(supported))}.",
             )
-
-
-def make_job(args: argparse.Namespace, types: dict[str, str]) -> tuple[Job, dict[str, str]]:
-    """(the job, compressed topics left out -> their raw twins) of the arguments and the topics of
-    the bags. Raises `VlmError` for what does not fit.
-    """
-    cameras, twins = find_cameras(types, args.topics)
-    values = {
-        "model": args.model,
-        "weights": args.weights,
-        "model_config": args.model_config,
-        "device": args.device,
-        "dtype": args.dtype,
-        "quantization": args.quantization,
-        "tasks": tuple(args.tasks),
-        "instruction": args.instruction,
-        "max_batch": args.batch,
-        "max_new_tokens": args.max_new_tokens,
-        "num_beams": args.num_beams,
-        "min_score": args.min_score,
-        "allow_depth": args.allow_depth,
-    }
-    job = Job(
-        bags=tuple(args.bags[:-1]),
-        salvage=args.salvage,
-        values=values,
-        cameras=cameras,
-        instruction_topic=find_instruction_topic(types, args.instruction_topic, args.node),
-        node=args.node,
-        every=args.every,
-        rate_hz=args.rate,
-    )
-    return job, twins

@@ -6,6 +6,7 @@ and nothing else, which is all that resuming needs.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import shutil
@@ -13,7 +14,6 @@ import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, NamedTuple
 
 from librobot_vlm_ros.annotate.plan import FramePlan
@@ -69,7 +69,7 @@ class BadFrame(NamedTuple):
 
 
 class SegmentDone(NamedTuple):
-    """All that came of a segment."""
+    """Everything that answering a segment gave."""
 
     number: int
     frames: int
@@ -90,8 +90,8 @@ class Journal:
 
     def __init__(self, out: Path) -> None:
         self.folder = journal_folder(out)
-        self._lock: IO[str] | None = None
-        self._db: sqlite3.Connection | None = None
+        self._lock: IO[str]
+        self._db: sqlite3.Connection
 
     def __enter__(self) -> Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -106,51 +106,35 @@ class Journal:
         self._connect()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._disconnect()
-        if self._lock is not None:
-            self._lock.close()
+    def __exit__(self, *_: object) -> None:
+        self._db.close()
+        self._lock.close()
 
     def _connect(self) -> None:
         self._db = sqlite3.connect(self.folder / _FILE, isolation_level=None)
 
-    def _disconnect(self) -> None:
-        if self._db is not None:
-            self._db.close()
-            self._db = None
-
-    @property
-    def _open(self) -> sqlite3.Connection:
-        assert self._db is not None, "the journal is used outside `with`"
-        return self._db
-
     # -- the plan
 
     def clear(self) -> None:
-        """Begin anew."""
-        self._disconnect()
+        """Throw everything away and begin anew."""
+        self._db.close()
         for item in self.folder.iterdir():
             if item.name.startswith(_FILE):
                 item.unlink()
         self._connect()
 
     def meta(self) -> dict[str, Any]:
-        """What `write_plan` was given; empty when no plan was completed."""
+        """The `meta` given to `write_plan`; empty when no plan was completed."""
         try:
-            rows = self._open.execute("SELECT name, value FROM meta").fetchall()
+            rows = self._db.execute("SELECT name, value FROM meta").fetchall()
         except sqlite3.DatabaseError:  # killed before there were tables, or no journal of ours
             return {}
         return {name: json.loads(value) for name, value in rows}
 
     def write_plan(self, frames: Iterable[FramePlan], meta: Callable[[], dict[str, Any]]) -> None:
-        """Keep the plan: all of it or nothing. `meta` is asked when the last frame is through."""
+        """Store the plan: all of it or nothing. `meta` is called after the last frame."""
 
-        def write(db: sqlite3.Connection) -> None:
+        with self._transaction() as db:
             for statement in _TABLES.split(";"):
                 db.execute(statement)
             rows = ((*frame[:9], ",".join(map(str, frame.tasks))) for frame in frames)
@@ -158,51 +142,41 @@ class Journal:
             pairs = [(name, json.dumps(value)) for name, value in meta().items()]
             db.executemany("INSERT INTO meta VALUES (?, ?)", pairs)
 
-        self._transaction(write)
+    def open_segments(self) -> list[int]:
+        """Numbers of the segments that are not done."""
+        rows = self._db.execute(
+            "SELECT DISTINCT segment FROM frames "
+            "WHERE segment NOT IN (SELECT number FROM segments) ORDER BY segment"
+        )
+        return [number for (number,) in rows]
 
-    def open_count(self) -> int:
-        """How many segments are not done."""
-        text = "SELECT count(DISTINCT segment) FROM frames WHERE segment NOT IN "
-        found = self._open.execute(f"{text} (SELECT number FROM segments)").fetchone()
-        return int(found[0])
-
-    def open_segments(self) -> Iterator[tuple[int, list[FramePlan]]]:
-        """Segments that are not done, with their frames."""
-        text = "SELECT DISTINCT segment FROM frames WHERE segment NOT IN "
-        numbers = self._open.execute(
-            f"{text} (SELECT number FROM segments) ORDER BY segment"
-        ).fetchall()
-        for (number,) in numbers:
-            rows = self._open.execute(
-                "SELECT * FROM frames WHERE segment = ? ORDER BY number", (number,)
-            ).fetchall()
-            yield number, [FramePlan(*row[:9], tuple(map(int, row[9].split(",")))) for row in rows]
+    def frames_of(self, segment: int) -> list[FramePlan]:
+        """The frames of a segment."""
+        text = "SELECT * FROM frames WHERE segment = ? ORDER BY number"
+        return [
+            FramePlan._make((*row[:9], tuple(map(int, row[9].split(",")))))
+            for row in self._db.execute(text, (segment,))
+        ]
 
     # -- the work
 
     def commit(self, done: SegmentDone) -> None:
-        """Keep a finished segment: all of it or nothing."""
-
-        def write(db: sqlite3.Connection) -> None:
+        """Store a finished segment: all of it or nothing."""
+        with self._transaction() as db:
             db.execute("INSERT INTO segments VALUES (?, ?)", (done.number, done.frames))
             db.executemany("INSERT INTO results VALUES (?,?,?,?,?)", done.results)
             db.executemany("INSERT INTO bad VALUES (?,?,?)", done.bad)
 
-        self._transaction(write)
-
-    def _transaction(self, write: Callable[[sqlite3.Connection], None]) -> None:
-        db = self._open
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
         try:
-            db.execute("BEGIN IMMEDIATE")
-            write(db)
-            db.execute("COMMIT")
+            self._db.execute("BEGIN IMMEDIATE")
+            yield self._db
+            self._db.execute("COMMIT")
         except BaseException as error:
-            if db.in_transaction:
-                try:
-                    db.execute("ROLLBACK")
-                except sqlite3.Error:  # the journal's own journal undoes it on the next opening
-                    self._disconnect()
-                    self._connect()
+            # Not by ROLLBACK, for which a full disk may have no room: opening it anew undoes it.
+            self._db.close()
+            self._connect()
             if is_disk_full(error):
                 raise disk_full(self.folder / _FILE, error) from error
             raise
@@ -211,12 +185,12 @@ class Journal:
 
     def frame_count(self) -> int:
         """Frames of the plan."""
-        return int(self._open.execute("SELECT count(*) FROM frames").fetchone()[0])
+        return int(self._db.execute("SELECT count(*) FROM frames").fetchone()[0])
 
     def done_count(self) -> int:
         """Frames of finished segments."""
         text = "SELECT coalesce(sum(frames), 0) FROM segments"
-        return int(self._open.execute(text).fetchone()[0])
+        return int(self._db.execute(text).fetchone()[0])
 
     def results_at(self, bag: int, topic: str, stamp_ns: int, nth: int) -> list[tuple[str, bytes]]:
         """(topic, data) of the results of one frame, in order."""
@@ -224,14 +198,16 @@ class Journal:
             "SELECT results.topic, data FROM frames JOIN results ON results.frame = frames.number "
             "WHERE bag = ? AND frames.topic = ? AND stamp_ns = ? AND nth = ? ORDER BY place"
         )
-        return self._open.execute(text, (bag, topic, stamp_ns, nth)).fetchall()
+        return self._db.execute(text, (bag, topic, stamp_ns, nth)).fetchall()
 
     def counts(self) -> tuple[Counter[int], Counter[int]]:
         """Results and bad frames, by error code."""
-        return tuple(  # type: ignore[return-value]
-            Counter(dict(self._open.execute(f"SELECT code, count(*) FROM {table} GROUP BY code")))
-            for table in ("results", "bad")
-        )
+
+        def count(table: str) -> Counter[int]:
+            rows = self._db.execute(f"SELECT code, count(*) FROM {table} GROUP BY code")
+            return Counter(dict(rows.fetchall()))
+
+        return count("results"), count("bad")
 
     def bad_frames(self, most: int) -> list[tuple[str, int, str]]:
         """(topic, time, why) of the first bad frames."""
@@ -239,7 +215,7 @@ class Journal:
             "SELECT topic, stamp_ns, text FROM bad JOIN frames ON bad.frame = frames.number "
             "ORDER BY bad.frame LIMIT ?"
         )
-        return self._open.execute(text, (most,)).fetchall()
+        return self._db.execute(text, (most,)).fetchall()
 
 
 def remove_work(out: Path) -> None:
@@ -250,8 +226,8 @@ def remove_work(out: Path) -> None:
 
 
 def check_work(out: Path) -> None:
-    """Raise `BagError` PATH_NOT_ALLOWED where something that is not of annotate stands in the place
-    of the work for `out`; touches nothing.
+    """Raise `BagError` PATH_NOT_ALLOWED where something that annotate did not make is in the place
+    of the work for `out`; changes nothing.
     """
     folder = journal_folder(out)
     wrong = ""

@@ -1,4 +1,4 @@
-"""Which frames of the bags are asked what: settled before the first one is, and then kept.
+"""Which frames of the bags are asked what: decided before the first is asked, and then kept.
 
 The plan is what makes a run resumable: a frame belongs to one segment, a segment is done or not.
 """
@@ -10,10 +10,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from librobot_vlm_ros.annotate.job import TEXT_TYPE, Job, tasks_of
+from librobot_vlm_ros.annotate.job import TEXT_TYPE, Job, standing_tasks_under
 from librobot_vlm_ros.bags import BagMessage, BagReader
 from librobot_vlm_ros.core import BagError, ErrorCode, VlmError
 from librobot_vlm_ros.replay.message_types import IMAGE_TYPES, header_stamp_ns
+from librobot_vlm_ros.runtime.scheduler import RateGate
 
 __all__ = ["FramePlan", "Numbering", "Planner", "in_time_order"]
 
@@ -57,7 +58,7 @@ class Numbering:
 def in_time_order(
     readers: Sequence[BagReader], topics: Iterable[str] = ()
 ) -> Iterator[tuple[int, BagMessage]]:
-    """(bag, message) of several bags in one order of time; of all topics, unless some are named."""
+    """(bag, message) of several bags merged by time; of all topics, unless some are named."""
     wanted = set(topics)
 
     def rows(bag: int, reader: BagReader) -> Iterator[tuple[int, int, BagMessage]]:
@@ -72,7 +73,7 @@ def in_time_order(
 
 
 class Planner:
-    """Walks over the bags once. `instructions` and `problems` are complete when it is through."""
+    """Reads the bags once. `instructions` and `problems` are complete after the last frame."""
 
     def __init__(self, job: Job, readers: Sequence[BagReader]) -> None:
         from librobot_vlm_ros.ros.inputs.instruction import Instruction
@@ -81,11 +82,11 @@ class Planner:
         self._readers = readers
         self._settings = job.settings()
         self._instruction = Instruction(self._settings.instruction)
-        self._gates: dict[tuple[str, ...], object] = {}
+        self._gates: dict[tuple[str, ...], RateGate] = {}
         self.instructions: list[tuple[str, int]] = []
         self.problems: list[str] = []
         self.images = 0
-        self._take_instruction()
+        self._add_instruction()
 
     def frames(self) -> Iterator[FramePlan]:
         """The frames in order of time."""
@@ -95,7 +96,7 @@ class Planner:
         number = 0
         for bag, message in in_time_order(self._readers, [name for name in topics if name]):
             if message.topic == self._job.instruction_topic:
-                self._hear(self._readers[bag], message)
+                self._read_instruction(self._readers[bag], message)
                 continue
             if message.type not in IMAGE_TYPES:
                 raise BagError(
@@ -121,9 +122,10 @@ class Planner:
                 number += 1
 
     def _due(self, camera: str, sequence: int, stamp_ns: int) -> tuple[int, ...]:
-        if (sequence - 1) % self._job.every:
+        options = self._job.options
+        if (sequence - 1) % options.every:
             return ()
-        if self._job.rate_hz and not self._passes(("",), camera, self._job.rate_hz, stamp_ns):
+        if options.rate_hz and not self._passes(("",), camera, options.rate_hz, stamp_ns):
             return ()
         due = []
         for index, task in enumerate(self._tasks):
@@ -135,26 +137,23 @@ class Planner:
         return tuple(due)
 
     def _passes(self, what: tuple[str, ...], camera: str, rate_hz: float, stamp_ns: int) -> bool:
-        from librobot_vlm_ros.runtime.standing import RateGate
-
         gate = self._gates.setdefault((camera, *what), RateGate(round(1e9 / rate_hz)))
-        assert isinstance(gate, RateGate)
         return gate.passes(stamp_ns)
 
-    def _hear(self, reader: BagReader, message: BagMessage) -> None:
+    def _read_instruction(self, reader: BagReader, message: BagMessage) -> None:
         try:
             if message.type != TEXT_TYPE:
                 raise BagError(ErrorCode.WRONG_TYPE, f"it is {message.type}, expected {TEXT_TYPE}")
             before = self._instruction.number
             if self._instruction.set(reader.deserialize(message).data) != before:
-                self._take_instruction()
+                self._add_instruction()
         except VlmError as error:  # as live: refused, and the one before stays
             self.problems.append(f"an instruction at {message.stamp_ns} is refused: {error}")
 
-    def _take_instruction(self) -> None:
+    def _add_instruction(self) -> None:
         now = (self._instruction.text, self._instruction.number)
         self.instructions.append(now)
-        self._tasks = tasks_of(self._settings, *now)
+        self._tasks = standing_tasks_under(self._settings, *now)
 
 
 def _stamp_of(message: BagMessage) -> int:

@@ -256,7 +256,7 @@ class BagReader:
 
 
 def _read_through(reader: Reader) -> None:
-    """Raises where it is damaged."""
+    """Read every message; raise where one cannot be read or is missing."""
     found = sum(1 for _ in reader.messages(reader.connections))
     if found < reader.message_count:
         raise BagError(

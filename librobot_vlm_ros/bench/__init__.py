@@ -3,6 +3,6 @@
     python -m librobot_vlm_ros.bench --device cpu|cuda --out build/bench
 
 Needs torch and transformers, and no ROS. Runs of the two sides are interleaved in one process
-(A B A B ...) on the same inputs, each pair on a frame of its own; what is said of them are medians,
-and the spread of the pairs' ratios. Both must give the same tokens.
+(A B A B ...) on the same inputs, each pair on a frame of its own. The rows give medians over the
+pairs and the spread of their ratios. Both sides must give the same tokens.
 """

@@ -13,7 +13,7 @@ __all__ = ["configure", "main", "run"]
 
 _EPILOG = """\
 Both sides get the same inputs in turns; what counts is the ratio. The folder OUT gets summary.json,
-the README's table and a plot. Exit code 1 when a row failed or tokens differ in full precision.
+a table and a plot. Exit code 1 when a row failed or tokens differ in full precision.
 
 Examples:
   librobot-vlm bench
@@ -41,17 +41,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _groups(cuda: bool) -> dict[str, Callable[..., None]]:
-    from librobot_vlm_ros.bench import decoding, frames, full_size, memory, structured, tabletop
+    from librobot_vlm_ros.bench import decoding, frames, memory, structured
 
     groups: dict[str, Callable[..., None]] = {}
     if cuda:
-        groups["full-size-florence"] = full_size.florence_base
-        groups["full-size-qwen"] = full_size.qwen_2b
-        groups["full-size-7b"] = full_size.seven_b
+        groups["full-size-florence"] = decoding.florence_base
+        groups["full-size-qwen"] = decoding.qwen_2b
+        groups["full-size-7b"] = decoding.seven_b
     return {
         **groups,
         "deep-decoder": decoding.deep_decoder,
-        "tabletop": tabletop.tabletop,
+        "tabletop": frames.tabletop,
         "florence": decoding.florence,
         "families": decoding.families,
         "structured": structured.structured,

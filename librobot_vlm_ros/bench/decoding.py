@@ -1,11 +1,17 @@
-"""Rows about decoding alone: small models of every family, both ways."""
+"""Rows about decoding alone.
+
+On any device: small models of every family, both ways. On a GPU also models of full size with
+random weights in half precision, and how near they come to the roofline of its memory.
+"""
 
 from __future__ import annotations
 
-from librobot_vlm_ros.bench.measure import Bench
-from librobot_vlm_ros.bench.models import TINY, pair_of
+import torch
 
-__all__ = ["deep_decoder", "families", "florence"]
+from librobot_vlm_ros.bench.measure import Bench
+from librobot_vlm_ros.bench.models import TINY, Pair, build, pair_of
+
+__all__ = ["deep_decoder", "families", "florence", "florence_base", "qwen_2b", "seven_b"]
 
 
 def deep_decoder(bench: Bench) -> None:
@@ -47,3 +53,105 @@ def florence(bench: Bench) -> None:
             pair.inputs(max(3, bench.pairs // 2) + 1),
             note="48 tokens, batch 1, 6 decoder layers, the published rules",
         )
+
+
+def florence_base(bench: Bench) -> None:
+    """Florence-2-base, 100 tokens, greedy and with its published three beams."""
+    pair = Pair(build("florence-2-base", bench.device, "float16"), 100, 768)
+    for beams, target in ((1, 10.0), (3, None)):
+        pair.beams = beams
+        how = "greedy" if beams == 1 else f"{beams} beams"
+        _decode_row(bench, f"florence-2-base, decode, {how}", pair, target)
+    _free(pair)
+
+
+def qwen_2b(bench: Bench) -> None:
+    """Qwen2-VL-2B on a 448x448 image."""
+    pair = Pair(build("qwen2-vl-2b", bench.device, "float16"), 128, 448, words=32)
+    _decode_row(bench, "qwen2-vl-2b, decode", pair, 10.0)
+    _roofline(bench, "qwen2-vl-2b", pair, None)
+    _free(pair)
+
+
+def seven_b(bench: Bench) -> None:
+    """LLaVA-1.5-7B."""
+    pair = Pair(build("llava-v1.5-7b", bench.device, "float16"), 96, 336, words=32)
+    _decode_row(bench, "llava-v1.5-7b, decode", pair, 4.0)
+    _roofline(bench, "llava-v1.5-7b", pair, 0.6)
+    _free(pair)
+
+
+def _decode_row(bench: Bench, name: str, pair: Pair, target: float | None) -> None:
+    """Seconds a token behind the first: a whole answer less one of a single token."""
+    times: list[tuple[float, float]] = []
+    same, agreed = True, []
+    for number, given in enumerate(pair.inputs(bench.pairs + 1)):
+        spent = []
+        rows = []
+        for side in (pair.theirs, pair.ours):
+            short, _ = bench.seconds(side, given, 1)
+            long, row = bench.seconds(side, given)
+            spent.append((long - short) / (pair.new_tokens - 1))
+            rows.append(row)
+        if number:
+            times.append((spent[0], spent[1]))
+        same = same and rows[0] == rows[1]
+        agreed.append(_common_prefix(*rows))
+    note = f"seconds a token, {pair.new_tokens} tokens, float16, batch 1"
+    if not same:
+        # Random weights leave the best two tokens close: one rounding ends the likeness.
+        note += f"; the first {min(agreed)} to {max(agreed)} tokens are the same"
+    bench.add(name, times, same, note=note, target=target)
+
+
+def _common_prefix(one: list[int], other: list[int]) -> int:
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _copy_bandwidth(device: str) -> float:
+    """Bytes a second that a large copy reads and writes, the best of several."""
+    size = 1 << 30
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    best = 0.0
+    for _ in range(12):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        best = max(best, 2 * size / (begin.elapsed_time(end) / 1e3))
+    return best
+
+
+def _roofline(bench: Bench, name: str, pair: Pair, target: float | None) -> None:
+    """What a token takes at least, by the bytes it reads, against what it takes."""
+    vlm, given = pair.vlm, pair.inputs(1)[0]
+    bandwidth = _copy_bandwidth(bench.device)
+    text, head = vlm.language_model, vlm.module.lm_head
+    table = text.get_input_embeddings().weight
+    weights = sum(weight.nbytes for weight in text.parameters()) - table.nbytes
+    weights += head.weight.nbytes
+    config = vlm.config.text_config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    length = pair.image_vectors(given[0]) + pair.words + pair.new_tokens / 2
+    kept = 2 * config.num_hidden_layers * config.num_key_value_heads * size * length * 2
+    least = (weights + kept) / bandwidth
+    times = []
+    for number in range(bench.pairs + 1):
+        short, _ = bench.seconds(pair.ours, given, 1)
+        long, _ = bench.seconds(pair.ours, given)
+        if number:
+            times.append((least, (long - short) / (pair.new_tokens - 1)))
+    bench.add(
+        f"{name}, share of the memory roofline",
+        times,
+        note=f"weights and KV at a measured copy's {bandwidth / 1e12:.2f} TB/s; 1 is the limit",
+        target=target,
+    )
+
+
+def _free(pair: Pair) -> None:
+    pair.vlm.close()
+    torch.cuda.empty_cache()

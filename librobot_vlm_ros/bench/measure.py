@@ -1,4 +1,4 @@
-"""Pairs of runs and what comes of them."""
+"""Time two ways of doing the same in turns; a row of figures for each such comparison."""
 
 from __future__ import annotations
 
@@ -68,11 +68,11 @@ class Bench:
         """Whether a GPU is measured."""
         return self.device.startswith("cuda")
 
-    def seconds(self, work: Callable[[], Any]) -> tuple[float, Any]:
-        """Time of one run with what it gave, the device's own work included."""
+    def seconds(self, work: Callable[..., Any], *given: Any) -> tuple[float, Any]:
+        """Time of `work(*given)` with what it gave, the device's own work included."""
         self._wait()
         started = time.perf_counter()
-        result = work()
+        result = work(*given)
         self._wait()
         return time.perf_counter() - started, result
 
@@ -95,8 +95,8 @@ class Bench:
         times: list[tuple[float, float]] = []
         same: bool | None = None
         for number, given in enumerate(inputs):
-            a, expected = self.seconds(lambda given=given: theirs(given))  # type: ignore[misc]
-            b, found = self.seconds(lambda given=given: ours(given))  # type: ignore[misc]
+            a, expected = self.seconds(theirs, given)
+            b, found = self.seconds(ours, given)
             if expected is not None:
                 same = same is not False and expected == found
             if number:

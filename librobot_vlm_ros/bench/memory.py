@@ -175,7 +175,7 @@ def starting(bench: Bench) -> None:
 
     name = "florence-2-tabletop"
     folder = find_weights(model_info(name), None).folder
-    count = create_vlm(name, device="cpu").image_tokens
+    count = create_vlm(name, device="cpu").processor.image_tokens
     times = []
     for run in range(3):
         if run == 0:

@@ -13,7 +13,15 @@ from transformers import GenerationConfig
 
 from librobot_vlm_ros.models import create_vlm
 
-__all__ = ["Pair", "TINY", "build", "chatty_qwen", "pair_of", "qwen_words"]
+__all__ = [
+    "Pair",
+    "TINY",
+    "build",
+    "qwen_with_tokenizer",
+    "pair_of",
+    "published_settings",
+    "qwen_tokenizer",
+]
 
 _VISION = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
 _VISION |= {"num_attention_heads": 2, "image_size": 56, "patch_size": 14}
@@ -109,12 +117,12 @@ def build(name: str, device: str, dtype: str = "float32", **config: Any) -> Any:
         vlm.processor.settings = dataclasses.replace(
             vlm.processor.settings, forced_eos_token_id=None
         )
-        _mind_what_is_written(vlm)
+        _weigh_written_tokens(vlm)
     vlm.processor.suppressed = lambda: sorted({*usual(), *never})
     return vlm
 
 
-def _mind_what_is_written(vlm: Any) -> None:
+def _weigh_written_tokens(vlm: Any) -> None:
     """Let the last token count for more than the image does.
 
     What a fresh model writes next hardly depends on what it has written. Under the rule against
@@ -164,10 +172,11 @@ class Pair:
         device = vlm.torch_device
         ids = ids.to(device)
         more: dict[str, Any] = {"pixel_values": image}
-        count = self._vectors(image)
+        count = self.image_vectors(image)
         mark = torch.full((1, count), config.image_token_id, device=device)
         text = config.text_config
-        front = getattr(text, "bos_token_id", None) == int(ids[0, 0]) and not vlm_leads(vlm)
+        image_first = getattr(vlm, "image_leads", False)  # also in front of the begin token
+        front = getattr(text, "bos_token_id", None) == int(ids[0, 0]) and not image_first
         whole = torch.cat([ids[:, :1], mark, ids[:, 1:]] if front else [mark, ids], dim=1)
         if self.qwen:
             more = self._patches(image)
@@ -182,15 +191,7 @@ class Pair:
         first = ends[0] if isinstance(ends, (list, tuple)) else ends
         settings["pad_token_id"] = first if text.pad_token_id is None else text.pad_token_id
         if self.florence:
-            published = vlm.processor.settings
-            settings |= {
-                "decoder_start_token_id": text.decoder_start_token_id,
-                "no_repeat_ngram_size": published.no_repeat_ngram_size or None,
-                "forced_bos_token_id": published.forced_bos_token_id,
-                "forced_eos_token_id": published.forced_eos_token_id,
-                "early_stopping": published.early_stopping,
-                "length_penalty": published.length_penalty,
-            }
+            settings |= published_settings(vlm)
         vlm.module.generation_config = GenerationConfig()
         with torch.inference_mode():
             out = vlm.module.generate(
@@ -201,9 +202,10 @@ class Pair:
             )
         return list(out[0, 1 if self.florence else whole.shape[1] :].tolist())
 
-    def _vectors(self, image: Tensor) -> int:
+    def image_vectors(self, image: Tensor) -> int:
+        """How many vectors of the text model the image becomes."""
         if self.qwen:
-            return int(self.vlm.processor.count(image[0]))
+            return int(self.vlm._count(image[0]))
         return int(self.vlm.processor.image_tokens)
 
     def _patches(self, image: Tensor) -> dict[str, Any]:
@@ -216,9 +218,17 @@ class Pair:
         return {"pixel_values": cells, "image_grid_thw": grid}
 
 
-def vlm_leads(vlm: Any) -> bool:
-    """Whether the image stands in front of the begin token, too."""
-    return bool(getattr(vlm, "image_leads", False))
+def published_settings(florence: Any) -> dict[str, Any]:
+    """What a Florence-2 checkpoint says about generation, as transformers names it."""
+    settings = florence.settings
+    return {
+        "decoder_start_token_id": florence.config.text_config.decoder_start_token_id,
+        "no_repeat_ngram_size": settings.no_repeat_ngram_size or None,
+        "forced_bos_token_id": settings.forced_bos_token_id,
+        "forced_eos_token_id": settings.forced_eos_token_id,
+        "early_stopping": settings.early_stopping,
+        "length_penalty": settings.length_penalty,
+    }
 
 
 def pair_of(name: str, device: str, new_tokens: int, **config: Any) -> Pair:
@@ -229,7 +239,7 @@ def pair_of(name: str, device: str, new_tokens: int, **config: Any) -> Pair:
     return Pair(vlm, new_tokens, sides.get(name, 112))
 
 
-def qwen_words(name: str, generation: Any) -> tuple[Any, dict[str, int]]:
+def qwen_tokenizer(name: str, generation: Any) -> tuple[Any, dict[str, Any]]:
     """A tokenizer of letters, and what a Qwen-VL config must know of its tokens."""
     from librobot_vlm_ros.models.testing.qwen_vl import IDS, write_official
 
@@ -245,11 +255,11 @@ def qwen_words(name: str, generation: Any) -> tuple[Any, dict[str, int]]:
     }
 
 
-def chatty_qwen(device: str, layers: int = 12) -> Any:
+def qwen_with_tokenizer(device: str, layers: int = 12) -> Any:
     """A Qwen2-VL of random weights with a tokenizer, for whole requests."""
     from librobot_vlm_ros.models.testing.qwen_vl import IDS, SECOND, VOCABULARY
 
-    tokenizer, marks = qwen_words("qwen2-vl-2b", SECOND)
+    tokenizer, marks = qwen_tokenizer("qwen2-vl-2b", SECOND)
     rope = {"type": "mrope", "mrope_section": [8, 4, 4]}
     text = _text(layers, vocab_size=VOCABULARY, rope_scaling=rope, eos_token_id=IDS["<|im_end|>"])
     vision = {"depth": 4, "embed_dim": 64, "num_heads": 4}

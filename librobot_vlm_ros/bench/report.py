@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from librobot_vlm_ros.bench.measure import Measurement
+from librobot_vlm_ros.console import table as in_columns
 
 __all__ = ["machine", "markdown", "plot", "table", "write"]
 
@@ -72,7 +73,7 @@ def _sign(row: Measurement) -> str:
 
 def table(rows: Sequence[Measurement]) -> str:
     """The rows in columns."""
-    head = ("measurement", "baseline", "ours", "", "ratio", "from", "to", "aimed at", "tokens")
+    header = ("measurement", "baseline", "ours", "", "ratio", "from", "to", "aimed at", "tokens")
     tokens = {None: "", True: "same", False: "DIFFER"}
     cells = [
         (
@@ -88,20 +89,13 @@ def table(rows: Sequence[Measurement]) -> str:
         )
         for row in rows
     ]
-    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if place in (0, 3) else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in (head, *cells)
-    ]
+    lines = [in_columns(cells, header=header, right="lrrlrrrrr")]
     lines += ["", "ratio: baseline / ours; of rows aimed at with ≤ it is ours / baseline"]
     return "\n".join(lines) + "\n"
 
 
 def markdown(summary: Mapping[str, Any]) -> str:
-    """The README's part: only ratios where a CPU was measured, whose seconds mean little."""
+    """The table of docs/performance.md. Of a CPU only ratios: its seconds mean little."""
     about = summary["machine"]
     where = about.get("gpu") or (
         f"{about['cpu']}, {about['threads']} of {about['cores']} cores at a load of {about['load']}"

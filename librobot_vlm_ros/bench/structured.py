@@ -1,20 +1,69 @@
-"""A row about answers in a notation: the same engine with a grammar and without."""
+"""A row about answers in a notation: a decoder led to an answer, with a grammar and without."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
-from librobot_vlm_ros.bench.frames import noise
+from torch import Tensor
+
+from librobot_vlm_ros.bench.frames import ask, noise
 from librobot_vlm_ros.bench.measure import Bench
-from librobot_vlm_ros.bench.models import TINY, qwen_words
-from librobot_vlm_ros.bench.scripted import Scripted
-from librobot_vlm_ros.bench.tabletop import ask
+from librobot_vlm_ros.bench.models import TINY, qwen_tokenizer
 from librobot_vlm_ros.models import create_vlm
 from librobot_vlm_ros.models.generation.config import Generated
 from librobot_vlm_ros.models.generation.loop import generate
 
-__all__ = ["structured"]
+__all__ = ["Scripted", "structured"]
+
+#: More than any two logits differ by.
+_LEAN = 1.0e4
+
+
+class Scripted:
+    """An `AppendingDecoder` that computes everything by `decoder` and then raises the logit of
+    token n of each row's script; behind the script's end, of none.
+    """
+
+    def __init__(self, decoder: Any, scripts: Sequence[Sequence[int]]) -> None:
+        self._decoder, self._scripts = decoder, list(scripts)
+        self._place = 0
+        #: Calls of the model, and columns that its output layer computed in them.
+        self.calls = self.columns = 0
+
+    def prefill(self) -> Tensor:
+        """See `Decoder`."""
+        return self._leant(self._decoder.prefill(), None)
+
+    def decode(self, tokens: Tensor, allowed: range | Tensor | None = None) -> Tensor:
+        """See `Decoder`."""
+        self._place += 1
+        return self._leant(self._decoder.decode(tokens, allowed), allowed)
+
+    def append(self, tokens: Tensor, allowed: range | Tensor | None = None) -> Tensor:
+        """See `AppendingDecoder`."""
+        self._place += tokens.shape[1]
+        return self._leant(self._decoder.append(tokens, allowed), allowed)
+
+    def reorder(self, rows: Tensor, within: bool = False) -> None:
+        """See `Decoder`."""
+        self._decoder.reorder(rows, within)
+        self._scripts = [self._scripts[row] for row in rows.tolist()]
+
+    def _leant(self, logits: Tensor, allowed: range | Tensor | None) -> Tensor:
+        self.calls += 1
+        self.columns += logits.shape[-1]
+        for row, script in enumerate(self._scripts):
+            if self._place >= len(script):
+                continue
+            token = script[self._place]
+            if isinstance(allowed, Tensor):
+                logits[row] += _LEAN * (allowed == token)
+            elif allowed is None or token in allowed:
+                logits[row, token - (0 if allowed is None else allowed.start)] += _LEAN
+        return logits
+
 
 #: Its output layer has the share of all weights that Qwen3-VL-4B's has, a tenth.
 _TEXT = {
@@ -33,7 +82,7 @@ def _model(device: str) -> Any:
     """A Qwen3-VL of random weights with a tokenizer of letters."""
     from librobot_vlm_ros.models.testing.qwen_vl import IDS, THIRD
 
-    tokenizer, marks = qwen_words("qwen3-vl-4b", THIRD)
+    tokenizer, marks = qwen_tokenizer("qwen3-vl-4b", THIRD)
     ends = {"eos_token_id": IDS["<|im_end|>"], "bos_token_id": IDS["<|endoftext|>"]}
     vision = TINY["qwen3-vl-4b"]["vision_config"]
     config = {"text_config": {**_TEXT, **ends}, "vision_config": vision, **marks}
@@ -63,7 +112,8 @@ def structured(bench: Bench) -> None:
             counted[bound] = scripted = Scripted(decoder, [script])
             rules = vlm.processor.generation_config(request.params)
             grammars = [vlm.processor.constraint(request.task)] if bound else []
-            scripted.prefill = _held(scripted.prefill())  # type: ignore[method-assign]
+            logits = scripted.prefill()
+            scripted.prefill = lambda: logits  # type: ignore[method-assign]
             spent, (row,) = bench.seconds(
                 lambda: generate(scripted, rules, history, grammars=grammars)
             )
@@ -85,8 +135,3 @@ def structured(bench: Bench) -> None:
         note=f"{len(script)} tokens of boxes in JSON, tiny qwen3-vl, a grammar against none: "
         f"{100 * saved:.0f} % less of the output layer",
     )
-
-
-def _held(logits: Any) -> Any:
-    """Gives what was computed before."""
-    return lambda: logits

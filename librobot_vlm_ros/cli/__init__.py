@@ -1,1 +1,1 @@
-"""The `librobot-vlm` command: a file a subcommand, nothing heavy imported before one runs."""
+"""The `librobot-vlm` command: one file per subcommand; nothing heavy is imported before it runs."""

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from librobot_vlm_ros.cli.argument_types import at_least_one, count, node_name, positive
+from librobot_vlm_ros.cli.arguments import (
+    add_model_arguments,
+    add_node_argument,
+    at_least_one,
+    count,
+    positive,
+)
+from librobot_vlm_ros.console import Console
 
 if TYPE_CHECKING:
-    pass
+    from librobot_vlm_ros.annotate.job import Options
 
 _MOST_WORKERS = 64
+#: Arguments that are parameters of the node.
+_PARAMETERS = (
+    *("model", "weights", "model_config", "device", "dtype", "quantization", "instruction"),
+    *("max_batch", "max_new_tokens", "num_beams", "min_score", "allow_depth"),
+)
 
 SUMMARY = "run a model over recorded bags: originals and results into a new bag"
 
@@ -56,6 +71,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     fewer.add_argument(
         "--rate",
+        dest="rate_hz",
         type=positive,
         default=0.0,
         metavar="HZ",
@@ -78,9 +94,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     output.add_argument(
         "--storage", choices=("mcap", "db3"), help="of the new bag (default: as the first bag's)"
     )
-    output.add_argument(
-        "--node", type=node_name, default="/vlm", help="names the result topics (default /vlm)"
-    )
+    add_node_argument(output, "names the result topics")
     output.add_argument(
         "--overwrite", action="store_true", help="begin anew and replace OUT_BAG if there is one"
     )
@@ -93,14 +107,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _configure_model(model: Any) -> None:
-    model.add_argument("--model", default="florence-2-base", help="default florence-2-base")
-    model.add_argument("--weights", default="", help="folder or hub id (default: the model's own)")
+    add_model_arguments(model)
     model.add_argument("--model-config", default="", metavar="JSON", help="the model's settings")
-    model.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    model.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16")
-    model.add_argument("--quantization", default="none", help="none, int8, nf4")
     model.add_argument(
-        "--batch", type=at_least_one, default=8, metavar="N", help="frames at once (default 8)"
+        "--batch",
+        dest="max_batch",
+        type=at_least_one,
+        default=8,
+        metavar="N",
+        help="frames at once (default 8)",
     )
     model.add_argument("--max-new-tokens", type=count, default=0, metavar="N", help="length limit")
     model.add_argument("--num-beams", type=count, default=0, metavar="N", help="of the decoding")
@@ -127,10 +142,49 @@ def _workers(text: str) -> int:
 
 def main(args: argparse.Namespace) -> int:
     """Annotate; 1 when no frame got an answer."""
-    from librobot_vlm_ros.annotate.run import annotate
-
     if len(args.bags) < 2:
         argparse.ArgumentParser(prog="librobot-vlm annotate").error(
             "expected at least one bag to read and last the one to write"
         )
-    return annotate(args)
+    from librobot_vlm_ros.annotate.run import annotate
+
+    console = Console(sys.stderr if args.json else None)
+    summary = annotate(_options(args), console)
+    if summary is None:
+        out = str(args.bags[-1])
+        console.line(f"{out} is finished already")
+        if args.json:
+            print(json.dumps({"out": out, "finished_before": True}))
+        return 0
+    rows = [(name, str(number)) for name, number in sorted(summary.topics.items())]
+    console.table(rows, header=("topic", "messages"), right="lr")
+    console.line(
+        f"{summary.frames} frames ({summary.bad_frames} bad), {summary.results} results, "
+        f"{summary.seconds:.1f} s: {summary.out}"
+    )
+    if args.json:
+        print(json.dumps(dataclasses.asdict(summary), indent=2))
+    return 1 if summary.frames and summary.results == summary.failed_results else 0
+
+
+def _options(args: argparse.Namespace) -> Options:
+    from librobot_vlm_ros.annotate.job import Options
+
+    return Options(
+        bags=tuple(args.bags[:-1]),
+        out=args.bags[-1],
+        parameters={
+            **{name: getattr(args, name) for name in _PARAMETERS},
+            "tasks": tuple(args.tasks),
+        },
+        topics=tuple(args.topics),
+        instruction_topic=args.instruction_topic,
+        node=args.node,
+        every=args.every,
+        rate_hz=args.rate_hz,
+        salvage=args.salvage,
+        storage=args.storage,
+        workers=args.workers,
+        overwrite=args.overwrite,
+        resume=args.resume,
+    )

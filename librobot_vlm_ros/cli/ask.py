@@ -8,7 +8,14 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from librobot_vlm_ros.cli.argument_types import count
+from librobot_vlm_ros.cli.answers import (
+    describe_embedding,
+    number_or_none,
+    print_answer,
+    region_as_dict,
+)
+from librobot_vlm_ros.cli.arguments import add_model_arguments, add_region_argument, count
+from librobot_vlm_ros.console import log_on_stderr
 
 if TYPE_CHECKING:
     from librobot_vlm_ros.core import Frame, InferenceRequest, ModelAnswer
@@ -33,28 +40,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", type=Path, metavar="IMAGE", help="JPEG, PNG, WebP, BMP, TIFF, ...")
     parser.add_argument("text", nargs="?", default="", help="text, for tasks that need one")
     parser.add_argument("--task", default="caption", help="default caption; `models` lists them")
-    parser.add_argument("--model", default="florence-2-base", help="default florence-2-base")
-    parser.add_argument("--weights", default="", help="folder or hub id (default: the model's own)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16")
-    parser.add_argument("--quantization", default="none", help="none, int8, nf4")
+    add_model_arguments(parser)
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="where to draw (default IMAGE.answer.png)"
     )
-    parser.add_argument(
-        "--region",
-        type=float,
-        nargs=4,
-        metavar=("X_MIN", "Y_MIN", "X_MAX", "Y_MAX"),
-        help="box in pixels, for tasks about a region",
-    )
+    add_region_argument(parser)
     parser.add_argument("--max-new-tokens", type=count, default=0, metavar="N", help="length limit")
     parser.add_argument("--json", action="store_true", help="print the answer as JSON")
 
 
 def main(args: argparse.Namespace) -> int:
     """Ask, print and draw. Everything that can be wrong is found before the model is loaded."""
-    from librobot_vlm_ros.console import log_on_stderr
     from librobot_vlm_ros.core import Frame, GenerationParams, VlmError, get_task, make_request
     from librobot_vlm_ros.core.images.picture_files import read_picture
     from librobot_vlm_ros.models import create_vlm, model_info
@@ -104,7 +100,7 @@ def _check_task(info: Any, task: str) -> None:
 
 
 def _out_path(image: Path, asked: Path | None) -> Path:
-    """Where the drawing goes; refused before the model is loaded where it cannot be one."""
+    """Where the drawing goes. Raises `RequestError` for a path that cannot be written."""
     from PIL import Image
 
     from librobot_vlm_ros.core import ErrorCode, RequestError
@@ -127,7 +123,7 @@ def _out_path(image: Path, asked: Path | None) -> Path:
 
 
 def _draw(out: Path, frame: Frame, request: InferenceRequest, answer: ModelAnswer) -> None:
-    """Written under another name first: what is there is whole."""
+    """Draw the answer, under another name first, so that `out` is never half a picture."""
     from PIL import Image
 
     from librobot_vlm_ros.core.drawing import draw
@@ -154,19 +150,12 @@ def _draw(out: Path, frame: Frame, request: InferenceRequest, answer: ModelAnswe
 def _as_dict(
     vlm: Any, frame: Frame, request: InferenceRequest, answer: ModelAnswer, out: Path
 ) -> dict[str, Any]:
-    from librobot_vlm_ros.console import number_or_none
-
     found = answer.embedding
     return {
         "text": answer.text,
         "score": number_or_none(answer.score),
         "regions": [
-            {
-                "label": region.label,
-                "score": number_or_none(region.score),
-                "box": list(region.box),
-                "polygon": [list(point) for point in region.polygon],
-            }
+            region_as_dict(region.label, region.score, region.box, region.polygon)
             for region in answer.regions
         ],
         "malformed": answer.malformed,
@@ -188,15 +177,11 @@ def _as_dict(
 
 
 def _print(vlm: Any, request: InferenceRequest, answer: ModelAnswer, out: Path) -> None:
-    from librobot_vlm_ros.console import embedding_words, print_answer
-
     found = answer.embedding
-    words = "" if found is None else embedding_words(str(found.array.dtype), found.array.shape)
-    text = answer.text if request.spec.output == "text" else ""
     print_answer(
-        text,
+        answer.text if request.spec.output == "text" else "",
         [(region.label, region.score, region.box) for region in answer.regions],
-        words,
+        "" if found is None else describe_embedding(str(found.array.dtype), found.array.shape),
         f"{vlm.name} on {vlm.device} in {vlm.dtype}, {request.task}, "
         f"{answer.preprocess_s + answer.inference_s:.3f} s; drawn: {out}",
     )

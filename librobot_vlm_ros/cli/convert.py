@@ -7,6 +7,8 @@ import dataclasses
 import json
 from pathlib import Path
 
+from librobot_vlm_ros.console import log_on_stderr
+
 SUMMARY = "write a checkpoint anew in transformers' native layout, and prove it equal"
 
 _EPILOG = """\
@@ -39,8 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Convert and say what came of it."""
-    from librobot_vlm_ros.console import log_on_stderr
+    """Convert, and print what was written."""
     from librobot_vlm_ros.models import get_vlm
     from librobot_vlm_ros.models.checkpoints.conversion import convert_folder
 

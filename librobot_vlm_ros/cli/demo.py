@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from librobot_vlm_ros.cli.argument_types import positive
+from librobot_vlm_ros.cli.arguments import positive
 
 SUMMARY = "run the node on the bag that ships, ask it questions, and write a report"
 
@@ -46,6 +46,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run it; 1 when something of it failed."""
-    from librobot_vlm_ros.demo.stages import run_demo
+    from librobot_vlm_ros.demo.run import run_demo
 
     return run_demo(args.model, args.bag, args.image_topic, args.rate, args.out)

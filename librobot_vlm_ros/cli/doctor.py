@@ -6,14 +6,13 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from librobot_vlm_ros.doctor.finding import Finding, found_by
+from librobot_vlm_ros.cli.arguments import add_model_arguments
+from librobot_vlm_ros.console import Console
 
 if TYPE_CHECKING:
-    from librobot_vlm_ros.console import Console
-    from librobot_vlm_ros.models.backend import ModelInfo
+    from librobot_vlm_ros.doctor.finding import Finding
 
 SUMMARY = "look at Python, torch, GPU, ROS, shared memory, weights; say what to mend"
 
@@ -28,33 +27,33 @@ Examples:
   librobot-vlm doctor --model qwen2-vl-2b --device cuda --json
   librobot-vlm doctor --model florence-2-base --weights /models/florence --no-probe
 """
-_MARKS = {"ok": ("ok", "1;32"), "warning": ("warning", "1;33"), "problem": ("PROBLEM", "1;31")}
+_MARKS = {
+    "ok": ("ok", "bold green"),
+    "warning": ("warning", "bold yellow"),
+    "problem": ("PROBLEM", "bold red"),
+}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments and help."""
     parser.epilog = _EPILOG
-    parser.add_argument("--model", default="florence-2-base", help="default florence-2-base")
-    parser.add_argument("--weights", default="", help="folder or hub id (default: the model's own)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16")
+    add_model_arguments(parser, quantization=False)
     parser.add_argument("--no-probe", action="store_true", help="leave out the NaN probe")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def main(args: argparse.Namespace) -> int:
     """Look at everything; 1 when there is a problem."""
-    from librobot_vlm_ros.console import Console
+    from librobot_vlm_ros.doctor import examine
     from librobot_vlm_ros.models import model_info
 
     info = model_info(args.model)  # a wrong name is the caller's error, not the machine's
     console = Console()
     found: list[Finding] = []
-    for name, check in _checks(info, args):
-        for finding in found_by(name, check):
-            found.append(finding)
-            if not args.json:
-                _show(console, finding)
+    for finding in examine(info, args.weights, args.device, args.dtype, probe=not args.no_probe):
+        found.append(finding)
+        if not args.json:
+            _show(console, finding)
     problems = [finding for finding in found if finding.status == "problem"]
     if args.json:
         rows = [dataclasses.asdict(finding) for finding in found]
@@ -69,25 +68,6 @@ def main(args: argparse.Namespace) -> int:
 
 def _counted(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def _checks(
-    info: ModelInfo, args: argparse.Namespace
-) -> Iterable[tuple[str, Callable[[], Iterable[Finding]]]]:
-    from librobot_vlm_ros.doctor import system
-    from librobot_vlm_ros.doctor.model import ModelDoctor
-
-    model = ModelDoctor(info, args.weights, args.device, args.dtype)
-    yield "python", system.check_python
-    yield "torch", model.check_libraries
-    yield "packages", system.check_packages
-    yield "cv_bridge", system.check_cv_bridge
-    yield "ros", system.check_ros
-    yield "shared memory", system.check_transport
-    yield "memory", model.check_memory
-    yield "weights", model.check_weights
-    if not args.no_probe:
-        yield "NaN probe", model.check_answers
 
 
 def _show(console: Console, finding: Finding) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from librobot_vlm_ros.cli.argument_types import node_name
+from librobot_vlm_ros.cli.arguments import add_node_argument
 
 _SOURCE = Path(__file__).parents[1] / "client" / "policy_node.py"
 SUMMARY = "run a small policy on the node's results (pointing target); its source is to be copied"
@@ -25,7 +25,7 @@ ground, and for the rest caption and embed:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments and help."""
     parser.epilog = _EPILOG
-    parser.add_argument("--node", type=node_name, default="/vlm", help="the node (default /vlm)")
+    add_node_argument(parser)
     parser.add_argument("--source", action="store_true", help="print the source and end")
 
 
@@ -42,11 +42,10 @@ def main(args: argparse.Namespace) -> int:
 
     # Signals raise in this thread, as for every command.
     rclpy.init(args=[], signal_handler_options=SignalHandlerOptions.NO)
-    vlm = args.node if args.node.startswith("/") else f"/{args.node}"
-    policy = PointingPolicy(vlm)
+    policy = PointingPolicy(args.node)
     executor = SingleThreadedExecutor()
     executor.add_node(policy)
-    policy.get_logger().info(f"pointing at what {vlm} grounds")
+    policy.get_logger().info(f"pointing at what {args.node} grounds")
     try:
         while True:
             executor.spin_once(0.2)

@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115  until the process ends
     if sys.stdout is None:
         return _report(command, _closed(), ())
-    let_signals_go = signals.catch()
+    restore_signals = signals.install()
     flags: Collection[str] = ()
     try:
         parser, children, modules = _parser(words)
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         return _report(command, error, flags)
     finally:
-        let_signals_go()
+        restore_signals()
 
 
 def _parser(
@@ -125,9 +125,9 @@ def _parser(
 def _report(command: str, error: Exception, flags: Collection[str]) -> int:
     """Print a coded error; with its traceback when it is a defect of ours."""
     from librobot_vlm_ros.core import ErrorCode, as_vlm_error
-    from librobot_vlm_ros.ros.rcl_errors import known_refusal
+    from librobot_vlm_ros.ros.rcl_errors import coded_rcl_error
 
-    coded = known_refusal(error) or as_vlm_error(error)
+    coded = coded_rcl_error(error) or as_vlm_error(error)
     if coded.code == ErrorCode.INTERNAL:
         traceback.print_exception(type(error), error, error.__traceback__)
     if coded.code == ErrorCode.MISSING_DEPENDENCY and _is_of_ros(error):
@@ -156,8 +156,8 @@ def in_flags(hint: str, flags: Collection[str]) -> str:
 
 
 def _closed() -> Exception:
-    """Said before the work: nobody could read what comes of it, and the next file that is opened
-    would get the number of standard output, and what libraries print.
+    """The error for a closed standard output, raised before any work: nobody could read the answer,
+    and the next file that is opened would get its number and with it what libraries print.
     """
     from librobot_vlm_ros.core import ErrorCode, RequestError
 
@@ -179,7 +179,3 @@ def _is_of_ros(error: Exception) -> bool:
     ours = package == "librobot_vlm_ros" and rest in ("msg", "srv", "action")
     foreign = package in ("rclpy", "rpyutils") or package.endswith(("_msgs", "_interfaces"))
     return ours or foreign or "rclpy" in str(cause) or "rosidl" in str(cause)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

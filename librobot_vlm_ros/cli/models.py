@@ -1,4 +1,4 @@
-"""`librobot-vlm models`: what this installation knows, and whether it is what it claims to be."""
+"""`librobot-vlm models`: list the models of this installation, or check them at tiny size."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from librobot_vlm_ros.console import Console, log_on_stderr
+from librobot_vlm_ros.doctor.finding import gib
 
 if TYPE_CHECKING:
     from librobot_vlm_ros.models.backend import ModelInfo
@@ -64,7 +67,6 @@ def main(args: argparse.Namespace) -> int:
 
 def _sha256(folder: Path) -> int:
     """Print the digest of a folder's weights, as `weights_sha256` takes it."""
-    from librobot_vlm_ros.console import log_on_stderr
     from librobot_vlm_ros.models import get_vlm
 
     get_vlm("florence-2-base")  # names a package that is missing
@@ -76,8 +78,7 @@ def _sha256(folder: Path) -> int:
 
 
 def _list(infos: list[ModelInfo], as_json: bool, asked: list[str]) -> int:
-    from librobot_vlm_ros.console import table
-    from librobot_vlm_ros.models.checkpoints.local_weights import weights_present
+    from librobot_vlm_ros.models.checkpoints.hub import weights_present
 
     if as_json:
         print(json.dumps([_as_dict(info, weights_present(info)) for info in infos], indent=2))
@@ -86,7 +87,7 @@ def _list(infos: list[ModelInfo], as_json: bool, asked: list[str]) -> int:
         (
             info.name,
             _count(info.parameters),
-            *(_bytes(info.memory_bytes(dtype)) for dtype in _COLUMNS),
+            *(gib(size) if (size := info.memory_bytes(dtype)) else "-" for dtype in _COLUMNS),
             info.licence,
             _source(info),
             "yes" if weights_present(info) else "no",
@@ -94,7 +95,7 @@ def _list(infos: list[ModelInfo], as_json: bool, asked: list[str]) -> int:
         for info in infos
     ]
     header = ("model", "parameters", *_COLUMNS, "licence", "weights from", "here")
-    print(table(rows, header=header, right="lrrrrrlll"))
+    Console().table(rows, header=header, right="lrrrrrlll")
     print("\nMemory of the weights by dtype; bfloat16 as float16. Tasks:")
     for info in infos:
         print(f"{info.name}: {', '.join(info.tasks)}")
@@ -129,7 +130,6 @@ def _as_dict(info: ModelInfo, here: bool) -> dict[str, Any]:
 
 
 def _check(infos: list[ModelInfo], as_json: bool) -> int:
-    from librobot_vlm_ros.console import table
     from librobot_vlm_ros.models.testing.conformance import check_model
 
     found: list[Conformance] = []
@@ -153,7 +153,7 @@ def _check(infos: list[ModelInfo], as_json: bool) -> int:
             for one in found
         ]
         header = ("model", "parameters", "conversion", "pixels", "tasks", "")
-        print(table(rows, header=header, right="lrrrrl"))
+        Console().table(rows, header=header, right="lrrrrl")
         print(
             f"\nLargest differences. Allowed: conversion {found[0].conversion_tolerance:g}, "
             f"pixels {found[0].preprocess_tolerance:g}; - where there is nothing to compare."
@@ -178,9 +178,3 @@ def _count(parameters: int) -> str:
     if not parameters:
         return "-"
     return f"{parameters / 1e9:.2f} G" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"
-
-
-def _bytes(count: int) -> str:
-    if not count:
-        return "-"
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

@@ -8,7 +8,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from librobot_vlm_ros.cli.argument_types import count, node_name, positive, stamp
+from librobot_vlm_ros.cli.answers import (
+    describe_embedding,
+    number_or_none,
+    print_answer,
+    region_as_dict,
+)
+from librobot_vlm_ros.cli.arguments import (
+    add_node_argument,
+    add_region_argument,
+    count,
+    positive,
+    stamp,
+)
 
 SUMMARY = "ask the running node about the newest camera frame, or about a picture"
 
@@ -21,8 +33,6 @@ Examples:
   librobot-vlm query ground "the red cube"
   librobot-vlm query detect --image kitchen.jpg --json
 """
-
-
 _FIND_S = 10.0
 
 
@@ -40,16 +50,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="the frame of exactly this stamp in seconds, as 1700000000.250000000, among the "
         "latest (default: the newest)",
     )
-    parser.add_argument(
-        "--region",
-        type=float,
-        nargs=4,
-        default=(),
-        metavar=("X_MIN", "Y_MIN", "X_MAX", "Y_MAX"),
-        help="box in pixels, for tasks about a region",
-    )
+    add_region_argument(parser)
     parser.add_argument("--max-new-tokens", type=count, default=0, metavar="N", help="length limit")
-    parser.add_argument("--node", type=node_name, default="/vlm", help="the node (default /vlm)")
+    add_node_argument(parser)
     parser.add_argument("--timeout", type=positive, default=30.0, metavar="S", help="default 30")
     parser.add_argument("--json", action="store_true", help="print the answer as JSON")
 
@@ -64,7 +67,7 @@ def main(args: argparse.Namespace) -> int:
         task=args.task,
         prompt=args.prompt,
         camera=args.camera,
-        region=list(args.region),
+        region=args.region or [],
         max_new_tokens=args.max_new_tokens,
         timeout_s=args.timeout,
     )
@@ -73,8 +76,7 @@ def main(args: argparse.Namespace) -> int:
     if args.image is not None:
         request.use_image, request.image = True, _image_message(args.image)
     with Session("librobot_vlm_query") as session:
-        node = args.node if args.node.startswith("/") else f"/{args.node}"
-        client = session.node.create_client(Query, f"{node}/query")
+        client = session.node.create_client(Query, f"{args.node}/query")
         # The node keeps the deadline; that there is no node is known sooner.
         answer = session.call(client, request, args.timeout + 2.0, find_s=_FIND_S)
     if args.json:
@@ -105,16 +107,11 @@ def _image_message(path: Path) -> Any:
 
 
 def _as_dict(answer: Any) -> dict[str, Any]:
-    from librobot_vlm_ros.console import number_or_none
-
     info = answer.info
     regions = [
-        {
-            "label": region.label,
-            "score": number_or_none(region.score),
-            "box": [region.x_min, region.y_min, region.x_max, region.y_max],
-            "polygon": [[point.x, point.y] for point in region.polygon],
-        }
+        region_as_dict(
+            region.label, region.score, _box(region), [(at.x, at.y) for at in region.polygon]
+        )
         for region in answer.grounding.regions
     ]
     stamp = answer.header.stamp
@@ -138,16 +135,14 @@ def _as_dict(answer: Any) -> dict[str, Any]:
 
 
 def _print(answer: Any) -> None:
-    from librobot_vlm_ros.console import embedding_words, print_answer
-
-    shape, info = list(answer.embedding.shape), answer.info
-    regions = [
-        (region.label, region.score, (region.x_min, region.y_min, region.x_max, region.y_max))
-        for region in answer.grounding.regions
-    ]
+    found, info = answer.embedding, answer.info
     print_answer(
         answer.text,
-        regions,
-        embedding_words(answer.embedding.dtype, shape) if shape else "",
+        [(region.label, region.score, _box(region)) for region in answer.grounding.regions],
+        describe_embedding(found.dtype, found.shape) if found.shape else "",
         f"{info.model}, {info.task}, {info.preprocess_s + info.inference_s:.3f} s",
     )
+
+
+def _box(region: Any) -> tuple[float, float, float, float]:
+    return region.x_min, region.y_min, region.x_max, region.y_max

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from librobot_vlm_ros.cli.argument_types import node_name, positive, remapping, seconds
+from librobot_vlm_ros.cli.arguments import add_node_argument, positive, remapping, seconds
+from librobot_vlm_ros.console import Console
 
 if TYPE_CHECKING:
-    from librobot_vlm_ros.console import Console
-    from librobot_vlm_ros.replay.publishers import PlayOptions, PlayReport
+    from librobot_vlm_ros.replay.player import PlayOptions, PlayReport
 
 SUMMARY = "play a db3 or MCAP bag into topics, at its own timing or in step with the node"
 
@@ -90,9 +90,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="longest wait for subscribers before the first message (default 3)",
     )
-    waiting.add_argument(
-        "--node", type=node_name, default="/vlm", help="lock-step: the node (default /vlm)"
-    )
+    add_node_argument(waiting, "lock-step: the node")
     waiting.add_argument(
         "--timeout",
         type=positive,
@@ -106,7 +104,6 @@ def main(args: argparse.Namespace) -> int:
     """Play; 1 when frames stayed without results in lock-step."""
     from librobot_vlm_ros.bags import BagReader, shipped_bag
     from librobot_vlm_ros.client.session import Session
-    from librobot_vlm_ros.console import Console
     from librobot_vlm_ros.replay.lock_step import NodeLink
     from librobot_vlm_ros.replay.player import Player
 
@@ -144,7 +141,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _options(args: argparse.Namespace) -> PlayOptions:
-    from librobot_vlm_ros.replay.publishers import PlayOptions
+    from librobot_vlm_ros.replay.player import PlayOptions
 
     return PlayOptions(
         rate=args.rate if args.rate or args.lock_step else 1.0,
@@ -168,10 +165,8 @@ def _announce(console: Console, report: PlayReport) -> None:
 
 
 def _summary(console: Console, report: PlayReport, *, lock_step: bool) -> int:
-    from librobot_vlm_ros.console import table
-
     rows = [(name, str(count)) for name, count in sorted(report.published.items())]
-    console.line(table(rows, header=("topic", "messages"), right="lr"))
+    console.table(rows, header=("topic", "messages"), right="lr")
     console.line(
         f"{report.wall_s:.2f} s, at most {max(0.0, report.late_s):.3f} s behind its timing"
     )

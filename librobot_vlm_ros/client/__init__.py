@@ -1,1 +1,1 @@
-"""The other side of the node: a context and a node of its own, the node as a process."""
+"""Programs that use the node: an rclpy session, the node as a child process, an example policy."""

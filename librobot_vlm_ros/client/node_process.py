@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 
 from librobot_vlm_ros.client.session import Session
 from librobot_vlm_ros.core import EngineError, ErrorCode, VlmError, make_error
@@ -34,7 +33,7 @@ class NodeProcess:
     def __init__(self, arguments: Sequence[str], log: Path) -> None:
         self.log = log
         self._arguments = list(arguments)
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes]
 
     def __enter__(self) -> NodeProcess:
         command = [sys.executable, "-m", "librobot_vlm_ros.cli", "run", *self._arguments]
@@ -50,22 +49,17 @@ class NodeProcess:
             )
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.end()
 
     @property
     def pid(self) -> int:
         """Process id; also that of its process group."""
-        return self._running.pid
+        return self._process.pid
 
     def check(self) -> None:
         """Raises the error that the node ended with, if it has ended."""
-        code = self._running.poll()
+        code = self._process.poll()
         if code is None:
             return
         why = self.last_error() if code > 0 else None  # a signal is reason enough
@@ -119,8 +113,6 @@ class NodeProcess:
     def end(self) -> int:
         """End it as Ctrl-C does; after a few seconds, and in any case its children, by force."""
         process = self._process
-        if process is None:
-            return 0
         if process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGINT)
@@ -129,12 +121,6 @@ class NodeProcess:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         return process.wait()
-
-    @property
-    def _running(self) -> subprocess.Popen[bytes]:
-        if self._process is None:
-            raise VlmError(ErrorCode.INTERNAL, "the node was not started")
-        return self._process
 
 
 def _end_with_parent() -> None:

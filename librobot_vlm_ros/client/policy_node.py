@@ -63,8 +63,10 @@ class PresentInstruction:
 class PointingPolicy(Node):
     """Points at the best region that the instruction names. `vlm` is the name of the node."""
 
-    def __init__(self, vlm: str = "/vlm", *, smoothing: float = 0.5, same_scene: float = 0.9, **kw):
-        super().__init__("pointing_policy", **kw)
+    def __init__(
+        self, vlm: str = "/vlm", *, smoothing: float = 0.5, same_scene: float = 0.9, **options: Any
+    ) -> None:
+        super().__init__("pointing_policy", **options)
         self._smoothing, self._same_scene = smoothing, same_scene
         self._instruction = PresentInstruction()
         self._caption = ""

@@ -6,14 +6,15 @@ import contextlib
 import fcntl
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from librobot_vlm_ros.core import EngineError, ErrorCode
 
-__all__ = ["isolated_ros"]
+__all__ = ["claimed_domain", "isolated_ros"]
 
-# Fast DDS makes port numbers from the domain; from 102 on they meet Linux's ephemeral ports.
+#: Fast DDS makes port numbers from the domain; from 102 on they meet Linux's ephemeral ports. 0 is
+#: what everyone else uses by default.
 _DOMAINS = range(1, 102)
 # These name other machines, whatever the discovery range is.
 _LEAD_OUT = ("ROS_STATIC_PEERS", "ROS_DISCOVERY_SERVER")
@@ -26,7 +27,7 @@ def isolated_ros() -> Iterator[int]:
     taken.
     """
     with contextlib.ExitStack() as stack:
-        domain = stack.enter_context(_claimed_domain())
+        domain = stack.enter_context(claimed_domain())
         ours = {"ROS_DOMAIN_ID": str(domain), "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"}
         before = {name: os.environ.get(name) for name in (*ours, *_LEAD_OUT)}
         os.environ.update(ours)
@@ -43,13 +44,17 @@ def isolated_ros() -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def _claimed_domain() -> Iterator[int]:
-    """The lock belongs to the open file: it ends with this process, whatever ends that."""
-    # The tests of a checkout claim their domains in the same folder.
-    folder = Path(tempfile.gettempdir()) / f"librobot_vlm_ros_domains_{os.getuid()}"
+def claimed_domain(folder: Path | None = None, domains: Sequence[int] = _DOMAINS) -> Iterator[int]:
+    """A domain that no other process holds: the first of `domains` whose lock file in `folder` is
+    free. Raises `EngineError` BUSY when all are held.
+
+    The lock belongs to the open file: it ends with the process, whatever ends that. The search
+    starts at the process id, so that parallel runs seldom try the same one.
+    """
+    folder = folder or Path(tempfile.gettempdir()) / f"librobot_vlm_ros_domains_{os.getuid()}"
     folder.mkdir(parents=True, exist_ok=True)
-    first = os.getpid() % len(_DOMAINS)
-    for domain in [*_DOMAINS[first:], *_DOMAINS[:first]]:
+    first = os.getpid() % len(domains)
+    for domain in [*domains[first:], *domains[:first]]:
         with open(folder / str(domain), "a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -59,6 +64,6 @@ def _claimed_domain() -> Iterator[int]:
             return
     raise EngineError(
         ErrorCode.BUSY,
-        f"all {len(_DOMAINS)} ROS domains are held by other runs",
+        f"all {len(domains)} ROS domains are held by other runs",
         f"End some of them (the locks are in {folder}).",
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 from librobot_vlm_ros.client import signals
@@ -48,12 +47,7 @@ class Session:
         self._executor.add_node(self.node)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         import rclpy
 
         self._executor.shutdown(0)
@@ -74,7 +68,7 @@ class Session:
         return True
 
     def _spin_once(self, timeout_s: float) -> None:
-        with signals.held():
+        with signals.delayed():
             self._executor.spin_once(timeout_s)
 
     def call(self, client: Any, request: Any, timeout_s: float, *, find_s: float = math.inf) -> Any:

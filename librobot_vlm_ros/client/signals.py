@@ -1,9 +1,9 @@
-"""Ctrl-C and SIGTERM as exceptions, raised where they arrive whole.
+"""Ctrl-C and SIGTERM as exceptions, raised only where they are not mangled on the way.
 
 Python runs a signal's handler between any two of its instructions, also in those that rclpy's C++
-code calls: messages are made and read there. An exception that begins in one comes out as another
+code calls to make and read messages. An exception that is raised there comes out as another
 ("SystemError: returned a result with an exception set", measured in 3 of 60 demos ended by
-SIGTERM), and nobody who waits for it knows it again. Such code runs inside `held()`.
+SIGTERM), which no `except` expects. Such code runs inside `delayed()`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["Terminated", "catch", "held"]
+__all__ = ["Terminated", "delayed", "install"]
 
 
 class Terminated(BaseException):
@@ -23,11 +23,11 @@ _RAISED: dict[int, type[BaseException]] = {
     signal.SIGINT: KeyboardInterrupt,
     signal.SIGTERM: Terminated,
 }
-_holding = False
-_waiting: BaseException | None = None
+_delaying = False
+_pending: BaseException | None = None
 
 
-def catch() -> Callable[[], None]:
+def install() -> Callable[[], None]:
     """Let SIGINT raise KeyboardInterrupt and SIGTERM `Terminated`; call the result to undo it.
 
     Does nothing outside of the main thread, where Python lets nobody handle signals, and leaves a
@@ -38,7 +38,7 @@ def catch() -> Callable[[], None]:
         if number == signal.SIGINT and signal.getsignal(number) is signal.SIG_IGN:
             continue
         try:
-            before[number] = signal.signal(number, _came)
+            before[number] = signal.signal(number, _handle)
         except ValueError:
             break
 
@@ -51,31 +51,31 @@ def catch() -> Callable[[], None]:
 
 
 @contextmanager
-def held() -> Iterator[None]:
+def delayed() -> Iterator[None]:
     """A signal that comes in here is raised at the end; keep it short. For one thread only."""
-    global _holding
-    if _holding:
+    global _delaying
+    if _delaying:
         yield
         return
-    _holding = True
+    _delaying = True
     try:
         yield
     finally:
-        _holding = False
-        _raise_waiting()
+        _delaying = False
+        _raise_pending()
 
 
-def _came(number: int, _frame: object) -> None:
-    global _waiting
+def _handle(number: int, _frame: object) -> None:
+    global _pending
     # SIGTERM outlives a Ctrl-C that came with it: it is the more urgent way to end.
-    if _waiting is None or number == signal.SIGTERM:
-        _waiting = _RAISED[number]()
-    if not _holding:
-        _raise_waiting()
+    if _pending is None or number == signal.SIGTERM:
+        _pending = _RAISED[number]()
+    if not _delaying:
+        _raise_pending()
 
 
-def _raise_waiting() -> None:
-    global _waiting
-    error, _waiting = _waiting, None
+def _raise_pending() -> None:
+    global _pending
+    error, _pending = _pending, None
     if error is not None:
         raise error

@@ -1,4 +1,4 @@
-"""The core: frames, requests, results, errors, images, prompts, box geometry.
+"""The core: frames, tasks, requests, results, coded errors, prompts, images.
 
 Needs the standard library, numpy and the image libraries; neither ROS nor torch.
 """
@@ -18,30 +18,21 @@ from librobot_vlm_ros.core.errors import (
     make_error,
 )
 from librobot_vlm_ros.core.frames import Frame
-from librobot_vlm_ros.core.images.encodings import ENCODINGS, Encoding, get_encoding
-from librobot_vlm_ros.core.images.raw import (
-    CompressedHeader,
-    converter_name,
-    decode_compressed,
-    decode_image,
-    read_compressed_header,
-)
+from librobot_vlm_ros.core.images.compressed import decode_compressed, read_compressed_header
+from librobot_vlm_ros.core.images.raw import decode_image
 from librobot_vlm_ros.core.limits import DEFAULT_LIMITS, Limits
 from librobot_vlm_ros.core.logtext import escape_for_log, shortened
 from librobot_vlm_ros.core.prompts import clean_prompt
 from librobot_vlm_ros.core.requests import Box, GenerationParams, InferenceRequest, make_request
 from librobot_vlm_ros.core.results import EmbeddingData, InferenceInfo, ModelAnswer, Region, Result
-from librobot_vlm_ros.core.tasks import TASKS, TaskSpec, get_task, task_names
+from librobot_vlm_ros.core.tasks import TASKS, get_task
 
 __all__ = [
     "DEFAULT_LIMITS",
-    "ENCODINGS",
     "TASKS",
     "BagError",
     "Box",
-    "CompressedHeader",
     "EmbeddingData",
-    "Encoding",
     "EngineError",
     "ErrorCode",
     "Frame",
@@ -56,19 +47,15 @@ __all__ = [
     "Region",
     "RequestError",
     "Result",
-    "TaskSpec",
     "VlmError",
     "as_vlm_error",
     "clean_prompt",
-    "converter_name",
     "decode_compressed",
     "decode_image",
     "escape_for_log",
-    "get_encoding",
     "get_task",
     "make_error",
     "make_request",
     "read_compressed_header",
     "shortened",
-    "task_names",
 ]

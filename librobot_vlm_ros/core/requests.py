@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from librobot_vlm_ros.core.errors import ErrorCode, RequestError
 from librobot_vlm_ros.core.frames import Frame
-from librobot_vlm_ros.core.limits import DEFAULT_LIMITS, Limits
+from librobot_vlm_ros.core.limits import DEFAULT_LIMITS
 from librobot_vlm_ros.core.logtext import shortened
 from librobot_vlm_ros.core.prompts import clean_prompt
 from librobot_vlm_ros.core.tasks import TaskSpec, get_task
@@ -158,35 +158,25 @@ def make_request(
     frame: Frame,
     task: str,
     prompt: object = "",
-    region: Sequence[float] | None = None,
+    region: Box | None = None,
     params: GenerationParams | None = None,
-    deadline_ns: int | None = None,
-    instruction_id: int = 0,
-    limits: Limits = DEFAULT_LIMITS,
-    control_tokens: Iterable[object] = (),
 ) -> InferenceRequest:
-    """A request from what a client sent: the prompt is cleaned, the bounds of `limits` are checked.
+    """A request from what a user typed: the prompt is cleaned, `DEFAULT_LIMITS` are checked.
 
-    `control_tokens` are those of the model that will answer. Raises `RequestError` as
-    `clean_prompt`, `InferenceRequest` and `GenerationParams` do.
+    Raises `RequestError` as `clean_prompt`, `InferenceRequest` and `GenerationParams` do.
     """
-    spec = get_task(task)
     params = params or GenerationParams()
-    if (params.max_new_tokens or 0) > limits.max_new_tokens:
+    most = DEFAULT_LIMITS.max_new_tokens
+    if (params.max_new_tokens or 0) > most:
         raise RequestError(
             ErrorCode.BAD_PARAMETER,
-            f"max_new_tokens is {params.max_new_tokens}, allowed are {limits.max_new_tokens}",
+            f"max_new_tokens is {params.max_new_tokens}, allowed are {most}",
         )
-    cleaned = clean_prompt(
-        prompt, required=spec.needs_text, limits=limits, control_tokens=control_tokens
-    )
     return InferenceRequest(
         request_id=request_id,
         frame=frame,
-        task=spec.name,
-        prompt=cleaned,
-        region=None if region is None else checked_region(region, frame),
+        task=task,
+        prompt=clean_prompt(prompt, required=get_task(task).needs_text),
+        region=region,
         params=params,
-        deadline_ns=deadline_ns,
-        instruction_id=instruction_id,
     )

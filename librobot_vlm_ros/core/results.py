@@ -12,8 +12,6 @@ from librobot_vlm_ros.core.errors import ErrorCode, InferenceError, VlmError
 
 __all__ = ["EmbeddingData", "InferenceInfo", "ModelAnswer", "Region", "Result"]
 
-NO_SCORE = math.nan
-
 
 @dataclass(frozen=True)
 class Region:
@@ -88,7 +86,7 @@ class ModelAnswer:
     """What a model gives for one request; everything that does not apply stays at its default."""
 
     text: str = ""
-    score: float = NO_SCORE
+    score: float = math.nan
     """Probability of the text in [0, 1] as defined by the family; NaN where there is none."""
     regions: tuple[Region, ...] = ()
     malformed: int = 0

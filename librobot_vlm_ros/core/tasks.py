@@ -15,7 +15,7 @@ from typing import Literal
 from librobot_vlm_ros.core.errors import ErrorCode, RequestError
 from librobot_vlm_ros.core.logtext import shortened
 
-__all__ = ["TASKS", "TaskOutput", "TaskSpec", "get_task", "task_names"]
+__all__ = ["TASKS", "TaskOutput", "TaskSpec", "get_task"]
 
 TaskOutput = Literal["text", "regions", "embedding"]
 
@@ -138,11 +138,6 @@ TASKS: Mapping[str, TaskSpec] = MappingProxyType({spec.name: spec for spec in _A
 _BY_ANY_NAME: dict[str, TaskSpec] = {
     name: spec for spec in _ALL for name in (spec.name, *spec.aliases)
 }
-
-
-def task_names() -> tuple[str, ...]:
-    """The common names, in the order of the documentation."""
-    return tuple(TASKS)
 
 
 def get_task(name: str) -> TaskSpec:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,7 @@ from librobot_vlm_ros.bags import FrameTruth
 from librobot_vlm_ros.core import Region
 from librobot_vlm_ros.replay.lock_step import ResultMessage
 
-__all__ = ["Answer", "DemoRun", "FrameRecord", "answer_of", "regions_of", "truth_regions"]
+__all__ = ["Answer", "DemoRun", "FrameRecord", "answer_of", "truth_regions"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class DemoRun:
     questions: list[Answer] = field(default_factory=list)
     instructions: list[tuple[int, str]] = field(default_factory=list)
     """(when recorded, text)"""
-    strangers: int = 0
+    unmatched: int = 0
     """Results whose stamp, frame or size is that of no frame that was sent."""
     play_s: float = 0.0
     load_s: float = 0.0
@@ -87,43 +88,31 @@ class DemoRun:
         return next((frame for frame in self.frames if frame.stamp_ns == stamp_ns), None)
 
 
-def answer_of(message: object, *, took_s: float) -> Answer:
+def answer_of(message: Any, *, took_s: float) -> Answer:
     """From a Caption, GroundingArray or Embedding message, or from a Query response."""
-    info, header = _get(message, "info"), _get(message, "header")
-    grounding = _get(message, "grounding", message)
-    embedding = _get(message, "embedding", message)
-    stamp = header.stamp
-    size = (_get(grounding, "image_width", 0), _get(grounding, "image_height", 0))
+    info, stamp = message.info, message.header.stamp
+    grounding = getattr(message, "grounding", message)
     return Answer(
         task=info.task,
         prompt=info.prompt,
         stamp_ns=int(stamp.sec) * 10**9 + int(stamp.nanosec),
-        frame_id=header.frame_id,
-        size=(int(size[0]), int(size[1])),
-        text=_get(message, "text", ""),
-        regions=regions_of(_get(grounding, "regions", ())),
-        vector=_vector(embedding),
-        score=float(_get(message, "score", float("nan"))),
-        error=_get(message, "error_msg", ""),
+        frame_id=message.header.frame_id,
+        size=(
+            int(getattr(grounding, "image_width", 0)),
+            int(getattr(grounding, "image_height", 0)),
+        ),
+        text=getattr(message, "text", ""),
+        regions=tuple(
+            Region(item.label, item.score, item.x_min, item.y_min, item.x_max, item.y_max)
+            for item in getattr(grounding, "regions", ())
+        ),
+        vector=_vector(getattr(message, "embedding", message)),
+        score=float(getattr(message, "score", math.nan)),
+        error=message.error_msg,
         age_s=float(info.age_s),
         inference_s=float(info.inference_s),
         preprocess_s=float(info.preprocess_s),
         took_s=took_s,
-    )
-
-
-def regions_of(messages: Sequence[object]) -> tuple[Region, ...]:
-    """`GroundedRegion` messages as regions."""
-    return tuple(
-        Region(
-            label=_get(item, "label"),
-            score=float(_get(item, "score")),
-            x_min=float(_get(item, "x_min")),
-            y_min=float(_get(item, "y_min")),
-            x_max=float(_get(item, "x_max")),
-            y_max=float(_get(item, "y_max")),
-        )
-        for item in messages
     )
 
 
@@ -132,17 +121,7 @@ def truth_regions(truth: FrameTruth) -> tuple[Region, ...]:
     return tuple(Region(item.label, float("nan"), *item.box) for item in truth.objects)
 
 
-def _vector(embedding: object) -> npt.NDArray[np.float32] | None:
-    shape = _get(embedding, "shape", ())
-    if len(shape) != 1 or _get(embedding, "error_code", 0):
+def _vector(embedding: Any) -> npt.NDArray[np.float32] | None:
+    if len(getattr(embedding, "shape", ())) != 1 or embedding.error_code:
         return None
-    data = np.frombuffer(bytes(_get(embedding, "data")), dtype=_get(embedding, "dtype"))
-    return data.astype(np.float32)
-
-
-_MISSING = object()
-
-
-def _get(message: object, name: str, default: object = _MISSING):  # type: ignore[no-untyped-def]
-    """An attribute of a message of one of several types."""
-    return getattr(message, name) if default is _MISSING else getattr(message, name, default)
+    return np.frombuffer(bytes(embedding.data), dtype=embedding.dtype).astype(np.float32)

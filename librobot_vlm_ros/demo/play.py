@@ -6,16 +6,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from librobot_vlm_ros.bags import TRUTH_TOPIC, BagMessage, BagReader, FrameTruth, read_truth
+from librobot_vlm_ros.bags import TRUTH_TOPIC, BagMessage, BagReader, decode_frame, read_truth
 from librobot_vlm_ros.client.node_process import NodeProcess
 from librobot_vlm_ros.client.session import Session
 from librobot_vlm_ros.console import Console
-from librobot_vlm_ros.core import EngineError, decode_compressed, decode_image
+from librobot_vlm_ros.core import EngineError
 from librobot_vlm_ros.demo.data import Answer, DemoRun, FrameRecord, answer_of
 from librobot_vlm_ros.replay.lock_step import NodeLink, ResultMessage
 from librobot_vlm_ros.replay.message_types import IMAGE_TYPES, header_stamp_ns
-from librobot_vlm_ros.replay.player import Player
-from librobot_vlm_ros.replay.publishers import PlayOptions
+from librobot_vlm_ros.replay.player import Player, PlayOptions
 
 __all__ = ["INSTRUCTION_TOPIC", "read_frames", "run_live"]
 
@@ -41,37 +40,20 @@ def read_frames(reader: BagReader, image_topic: str) -> list[FrameRecord]:
             instructions.append((message.stamp_ns, reader.deserialize(message).data))
     frames = []
     for number, message in enumerate(reader.messages([image_topic])):
-        frame = _frame(reader, message, number, truth)
-        before = [text for stamp_ns, text in instructions if stamp_ns <= message.stamp_ns]
-        frame.instruction = before[-1] if before else ""
-        frames.append(frame)
-    return frames
-
-
-def _frame(
-    reader: BagReader, message: BagMessage, number: int, truth: dict[int, FrameTruth]
-) -> FrameRecord:
-    image = reader.deserialize(message)
-    if message.type == IMAGE_TYPES[0]:
-        pixels = decode_image(
-            image.data,
-            height=image.height,
-            width=image.width,
-            encoding=image.encoding,
-            step=image.step,
-            is_bigendian=image.is_bigendian,
+        image, stamp_ns = reader.deserialize(message), header_stamp_ns(message.data)
+        before = [text for told_ns, text in instructions if told_ns <= message.stamp_ns]
+        frames.append(
+            FrameRecord(
+                number=number,
+                stamp_ns=stamp_ns,
+                bag_ns=message.stamp_ns,
+                frame_id=image.header.frame_id,
+                pixels=decode_frame(image),
+                truth=truth.get(stamp_ns),
+                instruction=before[-1] if before else "",
+            )
         )
-    else:
-        pixels = decode_compressed(image.data, format=image.format)
-    stamp_ns = header_stamp_ns(message.data)
-    return FrameRecord(
-        number=number,
-        stamp_ns=stamp_ns,
-        bag_ns=message.stamp_ns,
-        frame_id=image.header.frame_id,
-        pixels=pixels,
-        truth=truth.get(stamp_ns),
-    )
+    return frames
 
 
 def run_live(
@@ -98,7 +80,7 @@ def run_live(
         link = NodeLink(session, NODE)
         link.connect()
         live = _Live(run, session, process, link)
-        link.on_result = live.take_result
+        link.on_result = live.on_result
         link.check = process.check
         try:
             _play(live, reader, rate, console)
@@ -182,14 +164,14 @@ class _Live:
         if question is not None:
             self._ask(*question)
 
-    def take_result(self, result: ResultMessage) -> None:
+    def on_result(self, result: ResultMessage) -> None:
         """A standing task's result."""
         self.run.results.append(result)
         frame = self._by_stamp.get(result.stamp_ns)
         sent_s = frame.sent_s if frame is not None else result.arrived_s
         answer = answer_of(result.message, took_s=result.arrived_s - sent_s)
         if frame is None or not _belongs(answer, frame):
-            self.run.strangers += 1
+            self.run.unmatched += 1
             return
         frame.answers[answer.task] = answer
         if answer.error:

@@ -13,31 +13,16 @@ from librobot_vlm_ros.evaluation.metrics import (
     caption_exact,
     detection_scores,
     grounding_hit,
-    match_boxes,
+    match_regions,
     named_objects,
 )
 from librobot_vlm_ros.tabletop.labels import LABELS
 
-__all__ = ["SUMMARY_KEYS", "answer_is_right", "missed_objects", "summarize", "vocabulary"]
+__all__ = ["Summary", "answer_is_right", "missed_objects", "summarize", "vocabulary"]
 
-#: Exactly the keys of summary.json.
-SUMMARY_KEYS = (
-    "frames",
-    "results",
-    "precision",
-    "recall",
-    "mean_iou",
-    "caption_exact",
-    "grounding_hit",
-    "stamps_equal",
-    "queries_ok",
-    "frame_age_p50_s",
-    "frame_age_p99_s",
-    "model",
-    "wall_s",
-)
-
-Summary = dict[str, int | float | bool | str | None]
+Figure = int | float | bool | str | None
+#: What summary.json holds.
+Summary = dict[str, Figure]
 
 
 def summarize(run: DemoRun, wall_s: float) -> Summary:
@@ -71,14 +56,14 @@ def summarize(run: DemoRun, wall_s: float) -> Summary:
         "mean_iou": boxes.mean_iou if known else None,
         "caption_exact": _share([right is True for right in captions]),
         "grounding_hit": _share([right for right in found if right is not None]),
-        "stamps_equal": bool(run.results) and run.strangers == 0,
+        "stamps_equal": bool(run.results) and run.unmatched == 0,
         "queries_ok": sum(not answer.error for answer in run.questions),
         "frame_age_p50_s": _percentile(ages, 50),
         "frame_age_p99_s": _percentile(ages, 99),
         "model": run.model,
         "wall_s": wall_s,
     }
-    return {key: _rounded(summary[key]) for key in SUMMARY_KEYS}
+    return {key: _rounded(value) for key, value in summary.items()}
 
 
 def vocabulary(run: DemoRun) -> frozenset[str]:
@@ -102,7 +87,7 @@ def answer_is_right(run: DemoRun, answer: Answer | None, words: frozenset[str]) 
     if answer.task == "caption":
         return caption_exact(answer.text, frame.truth.labels, words)
     if answer.task == "detect":
-        matches = _matches(answer.regions, truth)
+        matches = match_regions(answer.regions, truth)
         return len(matches) == len(answer.regions) == len(truth)
     if answer.task == "ground":
         return _grounded(answer, truth, words)
@@ -114,7 +99,7 @@ def missed_objects(frame: FrameRecord) -> tuple[Region, ...]:
     if frame.truth is None:
         return ()
     truth = truth_regions(frame.truth)
-    met = _matches(_detected(frame), truth)
+    met = {match.truth for match in match_regions(_detected(frame), truth)}
     return tuple(region for place, region in enumerate(truth) if place not in met)
 
 
@@ -134,17 +119,6 @@ def _grounded(answer: Answer, truth: tuple[Region, ...], words: frozenset[str]) 
     return all(grounding_hit(found_for(name), boxes) for name, boxes in in_view.items())
 
 
-def _matches(found: tuple[Region, ...], truth: tuple[Region, ...]) -> set[int]:
-    """Indices of the true regions that a found one matches in label and box."""
-    pairs = match_boxes(
-        [region.box for region in found],
-        [region.box for region in truth],
-        predicted_labels=[region.label for region in found],
-        truth_labels=[region.label for region in truth],
-    )
-    return {pair.truth for pair in pairs}
-
-
 def _detected(frame: FrameRecord) -> tuple[Region, ...]:
     answer = frame.answers.get("detect")
     return answer.regions if answer is not None else ()
@@ -159,5 +133,5 @@ def _percentile(values: list[float], percent: float) -> float | None:
     return float(np.percentile(values, percent)) if values else None
 
 
-def _rounded(value: int | float | bool | str | None) -> int | float | bool | str | None:
+def _rounded(value: Figure) -> Figure:
     return round(value, 4) if isinstance(value, float) and math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""One line of the doctor's report."""
+"""What the doctor finds."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from librobot_vlm_ros.doctor.child_process import ask_probe
+from librobot_vlm_ros.doctor.child_process import ask_torch
 from librobot_vlm_ros.doctor.finding import Finding, gib
 from librobot_vlm_ros.models.backend import ModelInfo
 
@@ -34,7 +34,7 @@ class ModelDoctor:
     def check_libraries(self) -> Iterator[Finding]:
         """torch, CUDA, transformers."""
         asked = {"model": self._info.name, "device": self._device, "dtype": self._dtype}
-        facts, why = ask_probe(asked, _FACTS_S)
+        facts, why = ask_torch(asked, _FACTS_S)
         known = {fact["fact"]: fact for fact in facts}
         missing = {"error": why or "it said nothing"}
         yield self._library("torch", known.get("torch", missing))
@@ -60,25 +60,20 @@ class ModelDoctor:
 
         if not self._placed or not self._info.parameters:
             return
-        on_gpu = self._placed["free_bytes"] is not None
-        free = self._placed["free_bytes"] if on_gpu else available_memory_bytes()
+        free = self._placed["free_bytes"]  # of a GPU
+        if free is None:
+            free = available_memory_bytes()
         if free is None:
             yield Finding("memory", "warning", "how much is free is not told by this system")
             return
-        needs = {
-            kind: self._info.memory_bytes(kind) * HEADROOM
-            for kind in BYTES_PER_PARAMETER
-            if kind != "bfloat16"
-        }
-        halves = ("float16", "bfloat16")
+        needs = {kind: self._info.memory_bytes(kind) * HEADROOM for kind in BYTES_PER_PARAMETER}
         fit = [kind for kind, need in needs.items() if need <= free]
-        self._fitting = [
-            k for k in ("float32", *halves) if ("float16" if k in halves else k) in fit
-        ]
+        self._fitting = [kind for kind in fit if "float" in kind]
+        del needs["bfloat16"]  # as float16
         listed = ", ".join(f"{kind} {gib(need)}" for kind, need in needs.items())
         text = f"{gib(free)} free on {self._placed['device']}; {self._info.name} takes {listed}"
         wanted = self._placed["dtype"]
-        if ("float16" if wanted in halves else wanted) in fit:
+        if wanted in fit:
             yield Finding("memory", "ok", text)
         elif fit:
             way = f"dtype:={fit[0]}" if fit[0].startswith("float") else f"quantization:={fit[0]}"
@@ -89,7 +84,14 @@ class ModelDoctor:
 
     def check_weights(self) -> Iterator[Finding]:
         """Whether they are here, and where."""
-        from librobot_vlm_ros.models.checkpoints.local_weights import (
+        info = self._info
+        if self._weights or info.default_pretrained or info.shipped_folder:
+            found = self._find_weights()
+            self._own = found.status == "ok"
+            yield found
+
+    def _find_weights(self) -> Finding:
+        from librobot_vlm_ros.models.checkpoints.hub import (
             downloaded,
             is_hub_id,
             shipped_folder,
@@ -97,37 +99,27 @@ class ModelDoctor:
         )
 
         info, wanted = self._info, self._weights
-        if not wanted and info.default_pretrained is None and info.shipped_folder is None:
-            return
-        folder = Path(wanted).expanduser() if wanted else None
-        if folder is not None and folder.is_dir():
-            yield self._in_folder(folder)
-            return
+        if wanted and Path(wanted).expanduser().is_dir():
+            return _look_into(Path(wanted).expanduser())
         if not wanted and info.shipped_folder is not None:
             folder = shipped_folder() / info.shipped_folder
             if weights_present(info):
-                self._own = True
-                yield Finding("weights", "ok", f"ship with the package: {folder}")
-            else:
-                fix = "install the package whole; git clones need no extra step"
-                yield Finding("weights", "problem", f"{folder} holds none", fix)
-            return
+                return Finding("weights", "ok", f"ship with the package: {folder}")
+            fix = "install the package whole; git clones need no extra step"
+            return Finding("weights", "problem", f"{folder} holds none", fix)
         if wanted and not is_hub_id(wanted):
             fix = "name a folder with config.json and *.safetensors, or a hub id (owner/name)"
-            yield Finding("weights", "problem", f"{wanted} is no folder and no hub id", fix)
-            return
+            return Finding("weights", "problem", f"{wanted} is no folder and no hub id", fix)
         hub_id, _, revision = (wanted or str(info.default_pretrained)).partition("@")
         if not revision and hub_id == info.default_pretrained:
             revision = info.pinned_revision or ""
         here = downloaded(hub_id, revision or None)
         named = f"{hub_id} at {revision or 'main'}"
         if here is not None:
-            self._own = True
-            yield Finding("weights", "ok", f"{named}: {here}")
-            return
+            return Finding("weights", "ok", f"{named}: {here}")
         pin = f" --revision {revision}" if revision else ""
         offline = os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on")
-        yield Finding(
+        return Finding(
             "weights",
             "problem" if offline else "warning",
             f"{named} is not downloaded" + (" and HF_HUB_OFFLINE is set" if offline else ""),
@@ -150,7 +142,7 @@ class ModelDoctor:
             "dtypes": self._fitting if own else None,
             "probe": True,
         }
-        facts, why = ask_probe(asked, _PROBE_S)
+        facts, why = ask_torch(asked, _PROBE_S)
         which = self._info.name if own else f"tiny {self._info.family}"
         for fact in facts:
             if fact["fact"] == "probe":
@@ -158,29 +150,6 @@ class ModelDoctor:
         if why:
             fix = "look into the system's log (dmesg): memory, driver, processor"
             yield Finding("NaN probe", "problem", f"{which}: {why}", fix)
-
-    def _in_folder(self, folder: Path) -> Finding:
-        files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
-        if not (folder / "config.json").is_file() or not files:
-            fix = "a checkpoint folder holds config.json and *.safetensors"
-            return Finding("weights", "problem", f"{folder} is none", fix)
-        fix = "the download or copy is not complete: do it again"
-        try:
-            missing = _missing_shards(folder)
-        except (
-            AttributeError,
-            LookupError,
-            OSError,
-            RecursionError,
-            TypeError,
-            ValueError,
-        ) as error:
-            return Finding("weights", "problem", f"{folder}: no index of shards: {error!r}", fix)
-        if missing:
-            return Finding("weights", "problem", f"{folder} lacks {', '.join(missing[:3])}", fix)
-        self._own = True
-        size = sum(path.stat().st_size for path in files)
-        return Finding("weights", "ok", f"{folder}: {gib(size)} in {len(files)} files")
 
     def _answer(self, fact: dict[str, Any], which: str) -> Finding:
         dtype = fact["dtype"]
@@ -200,11 +169,13 @@ class ModelDoctor:
 
     def _library(self, name: str, fact: dict[str, Any]) -> Finding:
         if "error" in fact:
-            status = "problem" if self._needs_torch else "warning"
-            fix = f"pip install --force-reinstall {name}"
-            if "No module named" in fact["error"]:
-                fix = f"pip install {name}"
-            return Finding(name, status, f"cannot be imported: {fact['error']}", fix)  # type: ignore[arg-type]
+            anew = "" if "No module named" in fact["error"] else "--force-reinstall "
+            return Finding(
+                name,
+                "problem" if self._needs_torch else "warning",
+                f"cannot be imported: {fact['error']}",
+                f"pip install {anew}{name}",
+            )
         version = fact["version"]
         least = ".".join(map(str, MINIMUM[name]))
         numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
@@ -232,8 +203,24 @@ class ModelDoctor:
         return Finding("cuda", "warning", "there is a GPU, but torch cannot use it", fix)
 
 
+def _look_into(folder: Path) -> Finding:
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    if not (folder / "config.json").is_file() or not files:
+        fix = "a checkpoint folder holds config.json and *.safetensors"
+        return Finding("weights", "problem", f"{folder} is none", fix)
+    fix = "the download or copy is not complete: do it again"
+    try:
+        missing = _missing_shards(folder)
+    except Exception as error:  # a broken index makes Python raise this or that
+        return Finding("weights", "problem", f"{folder}: no index of shards: {error!r}", fix)
+    if missing:
+        return Finding("weights", "problem", f"{folder} lacks {', '.join(missing[:3])}", fix)
+    size = sum(path.stat().st_size for path in files)
+    return Finding("weights", "ok", f"{folder}: {gib(size)} in {len(files)} files")
+
+
 def _missing_shards(folder: Path) -> list[str]:
-    """Files that an index names and the folder lacks; raises what a broken index makes Python."""
+    """Files that an index names and the folder lacks; `checkpoints.shards` would need torch."""
     names: set[str] = set()
     for index in folder.glob("*.index.json"):
         names |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())

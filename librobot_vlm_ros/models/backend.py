@@ -2,8 +2,7 @@
 
 `VlmBackend` is the whole interface between the runtime and a model: one thread calls `run` with
 a batch of requests and gets one answer or one error per request, in order. `ModelInfo` is a row
-of the registry. `stop_reason` and `tell_token` are the two rules that every decoding loop shares:
-when a request must stop, and who hears of a token.
+of the registry. `stop_reason` says when a request must stop.
 """
 
 from __future__ import annotations

@@ -1,24 +1,34 @@
-"""Configurations of models: values checked before anything is built of them, and what all
-families' configurations have alike."""
+"""What configurations of all families have alike, and checks of values that others wrote.
+
+A family's own stands in ``families/<family>/configuration.py``.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
 
 __all__ = [
+    "FamilyConfig",
     "ModelConfig",
     "bad_value",
     "check_feature_layer",
     "check_integer",
+    "check_marks",
     "check_number",
     "check_token",
+    "from_dict",
+    "llama_fields",
     "section",
+    "sizes",
+    "stated",
+    "strict_config",
     "tokens",
     "unreadable",
 ]
@@ -47,6 +57,17 @@ def check_number(field: str, value: object, least: float, most: float) -> None:
 def check_token(field: str, value: object, vocabulary: int) -> None:
     """Raises ModelError BAD_CONFIG for what is no id of a vocabulary of this size."""
     check_integer(field, value, 0, vocabulary - 1)
+
+
+def check_marks(marks: Mapping[str, int], vocabulary: int) -> None:
+    """Raises ModelError BAD_CONFIG where a vocabulary has no room for these tokens."""
+    for name, token in marks.items():
+        if token >= vocabulary:
+            raise ModelError(
+                ErrorCode.BAD_CONFIG,
+                f"{name} is {token}, the vocabulary has {vocabulary}",
+                f"give a smaller vocabulary its own {', '.join(marks)}",
+            )
 
 
 def tokens(field: str, value: object, vocabulary: int) -> list[int]:
@@ -86,9 +107,80 @@ def unreadable(what: str, hint: str = "") -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def strict_config(what: str) -> Iterator[None]:
+    """Making one of transformers' configurations in here: what it refuses becomes BAD_CONFIG."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:  # its strict classes raise errors of their own kinds
+        raise ModelError(ErrorCode.BAD_CONFIG, f"{what}: {error}") from error
+
+
+def from_dict(kind: str, config: Mapping[str, Any], what: str) -> Any:
+    """transformers' configuration of that name from the config.json of `what`, such as "a LLaVA".
+
+    Raises ModelError BAD_CONFIG.
+    """
+    import transformers
+
+    with strict_config(f"config.json of {what}"):
+        return getattr(transformers, kind).from_dict(dict(config))
+
+
+def sizes(
+    hidden: int, inner: int, layers: int, heads: int, kv_heads: int | None = None
+) -> dict[str, Any]:
+    """Sizes of a stack of layers as most of transformers' configurations call them.
+
+    `hidden`: width; `inner`: width inside the MLP; `kv_heads`: heads of keys and values, where they
+    are fewer than those of queries.
+    """
+    found = {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }
+    return found if kv_heads is None else {**found, "num_key_value_heads": kv_heads}
+
+
+def stated(config: Mapping[str, Any], names: Iterable[str], **renamed: str) -> dict[str, Any]:
+    """Fields that a config.json states, None not counted; `renamed`: new name = its name there."""
+    places = {**{name: name for name in names}, **renamed}
+    return {new: config[old] for new, old in places.items() if config.get(old) is not None}
+
+
+_LLAMA_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "hidden_act",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+
+
+def llama_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields for transformers' LlamaConfig of a config.json with Llama's names of before version 5,
+    where the rotary embedding is `rope_theta` and `rope_scaling`.
+    """
+    rope = dict(config.get("rope_scaling") or {"type": "default"})
+    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type")
+    rope["rope_theta"] = config.get("rope_theta", 10000.0)
+    return {**stated(config, _LLAMA_FIELDS), "rope_parameters": rope}
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Base of the families' configurations; its fields are given by name.
+    """What is to be trained of a model, and how; the fields are given by name.
 
     Raises ModelError BAD_CONFIG for a value out of bounds.
     """
@@ -119,15 +211,16 @@ class ModelConfig:
         rank, alpha, dropout = self.lora_rank, self.lora_alpha, self.lora_dropout
         whole = isinstance(rank, int) and not isinstance(rank, bool)
         if not whole or rank < 1:
-            raise _bad("lora_rank", rank, "an integer of at least 1")
+            raise bad_value("lora_rank", rank, "an integer of at least 1")
         if not _is_number(alpha) or not alpha > 0:
-            raise _bad("lora_alpha", alpha, "a number above 0")
+            raise bad_value("lora_alpha", alpha, "a number above 0")
         if not _is_number(dropout) or not 0 <= dropout < 1:
-            raise _bad("lora_dropout", dropout, "a number from 0 to below 1")
+            raise bad_value("lora_dropout", dropout, "a number from 0 to below 1")
         target = self.lora_target_modules
         named = isinstance(target, (list, tuple)) and all(isinstance(name, str) for name in target)
         if target is not None and (not (named or isinstance(target, str)) or not target):
-            raise _bad("lora_target_modules", target, "names of layers, or one regular expression")
+            expected = "names of layers, or one regular expression"
+            raise bad_value("lora_target_modules", target, expected)
 
 
 def _is_number(value: object) -> bool:
@@ -135,5 +228,31 @@ def _is_number(value: object) -> bool:
     return numeric and math.isfinite(value)  # type: ignore[arg-type]
 
 
-def _bad(name: str, value: object, expected: str) -> ModelError:
-    return ModelError(ErrorCode.BAD_CONFIG, f"{name} is {value!r}, expected {expected}")
+@dataclass(frozen=True)
+class FamilyConfig(ModelConfig):
+    """A family's architecture: one of its published variants, and what differs from it.
+
+    Raises ModelError BAD_CONFIG for an unknown variant.
+    """
+
+    #: The family as errors call it, and what each variant is made of, by its registered name.
+    family: ClassVar[str]
+    variants: ClassVar[Mapping[str, Any]]
+
+    variant: str = ""
+    #: Fields of transformers' configurations of tower and language model.
+    vision_config: Mapping[str, Any] = field(default_factory=dict)
+    text_config: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.variant not in self.variants:
+            raise ModelError(
+                ErrorCode.BAD_CONFIG,
+                f"there is no {self.family} variant {self.variant!r}",
+                f"variants: {', '.join(self.variants)}",
+            )
+
+    @abstractmethod
+    def to_transformers(self) -> Any:
+        """transformers' configuration of the whole model. Raises ModelError BAD_CONFIG."""

@@ -165,7 +165,13 @@ class FakeVlm:
             raise ModelError(ErrorCode.MODEL_NOT_LOADED, "the fake model is closed")
         if request.task not in self.tasks:
             raise RequestError(ErrorCode.TASK_NOT_SUPPORTED, f"fake cannot {request.task!r}")
-        self._fail_as_told()
+        for every, code, what in (
+            (self.config.fail_every, ErrorCode.INFERENCE_FAILED, "fail"),
+            (self.config.oom_every, ErrorCode.OUT_OF_MEMORY, "run out"),
+            (self.config.nan_every, ErrorCode.NAN_LOGITS, "give NaN"),
+        ):
+            if _due(self.requests_seen, every):
+                raise InferenceError(code, f"the fake model was told to {what}")
         started = time.perf_counter()
         digest = _digest(request)
         output = request.spec.output
@@ -193,38 +199,20 @@ class FakeVlm:
             inference_s=time.perf_counter() - started,
         )
 
-    def _fail_as_told(self) -> None:
-        if _due(self.requests_seen, self.config.fail_every):
-            raise InferenceError(ErrorCode.INFERENCE_FAILED, "the fake model was told to fail")
-        if _due(self.requests_seen, self.config.oom_every):
-            raise InferenceError(ErrorCode.OUT_OF_MEMORY, "the fake model was told to run out")
-        if _due(self.requests_seen, self.config.nan_every):
-            raise InferenceError(ErrorCode.NAN_LOGITS, "the fake model was told to give NaN")
-
     def _regions(self, request: InferenceRequest, digest: bytes) -> tuple[Region, ...]:
         width, height = request.frame.width, request.frame.height
         regions = []
         for number in range(self.config.regions):
             seed = hashlib.sha256(digest + number.to_bytes(4, "little")).digest()
-            x_min, y_min = (seed[0] / 512 * width, seed[1] / 512 * height)
-            x_max, y_max = (
-                x_min + (1 + seed[2]) / 512 * width,
-                y_min + (1 + seed[3]) / 512 * height,
-            )
+            x_min, y_min = seed[0] / 512 * width, seed[1] / 512 * height
+            x_max = x_min + (1 + seed[2]) / 512 * width
+            y_max = y_min + (1 + seed[3]) / 512 * height
             label = request.prompt or _LABELS[seed[4] % len(_LABELS)]
-            polygon = ((x_min, y_min), (x_max, y_min), (x_max, y_max), (x_min, y_max))
             outlined = request.task in ("segment", "region_segment", "ocr_with_region")
-            regions.append(
-                Region(
-                    label=label,
-                    score=0.5 + seed[5] / 512,
-                    x_min=x_min,
-                    y_min=y_min,
-                    x_max=x_max,
-                    y_max=y_max,
-                    polygon=polygon if outlined else (),
-                )
-            )
+            polygon = ((x_min, y_min), (x_max, y_min), (x_max, y_max), (x_min, y_max))
+            box = x_min, y_min, x_max, y_max
+            score = 0.5 + seed[5] / 512
+            regions.append(Region(label, score, *box, polygon=polygon if outlined else ()))
         return tuple(regions)
 
     def _embedding(self, digest: bytes) -> EmbeddingData:

@@ -325,7 +325,7 @@ class LocalBackend:
         called while another thread is in `run`. Raises what `prepare` would raise for the frame.
         """
         with torch.inference_mode(), ahead_of(self.vlm.torch_device):
-            self.frames.held(frame).prepare(self.vlm.pixels)
+            self.frames.lookup(frame).prepare(self.vlm.pixels)
 
     def input_size(self, width: int, height: int) -> tuple[int, int] | None:
         """Width and height that an image of this size is brought to; None where the number of
@@ -339,7 +339,7 @@ class LocalBackend:
         (`misses`), frames prepared before their first request (`ahead`).
         """
         frames = self.frames
-        return {"hits": frames.hits, "misses": frames.misses, "ahead": frames.ahead}
+        return {"hits": frames.hits, "misses": frames.misses, "ahead": frames.prefetched}
 
     def free_caches(self) -> None:
         """Give back what is only kept to be quick: features of frames, and on a GPU buffers and

@@ -21,9 +21,9 @@ __all__ = [
     "free_bytes",
     "is_light",
     "missing_for_flash",
-    "move",
-    "place",
+    "move_module",
     "resolve_dtype",
+    "resolve_placement",
     "threads_for",
     "usable_cores",
 ]
@@ -42,7 +42,7 @@ ATTENTIONS = ("auto", "flash_attention_2", "sdpa", "eager")
 
 @dataclass(frozen=True)
 class Placement:
-    """A choice that this machine can carry out."""
+    """Device, dtype and attention that this machine has."""
 
     device: torch.device
     dtype: torch.dtype
@@ -53,12 +53,12 @@ class Placement:
         return f"{self.device}, {dtype_name(self.dtype)}, {self.attention}"
 
 
-def place(
+def resolve_placement(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     attention: str = "auto",
 ) -> Placement:
-    """Resolve the three choices.
+    """Resolve the three choices for this machine.
 
     Raises ModelError DEVICE_UNAVAILABLE, DTYPE_UNSUPPORTED or ATTENTION_UNAVAILABLE.
     """
@@ -67,12 +67,12 @@ def place(
     return Placement(where, kind, _resolve_attention(attention, where, kind))
 
 
-def move(
+def move_module(
     module: nn.Module, *, device: torch.device | None = None, dtype: torch.dtype | None = None
 ) -> None:
-    """Bring a model to a device and a dtype, what is no part of its checkpoint to the device alone.
+    """Bring a model to a device and a dtype; buffers outside of its checkpoint to the device alone.
 
-    Rotary frequencies are such buffers: rounded to half precision they would put far places wrong.
+    Rotary frequencies are such: rounded to half precision they would put far positions wrong.
     """
     kept = [
         (owner, name, buffer)
@@ -99,13 +99,15 @@ def usable_cores() -> int:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Bytes that a model could still take on a GPU: free on the device, and what torch keeps for
-    itself there without using it. None for other devices: their memory is not torch's to tell.
+    """Bytes that a model could still take on a GPU: free ones, and those that torch keeps unused.
+
+    None for other devices: their memory is not torch's to tell.
     """
     if device.type != "cuda":
         return None
-    free, _total = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free: int = torch.cuda.mem_get_info(device)[0]
+    unused: int = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + unused
 
 
 def _resolve_device(device: str | torch.device) -> torch.device:
@@ -122,20 +124,21 @@ def _resolve_device(device: str | torch.device) -> torch.device:
         ) from error
     if found.type == "cpu":
         return torch.device("cpu")
-    if found.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (found.index or 0) < count:
-            return torch.device("cuda", found.index or 0)
+    if found.type != "cuda":
+        raise ModelError(
+            ErrorCode.DEVICE_UNAVAILABLE,
+            f"device {wanted} is not supported",
+            "use auto, cpu, cuda or cuda:N",
+        )
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    number = found.index or 0
+    if number >= count:
         raise ModelError(
             ErrorCode.DEVICE_UNAVAILABLE,
             f"device {wanted} was asked for, but torch {torch.__version__} sees {count} of them",
             "use device cpu or auto, or install a CUDA build of torch and the driver",
         )
-    raise ModelError(
-        ErrorCode.DEVICE_UNAVAILABLE,
-        f"device {wanted} is not supported",
-        "use auto, cpu, cuda or cuda:N",
-    )
+    return torch.device("cuda", number)
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
@@ -152,11 +155,8 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
             "use auto, float32, float16 or bfloat16",
         )
     found = _DTYPES[wanted]
-    if (
-        found == torch.bfloat16
-        and device.type == "cuda"
-        and not torch.cuda.is_bf16_supported(including_emulation=False)
-    ):
+    bfloat16_on_cuda = found == torch.bfloat16 and device.type == "cuda"
+    if bfloat16_on_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ModelError(
             ErrorCode.DTYPE_UNSUPPORTED,
             f"{torch.cuda.get_device_name(device)} does not compute in bfloat16",
@@ -187,7 +187,7 @@ def _resolve_attention(attention: str, device: torch.device, dtype: torch.dtype)
 
 
 def missing_for_flash(device: torch.device, dtype: torch.dtype) -> str:
-    """What flash-attn 2 lacks here, "" when it can be used."""
+    """What flash-attn 2 lacks here; "" when it can be used."""
     if device.type != "cuda":
         return f"it needs a CUDA device and this is {device}"
     if dtype == torch.float32:
@@ -199,19 +199,19 @@ def missing_for_flash(device: torch.device, dtype: torch.dtype) -> str:
     return ""
 
 
-#: Weights of a matrix up to which a second thread costs more than it brings, where it is multiplied
-#: with a few rows alone (measured up to eight), and far more on a machine that has other work.
+#: Weights of a matrix up to which a second thread costs more than it brings where a few rows are
+#: multiplied with it (measured up to eight), and far more on a machine that has other work.
 _LIGHT = 1 << 20
 
 
-def is_light(step: Any) -> bool:
-    """Whether one CPU thread computes a step (`LlamaStep`, `BartStep`) as fast as several."""
-    return step.device.type == "cpu" and step.largest <= _LIGHT
+def is_light(model: Any) -> bool:
+    """Whether one CPU thread computes a decode step of a `FastModel` as fast as several."""
+    return bool(model.device.type == "cpu" and model.largest <= _LIGHT)
 
 
 @contextmanager
 def threads_for(decoder: Any) -> Iterator[None]:
-    """Torch computes in the calling thread alone meanwhile where the decoder's steps are light."""
+    """Keep torch to the calling thread meanwhile where the decoder's steps are `light`."""
     if not getattr(decoder, "light", False):
         yield
         return

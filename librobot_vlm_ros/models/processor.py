@@ -29,8 +29,8 @@ from librobot_vlm_ros.models.generation.config import (
     CoordinateBins,
     Generated,
     GenerationConfig,
-    Grammar,
     NumberTokens,
+    TokenConstraint,
 )
 from librobot_vlm_ros.models.generation.scores import AnswerText, geometric_mean
 from librobot_vlm_ros.models.registry import model_info, models_with_task
@@ -112,7 +112,7 @@ class Processor(ABC):
             return None
         return NumberTokens(tuple(number_texts(self.tokenizer)))
 
-    def constraint(self, task: str) -> Grammar | None:
+    def constraint(self, task: str) -> TokenConstraint | None:
         """Which tokens may follow which in an answer to this task; None where anything may."""
         return None
 

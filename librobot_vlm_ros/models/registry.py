@@ -1,8 +1,8 @@
-"""Names to models. Free of torch: a family's module is imported when its class is first needed.
+"""Names to models, without torch: a family's module is imported when its class is first needed.
 
 The models of this package stand in `catalog.py`, one row a name. A family's module binds its
 class to its rows with ``@register_vlm("name", ...)``; a class from elsewhere passes a `ModelInfo`
-and is then known under that name like any other.
+of its own.
 """
 
 from __future__ import annotations

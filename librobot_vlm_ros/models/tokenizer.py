@@ -1,8 +1,9 @@
 """Words to token ids and back, from tokenizer.json or a sentencepiece tokenizer.model.
 
-Words of a user can never become a control token: what is encoded as words is checked, and refused
+A user's words can never become a control token: what is encoded as words is checked, and refused
 when one comes out. Each piece of a prompt is encoded on its own, as the original code of these
-models encodes what stands before and behind an image."""
+models encodes what stands before and after an image.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ __all__ = ["CausalTokenizer", "added_tokens", "check_words", "read_fast", "unbro
 def read_fast(path: Path) -> Any:
     """The `tokenizers.Tokenizer` of a file. Raises ModelError TOKENIZER_MISMATCH.
 
-    What the file says of padding and truncation is how somebody once trained: transformers does not
-    follow it either, and prompts here are neither filled up nor cut off.
+    Prompts are neither padded nor truncated: what the file says of that is how somebody once
+    trained, and transformers does not follow it either.
     """
     from tokenizers import Tokenizer
 
@@ -41,8 +42,8 @@ def read_fast(path: Path) -> Any:
 
 
 def unbroken(call: Callable[..., Any], *words: Any, **options: Any) -> Any:
-    """`call(...)` of the library. Raises ModelError TOKENIZER_MISMATCH where it panics, which is no
-    `Exception` and would end the thread.
+    """`call(...)` of the library tokenizers, whose panics are no `Exception` and would end the
+    thread. Raises ModelError TOKENIZER_MISMATCH for them.
     """
     try:
         return call(*words, **options)
@@ -62,10 +63,10 @@ _FAST, _PIECES, _ADDED = "tokenizer.json", "tokenizer.model", "added_tokens.json
 
 
 def added_tokens(folder: Path) -> dict[str, int]:
-    """Tokens that stand beside a sentencepiece file, in added_tokens.json or tokenizer_config.json.
+    """Tokens and ids beside a sentencepiece file, from added_tokens.json and tokenizer_config.json.
 
-    {} where there is neither. Raises ModelError TOKENIZER_MISMATCH for files that cannot be read,
-    or state two ids for a token.
+    Raises ModelError TOKENIZER_MISMATCH for files that cannot be read, or state two ids for a
+    token.
     """
     settings, listed = folder / "tokenizer_config.json", folder / _ADDED
     found: dict[str, int] = {}
@@ -90,9 +91,9 @@ def added_tokens(folder: Path) -> dict[str, int]:
 
 
 def check_words(name: str, encode: Callable[[str], list[int]]) -> None:
-    """Encode words that a vocabulary has not, which one without a token for them fails at.
+    """Encode words that no vocabulary holds, so that one without an unknown token fails now.
 
-    Raises ModelError TOKENIZER_MISMATCH, so that no request comes to it.
+    Raises ModelError TOKENIZER_MISMATCH.
     """
     try:
         encode(_PROBE)
@@ -105,7 +106,7 @@ def check_words(name: str, encode: Callable[[str], list[int]]) -> None:
 
 
 class CausalTokenizer:
-    """One tokenizer file behind the five things that a model needs of it."""
+    """A tokenizer file, of either kind, as a model needs it."""
 
     def __init__(
         self,
@@ -126,13 +127,11 @@ class CausalTokenizer:
         self.vocabulary = vocabulary
         #: Spellings that are tokens of their own; a user's text must hold none of them.
         self.control_tokens = tuple(sorted(control))
-        self.control_ids = frozenset(
-            vocabulary[token] for token in self.control_tokens if token in vocabulary
-        )
         self._names = {vocabulary[t]: t for t in self.control_tokens if t in vocabulary}
+        self.control_ids = frozenset(self._names)
         self._hidden = hidden
-        #: What grammars have found out about the tokens, by notation.
-        self.notations: dict[Any, Any] = {}
+        #: What `syntax_constraint` has found out about the tokens, by syntax.
+        self.constraint_cache: dict[Any, Any] = {}
 
     @classmethod
     def from_folder(
@@ -148,9 +147,8 @@ class CausalTokenizer:
 
         `hidden`: ids that an answer is shown without (begin, end, pad). `control`: spellings that
         are no words even where the file does not know them, such as the image's. `added`: tokens
-        beside a sentencepiece file, which take the place of pieces of the same id (tokenizer.json
-        holds its own). Raises ModelError TOKENIZER_MISMATCH, or MISSING_DEPENDENCY without
-        sentencepiece.
+        beside a sentencepiece file, which replace pieces of the same id (tokenizer.json holds its
+        own). Raises ModelError TOKENIZER_MISMATCH, or MISSING_DEPENDENCY without sentencepiece.
         """
         hidden = list(hidden)
         for token in hidden:
@@ -163,13 +161,12 @@ class CausalTokenizer:
                 "copy it from the model's repository into the folder",
             )
         fast = source.name == _FAST
-        beside = {} if fast else dict(added or {})
+        added = {} if fast or added is None else added
         encode, decode, vocabulary, own = (
-            _read_fast(source) if fast else _read_pieces(source, beside)
+            _read_fast(source) if fast else _read_pieces(source, added)
         )
-        control = {*own, *control}
-        new = cls(source, encode, decode, vocabulary, control, frozenset(hidden), beside)
-        strange = [token for token in new._hidden if token not in vocabulary.values()]
+        new = cls(source, encode, decode, vocabulary, {*own, *control}, frozenset(hidden), added)
+        strange = sorted(new._hidden.difference(vocabulary.values()))
         if new.size > vocab_size or strange:
             raise ModelError(
                 ErrorCode.TOKENIZER_MISMATCH,
@@ -183,7 +180,7 @@ class CausalTokenizer:
     def hide(self, ids: Iterable[int]) -> None:
         """Show answers without these ids, too."""
         self._hidden |= frozenset(ids)
-        self.notations.clear()
+        self.constraint_cache.clear()
 
     def words(self, text: str) -> list[int]:
         """Ids of words. Raises RequestError CONTROL_TOKEN_IN_PROMPT when one is no word."""
@@ -204,8 +201,8 @@ class CausalTokenizer:
             if token not in self.control_ids and token < self.size:
                 run.append(token)
                 continue
-            text += self._decode(run) if run else ""
-            run = []
+            if run:
+                text, run = text + self._decode(run), []
             if token not in self._hidden:
                 text += self._names.get(token, "")
         return text + (self._decode(run) if run else "")

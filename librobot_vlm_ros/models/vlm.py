@@ -31,7 +31,7 @@ from librobot_vlm_ros.core import (
     ModelError,
     VlmError,
 )
-from librobot_vlm_ros.models.cache.image_features import FrameEntry, ImageFeatures, vectors_of
+from librobot_vlm_ros.models.cache.image_features import FrameEntry, ImageFeatures, pad_features
 from librobot_vlm_ros.models.cache.prefix import PrefixCache
 from librobot_vlm_ros.models.checkpoints.checksum import check_sha256
 from librobot_vlm_ros.models.checkpoints.hub import find_weights, folder_digest
@@ -43,7 +43,13 @@ from librobot_vlm_ros.models.generation.decoder import Decoder
 from librobot_vlm_ros.models.generation.fast.weights import states
 from librobot_vlm_ros.models.generation.generator import Generator
 from librobot_vlm_ros.models.local_backend import LocalBackend
-from librobot_vlm_ros.models.placement import Placement, dtype_name, missing_for_flash, move, place
+from librobot_vlm_ros.models.placement import (
+    Placement,
+    dtype_name,
+    missing_for_flash,
+    move_module,
+    resolve_placement,
+)
 from librobot_vlm_ros.models.processor import Processor
 from librobot_vlm_ros.models.registry import model_info
 from librobot_vlm_ros.models.training import lora
@@ -124,7 +130,7 @@ class AbstractVLM(nn.Module, ABC):
             quantization_for(config, quantization)  # refused before the work, not after it
             asked = {"vision": config.vision_config or {}, "text": config.text_config or {}}
             refuse_endless(asked, f"the config of {name}")
-            parts = self.build(config, name, place(device, dtype, attention))
+            parts = self.build(config, name, resolve_placement(device, dtype, attention))
         self.name, self.revision, self.limits, self.resize = name, revision, limits, resize
         self.tasks = frozenset(model_info(name).tasks)
         self.backend = LocalBackend(self, embedding_pooling)
@@ -354,7 +360,7 @@ class AbstractVLM(nn.Module, ABC):
         arrays, PIL images or Frames of any sizes. Where images of a batch become different numbers
         of vectors, N is the largest, and the rows of others are padded with zeros at the end.
         """
-        return vectors_of(self.look(images))
+        return pad_features(self.look(images))
 
     def generate(
         self,
@@ -533,7 +539,7 @@ class AbstractVLM(nn.Module, ABC):
             self.dtype,
             dtype_name(safer),
         )
-        move(self.loaded(), dtype=safer)
+        move_module(self.loaded(), dtype=safer)
         for layer in self.loaded().modules():
             if getattr(layer, "compute_dtype", None) is not None:  # of a 4-bit layer
                 layer.compute_dtype = safer

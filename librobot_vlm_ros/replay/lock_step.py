@@ -1,4 +1,4 @@
-"""What a replay must know of the running node to keep in step with it.
+"""Follow the running node, so that a replay can keep in step with it.
 
 In lock-step a frame is sent only when the node has answered the one before. Which answers are due
 for a frame follows from the node's own parameters: every standing task without a rate that the
@@ -15,8 +15,9 @@ from typing import Any
 
 from librobot_vlm_ros.client.session import Session, resolve
 from librobot_vlm_ros.core import EngineError, ErrorCode, RequestError, clean_prompt, get_task
+from librobot_vlm_ros.replay.message_types import import_message
 
-__all__ = ["NodeLink", "ResultMessage", "TaskSetting"]
+__all__ = ["NodeLink", "ResultMessage"]
 
 _RESULT_TOPICS = {
     "caption": "librobot_vlm_ros/msg/Caption",
@@ -46,7 +47,7 @@ class ResultMessage:
 
 
 @dataclass(frozen=True)
-class TaskSetting:
+class AwaitedTask:
     """A standing task that is waited for."""
 
     task: str
@@ -58,27 +59,20 @@ class TaskSetting:
 class NodeLink:
     """The node called `name`: its settings, its results and whether a frame is answered."""
 
-    def __init__(
-        self,
-        session: Session,
-        name: str = "/vlm",
-        *,
-        on_result: Callable[[ResultMessage], None] | None = None,
-    ) -> None:
-        self.name = name if name.startswith("/") else f"/{name}"
+    def __init__(self, session: Session, name: str = "/vlm") -> None:
+        self.name = name
+        """Absolute."""
         self.cameras: dict[str, str] = {}
         """Names of the cameras by topic."""
-        self.tasks: tuple[TaskSetting, ...] = ()
+        self.tasks: tuple[AwaitedTask, ...] = ()
         self.instruction = ""
         self.lock_step = False
         self._session = session
-        self.on_result = on_result
+        self.on_result: Callable[[ResultMessage], None] = lambda result: None
         self.check: Callable[[], None] = lambda: None
-        """Called while waiting for answers; may raise what makes waiting senseless."""
+        """Called while waiting for answers; may raise to end a wait that is in vain."""
         self._answers: Counter[tuple[str, int, str]] = Counter()
         self._parameters: Any = None
-        self._subscriptions: list[Any] = []
-        self._clients: list[Any] = []
 
     def connect(self, timeout_s: float = 10.0) -> None:
         """Find the node, read its settings, listen to its results.
@@ -93,7 +87,6 @@ class NodeLink:
         node = self._session.node
         self._parameters = node.create_client(GetParameters, f"{self.name}/get_parameters")
         listing = node.create_client(ListModels, f"{self.name}/list_models")
-        self._clients = [self._parameters, listing]
         self._subscribe()
         values = self._get(
             "tasks", "cameras", "image_topic", "image_transport", "lock_step", "instruction",
@@ -122,7 +115,7 @@ class NodeLink:
         tasks = [entry for entry in values["tasks"] if entry.strip()]
         standing = parse_tasks(tasks, [item.name for item in cameras])
         self.tasks = tuple(
-            TaskSetting(
+            AwaitedTask(
                 task=item.task,
                 camera=item.camera,
                 needs_instruction=get_task(item.task).needs_text and not item.prompt,
@@ -150,8 +143,8 @@ class NodeLink:
             and (self.instruction or not item.needs_instruction)
         )
 
-    def sending(self, topic: str, stamp_ns: int) -> None:
-        """A frame is about to be sent: what was answered for its stamp before does not count."""
+    def forget_answers(self, topic: str, stamp_ns: int) -> None:
+        """To be called before a frame is sent: earlier answers for its stamp do not count."""
         camera = self.cameras.get(topic, "")
         for key in [key for key in self._answers if key[:2] == (camera, stamp_ns)]:
             del self._answers[key]
@@ -182,40 +175,25 @@ class NodeLink:
             self._session.spin_until(lambda: False, time.monotonic() + 0.02)
         return False
 
-    def listeners_matched(self) -> bool:
+    def publishes_here(self) -> bool:
         """Whether the node's result topics are seen here."""
         node = self._session.node
         return all(node.count_publishers(f"{self.name}/{short}") for short in _RESULT_TOPICS)
 
-    def close(self) -> None:
-        """Stop listening; needed only where the session goes on."""
-        for subscription in self._subscriptions:
-            self._session.node.destroy_subscription(subscription)
-        self._subscriptions = []
-        for client in self._clients:
-            self._session.node.destroy_client(client)
-        self._clients = []
-
     def _subscribe(self) -> None:
         from rclpy.qos import QoSProfile
 
-        from librobot_vlm_ros.replay.message_types import import_message
-
         for short, type_name in _RESULT_TOPICS.items():
-            self._subscriptions.append(
-                self._session.node.create_subscription(
-                    import_message(type_name),
-                    f"{self.name}/{short}",
-                    self._receiver(f"{self.name}/{short}", type_name),
-                    QoSProfile(depth=1000),
-                    raw=True,  # a recorder stores the bytes as they came
-                )
+            self._session.node.create_subscription(
+                import_message(type_name),
+                f"{self.name}/{short}",
+                self._receiver(f"{self.name}/{short}", type_name),
+                QoSProfile(depth=1000),
+                raw=True,  # a recorder stores the bytes as they came
             )
 
     def _receiver(self, topic: str, type_name: str) -> Callable[[bytes], None]:
         from rclpy.serialization import deserialize_message
-
-        from librobot_vlm_ros.replay.message_types import import_message
 
         kind = import_message(type_name)
 
@@ -224,8 +202,7 @@ class NodeLink:
             message = deserialize_message(data, kind)
             result = ResultMessage(topic, type_name, data, message, arrived_s)
             self._answers[message.info.camera, result.stamp_ns, message.info.task] += 1
-            if self.on_result is not None:
-                self.on_result(result)
+            self.on_result(result)
 
         return receive
 

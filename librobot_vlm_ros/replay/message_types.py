@@ -1,4 +1,4 @@
-"""From names in a bag to what rclpy needs: message classes and quality of service."""
+"""Message classes and QoS profiles of rclpy from what a bag says of a topic."""
 
 from __future__ import annotations
 

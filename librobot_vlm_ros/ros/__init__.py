@@ -1,15 +1,18 @@
-"""The ROS room: the lifecycle node `vlm` and what it is made of.
+"""The ROS room: the lifecycle node `vlm`. Nothing is imported here, so that parameters and
+arguments can be read without rclpy.
 
-Nothing is imported here, so that parameters and arguments can be read without rclpy.
+    main                 the process: signals, executor, orderly end
+    node                 the node: what follows, put together; `lifecycle` is its base
+    model_loading        the model into the engine; `engine_config`: settings to engine
 
-    parameter, settings, grammar   the parameters: declaration, bounds, notations     (no rclpy)
-    arguments, transport           command line and launch arguments, DDS profile     (no rclpy)
-    node, lifecycle, vlm_node      the node, guarded transitions, the process
-    live_parameters, parameter_requests   the parameters on the node, as clients ask for them
-    camera, matching, decoder      images in
-    publishing, annotate           results out
-    services, generate, on_demand  questions
-    intake, deferred               requests taken beside the executor, answered later
-    diagnostics, reporting         what goes wrong, said once
-    refusals                       what rcl refuses, coded                            (no rclpy)
+    parameters/          declared once (`settings`), on the node (`live_parameters`), as launch
+                         arguments (`arguments`)
+    inputs/              `camera`: from its topic to a frame in the engine's mailbox; `instruction`
+    outputs/             `results`: from a result to its topic; `annotated` frames
+    services/            `node_services`, `generate` (the action), and how requests are taken
+                         without the executor (`service_thread`)
+    monitoring/          diagnostics, log lines that cannot flood, other nodes of this name
+
+    dds                  the transport made ready for images
+    rcl_errors           what rcl refuses, coded
 """

@@ -1,4 +1,4 @@
-"""The process made ready for big images before any DDS is there: shared memory, allocator."""
+"""Make the process ready for big images before any DDS is there: shared memory, allocator."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ __all__ = [
     "SHARED_MEMORY",
     "TRANSPORT_VARIABLE",
     "clear_dead_segments",
-    "config_file",
     "give_back_memory",
     "keep_freed_memory",
     "profile_in_force",
@@ -94,7 +93,7 @@ def use_image_profile(environ: MutableMapping[str, str] | None = None) -> str:
     for name in _OTHER_WISHES:
         if environ.get(name):
             return f"the transport is left as it is: {name} is set"
-    profile = config_file(PROFILE)
+    profile = _config_file(PROFILE)
     if profile is None:
         return f"the transport is left as it is: {PROFILE} is not installed"
     if not SHARED_MEMORY.is_dir() or shutil.disk_usage(SHARED_MEMORY).free < _NEEDED_BYTES:
@@ -131,26 +130,20 @@ def segment_bytes(profile: Path | None) -> int | None:
         tree = ElementTree.parse(profile)
     except ElementTree.ParseError as error:
         raise ValueError(f"it is no XML: {error}") from error
-    found: list[int] = []
-    kinds = []
-    for item in tree.iter():
-        if item.tag.rpartition("}")[2] != "transport_descriptor":
-            continue
-        fields = {part.tag.rpartition("}")[2]: (part.text or "").strip() for part in item}
-        kinds.append(fields.get("type", ""))
-        if kinds[-1] == "SHM":
-            found.append(int(fields.get("segment_size", DEFAULT_SEGMENT_BYTES)))
+    found = [
+        int(item.findtext("{*}segment_size") or DEFAULT_SEGMENT_BYTES)
+        for item in tree.iterfind(".//{*}transport_descriptor")
+        if (item.findtext("{*}type") or "").strip() == "SHM"
+    ]
     built_in = [
-        (item.text or "").strip().lower()
-        for item in tree.iter()
-        if item.tag.rpartition("}")[2] == "useBuiltinTransports"
+        (item.text or "").strip().lower() for item in tree.iterfind(".//{*}useBuiltinTransports")
     ]
     if not found and "false" in built_in:
         return None
     return max(found, default=DEFAULT_SEGMENT_BYTES)
 
 
-def config_file(name: str) -> Path | None:
+def _config_file(name: str) -> Path | None:
     """A file of this package's config folder: of the checkout, or as it is installed."""
     folders = [Path(librobot_vlm_ros.__file__).parents[1] / "config"]
     try:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from librobot_vlm_ros.core import get_task
-from librobot_vlm_ros.models import model_info
-from librobot_vlm_ros.models.checkpoints.local_weights import shipped_folder
 from librobot_vlm_ros.ros.inputs.instruction import Instruction
 from librobot_vlm_ros.ros.parameters.settings import Settings
 from librobot_vlm_ros.runtime import CameraConfig, EngineConfig, StandingTask
 
-__all__ = ["waiting_tasks", "camera_configs", "engine_config", "load_options", "standing_tasks"]
+__all__ = ["camera_configs", "engine_config", "standing_tasks", "waiting_tasks"]
 
 
 def engine_config(settings: Settings) -> EngineConfig:
@@ -30,33 +26,6 @@ def camera_configs(settings: Settings) -> list[CameraConfig]:
     """The cameras with their watchdogs; in lock-step a publisher may take its time."""
     timeout_s = 0.0 if settings.lock_step else settings.camera_timeout_s
     return [CameraConfig(camera.name, timeout_s) for camera in settings.camera_list()]
-
-
-def load_options(settings: Settings) -> dict[str, Any]:
-    """What `create_vlm` is given besides the name."""
-    # A model of somebody else's need not know it, so that only an explicit wish is passed on.
-    wish = {} if settings.resize == "auto" else {"resize": settings.resize}
-    return wish | {
-        "config": settings.model_options(),
-        "pretrained": settings.weights or _own_weights(settings),
-        "weights_sha256": settings.weights_sha256,
-        "device": settings.device,
-        "dtype": settings.dtype,
-        "attention": settings.attention,
-        "quantization": settings.quantization,
-    }
-
-
-def _own_weights(settings: Settings) -> str | None:
-    """What `create_vlm` must be told where there is a `model_config`: with a config alone it would
-    build the model with random weights. Raises ModelError UNKNOWN_MODEL.
-    """
-    if settings.model_options() is None:
-        return None
-    info = model_info(settings.model)
-    if info.shipped_folder is not None:
-        return str(shipped_folder() / info.shipped_folder)
-    return info.default_pretrained
 
 
 def standing_tasks(settings: Settings, instruction: Instruction) -> list[StandingTask]:

@@ -25,8 +25,9 @@ from lifecycle_msgs.msg import State, Transition
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 
 from librobot_vlm_ros.core import ErrorCode, VlmError, as_vlm_error
-from librobot_vlm_ros.ros.rcl_errors import known_refusal
-from librobot_vlm_ros.ros.services.async_service import Reply, defer
+from librobot_vlm_ros.ros.monitoring.log_throttle import ThrottledLog
+from librobot_vlm_ros.ros.rcl_errors import coded_rcl_error
+from librobot_vlm_ros.ros.services.service_thread import Reply, ServiceThread
 
 __all__ = ["GuardedLifecycleNode"]
 
@@ -54,7 +55,10 @@ _ALIASES = {label: label for label in _LABELS.values()} | {
 
 
 class GuardedLifecycleNode(LifecycleNode):
-    """Base of the node: subclasses implement the six hooks below, each bounded in time itself."""
+    """Base of the node: subclasses implement the six hooks below, each bounded in time itself.
+
+    It starts no managed entities, such as lifecycle publishers: the node has none.
+    """
 
     def configure(self) -> None:
         """Get everything ready. May take long; `cancel_configure` is called from another thread to
@@ -83,9 +87,12 @@ class GuardedLifecycleNode(LifecycleNode):
         self._forced_error: VlmError | None = None
         self._jobs: queue.SimpleQueue[tuple[str, Future[bool]] | None] = queue.SimpleQueue()
         self._worker = threading.Thread(target=self._work, name="vlm-lifecycle", daemon=True)
+        self.throttled_log = ThrottledLog(self.get_logger())
+        #: To be started by the subclass, with what else it serves.
+        self.service_thread = ServiceThread(self, self.throttled_log)
         for service in self.services:
             if service.srv_name.endswith("change_state"):
-                defer(service, self._on_change_state, self._on_lost_client)
+                self.service_thread.take_over(service, self._on_change_state)
         self._worker.start()
 
     # -- state and requests
@@ -161,9 +168,6 @@ class GuardedLifecycleNode(LifecycleNode):
 
         self.request_transition(label).add_done_callback(answer)
 
-    def _on_lost_client(self, error: Exception) -> None:
-        self.get_logger().warning(f"an answer could not be sent, the client has gone: {error}")
-
     # -- the transition thread
 
     def _work(self) -> None:
@@ -187,43 +191,43 @@ class GuardedLifecycleNode(LifecycleNode):
         state = self.state_label
         if label == "cleanup" and state == "unconfigured":
             return True  # the configuring that it was to undo was cancelled
-        triggers: dict[str, Callable[[], TransitionCallbackReturn]] = {
-            "configure": self.trigger_configure,
-            "activate": self.trigger_activate,
-            "deactivate": self.trigger_deactivate,
-            "cleanup": self.trigger_cleanup,
-            "shutdown": self.trigger_shutdown,
-        }
         if label == _ERROR:
             # Only these two can lead to error processing; in any other state nothing is at work.
             label = {"active": "deactivate", "inactive": "cleanup"}.get(state, "")
             if not label:
                 self._forced_error = None
                 return False
-        result = triggers[label]()
+        result: TransitionCallbackReturn = getattr(self, f"trigger_{label}")()
         if state == "active" and label == "shutdown" and result != TransitionCallbackReturn.SUCCESS:
             return self.state_label == "finalized"
-        return result == TransitionCallbackReturn.SUCCESS
+        return bool(result == TransitionCallbackReturn.SUCCESS)
 
     # -- rclpy's callbacks
 
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
         """rclpy's callback; see `configure`."""
-        return self._run_hook("configure", self.configure, super().on_configure, state)
+        return self._run_hook("configure", self.configure)
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """rclpy's callback; see `activate`."""
-        return self._run_hook("activate", self.activate, super().on_activate, state)
+        return self._run_hook("activate", self.activate)
 
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """rclpy's callback; see `deactivate`."""
-        return self._forced() or self._run_hook(
-            "deactivate", self.deactivate, super().on_deactivate, state
-        )
+        return self._forced() or self._run_hook("deactivate", self.deactivate)
 
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
         """rclpy's callback; see `cleanup`."""
-        return self._forced() or self._run_hook("cleanup", self.cleanup, super().on_cleanup, state)
+        return self._forced() or self._run_hook("cleanup", self.cleanup)
+
+    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """rclpy's callback; frees everything as `recover` does."""
+        return self._run_hook("shutdown", self.recover)
+
+    def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """rclpy's callback: everything is freed and the node can be configured anew."""
+        self._run_hook("error processing", self.recover)
+        return TransitionCallbackReturn.SUCCESS
 
     def _forced(self) -> TransitionCallbackReturn | None:
         forced, self._forced_error = self._forced_error, None
@@ -232,36 +236,20 @@ class GuardedLifecycleNode(LifecycleNode):
         self.get_logger().error(f"the node goes to 'unconfigured': {forced}")
         return TransitionCallbackReturn.ERROR
 
-    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """rclpy's callback; frees everything as `recover` does."""
-        return self._run_hook("shutdown", self.recover, super().on_shutdown, state)
-
-    def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """rclpy's callback: everything is freed and the node can be configured anew."""
-        self._run_hook("error processing", self.recover, super().on_error, state)
-        return TransitionCallbackReturn.SUCCESS
-
-    def _run_hook(
-        self,
-        name: str,
-        hook: Callable[[], None],
-        managed: Callable[[LifecycleState], TransitionCallbackReturn],
-        state: LifecycleState,
-    ) -> TransitionCallbackReturn:
+    def _run_hook(self, name: str, hook: Callable[[], None]) -> TransitionCallbackReturn:
         started = time.monotonic()
         try:
             hook()
-            result = managed(state)
         except Exception as error:
-            known = known_refusal(error)
-            if known is not None:
-                self.get_logger().error(f"{name} failed: {known}")
-                if name in ("configure", "activate"):
-                    return TransitionCallbackReturn.FAILURE
+            known = coded_rcl_error(error)
+            if known is None:
+                self.get_logger().error(
+                    f"{name} failed: {as_vlm_error(error)}\n{traceback.format_exc()}"
+                )
                 return TransitionCallbackReturn.ERROR
-            self.get_logger().error(
-                f"{name} failed: {as_vlm_error(error)}\n{traceback.format_exc()}"
-            )
+            self.get_logger().error(f"{name} failed: {known}")
+            if name in ("configure", "activate"):
+                return TransitionCallbackReturn.FAILURE
             return TransitionCallbackReturn.ERROR
         self.get_logger().info(f"{name} done in {time.monotonic() - started:.2f} s")
-        return result
+        return TransitionCallbackReturn.SUCCESS

@@ -36,7 +36,7 @@ def main(args: Sequence[str] | None = None, values: Mapping[str, Any] | None = N
 
     let_libraries_warn()
     from librobot_vlm_ros.ros.dds import clear_dead_segments, keep_freed_memory, use_image_profile
-    from librobot_vlm_ros.ros.rcl_errors import known_refusal
+    from librobot_vlm_ros.ros.rcl_errors import coded_rcl_error
     from librobot_vlm_ros.runtime import collect
 
     freed = clear_dead_segments()  # or there may be no room for the profile
@@ -52,7 +52,7 @@ def main(args: Sequence[str] | None = None, values: Mapping[str, Any] | None = N
         # rclpy's own handlers take the context away, and with it the last words of the node.
         rclpy.init(args=argv, signal_handler_options=SignalHandlerOptions.NO)
     except Exception as error:  # arguments and parameter files are read here
-        known = known_refusal(error)
+        known = coded_rcl_error(error)
         if known is not None:
             print(f"vlm_node: {known}", file=sys.stderr)
             return 1
@@ -66,7 +66,7 @@ def main(args: Sequence[str] | None = None, values: Mapping[str, Any] | None = N
     try:
         node = _make_node(values or {})
     except Exception as error:
-        print(f"vlm_node: {known_refusal(error) or as_vlm_error(error)}", file=sys.stderr)
+        print(f"vlm_node: {coded_rcl_error(error) or as_vlm_error(error)}", file=sys.stderr)
         return 1
     _forward_logging(node.get_logger())
     if freed:
@@ -101,11 +101,9 @@ def _make_node(values: Mapping[str, Any]) -> Any:
     from rclpy.parameter import Parameter
 
     from librobot_vlm_ros.ros.node import VlmNode
+    from librobot_vlm_ros.ros.parameters.declaration import ros_value
 
-    overrides = [
-        Parameter(name, value=list(value) or [""] if isinstance(value, tuple) else value)
-        for name, value in values.items()
-    ]
+    overrides = [Parameter(name, value=ros_value(value)) for name, value in values.items()]
     return VlmNode(parameter_overrides=overrides)
 
 
@@ -149,9 +147,7 @@ class _Spinner:
     def __init__(self, node: Any) -> None:
         from rclpy.executors import SingleThreadedExecutor
 
-        from librobot_vlm_ros.ros.monitoring.log_throttle import Throttled
-
-        self._complaints = Throttled(node.get_logger())
+        self._log = node.throttled_log
         self._executor = SingleThreadedExecutor()
         self._executor.add_node(node)
         self._ending = threading.Event()
@@ -175,7 +171,7 @@ class _Spinner:
                 return
             except Exception as error:
                 if not self._ending.is_set():
-                    self._complaints.error(
+                    self._log.error(
                         repr(error),
                         f"a callback failed, the node goes on: {error!r}\n{traceback.format_exc()}",
                     )

@@ -7,17 +7,26 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from librobot_vlm_ros.core import ErrorCode, ModelError, as_vlm_error
 from librobot_vlm_ros.models import create_vlm, model_info
+from librobot_vlm_ros.models.checkpoints.hub import shipped_folder
 from librobot_vlm_ros.models.checkpoints.path_policy import confined, confined_to
-from librobot_vlm_ros.ros.engine_config import load_options
-from librobot_vlm_ros.ros.parameters.live_parameters import LiveParameters
 from librobot_vlm_ros.ros.parameters.settings import Settings
 from librobot_vlm_ros.runtime import Engine, LoadReport, settle
 
-__all__ = ["create_backend", "load_model", "loaded_text", "required_bytes", "switch_model"]
+if TYPE_CHECKING:  # it needs rclpy
+    from librobot_vlm_ros.ros.parameters.live_parameters import LiveParameters
+
+__all__ = [
+    "create_backend",
+    "load_model",
+    "load_options",
+    "loaded_text",
+    "required_bytes",
+    "switch_model",
+]
 
 
 def create_backend(name: str, *, open_folders: Sequence[Path] | None = None, **options: Any) -> Any:
@@ -26,6 +35,33 @@ def create_backend(name: str, *, open_folders: Sequence[Path] | None = None, **o
     """
     with confined_to(open_folders):
         return create_vlm(name, **options)
+
+
+def load_options(settings: Settings) -> dict[str, Any]:
+    """What `create_vlm` is given besides the name."""
+    # A model of somebody else's need not know it, so that only an explicit wish is passed on.
+    wish = {} if settings.resize == "auto" else {"resize": settings.resize}
+    return wish | {
+        "config": settings.model_options(),
+        "pretrained": settings.weights or _own_weights(settings),
+        "weights_sha256": settings.weights_sha256,
+        "device": settings.device,
+        "dtype": settings.dtype,
+        "attention": settings.attention,
+        "quantization": settings.quantization,
+    }
+
+
+def _own_weights(settings: Settings) -> str | None:
+    """What `create_vlm` must be told where there is a `model_config`: with a config alone it would
+    build the model with random weights. Raises ModelError UNKNOWN_MODEL.
+    """
+    if settings.model_options() is None:
+        return None
+    info = model_info(settings.model)
+    if info.shipped_folder is not None:
+        return str(shipped_folder() / info.shipped_folder)
+    return info.default_pretrained
 
 
 def load_model(engine: Engine, parameters: LiveParameters) -> LoadReport:
@@ -37,7 +73,7 @@ def load_model(engine: Engine, parameters: LiveParameters) -> LoadReport:
     try:
         return future.result(settings.load_timeout_s)
     except concurrent.futures.TimeoutError:
-        engine.cancel_load()
+        engine.cancel_load(future)
         raise ModelError(
             ErrorCode.LOAD_CANCELLED,
             f"loading '{settings.model}' took longer than {settings.load_timeout_s:g} s",
@@ -83,7 +119,7 @@ def switch_model(
         "dtype": asked["dtype"] or now.dtype,
     }
     wanted = now.changed(**values)
-    loading = engine.switch(
+    loading = engine.load(
         values["model"],
         required_bytes=required_bytes(wanted, engine.loaded),
         **load_options(wanted),
@@ -103,7 +139,7 @@ def switch_model(
         settle()
         answer.set_result(finished.result())
 
-    timer = threading.Timer(timeout_s, engine.cancel_load)
+    timer = threading.Timer(timeout_s, engine.cancel_load, [loading])
     timer.daemon = True
     timer.start()
     loading.add_done_callback(done)

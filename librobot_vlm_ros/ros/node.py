@@ -14,17 +14,14 @@ import concurrent.futures
 from concurrent.futures import Future
 from typing import Any
 
-from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.clock import Clock, ClockType
 from rclpy.logging import LoggingSeverity
-from std_msgs.msg import String
 
 from librobot_vlm_ros.core import (
     EngineError,
     ErrorCode,
     Frame,
     ModelError,
-    RequestError,
     Result,
     VlmError,
     escape_for_log,
@@ -37,30 +34,29 @@ from librobot_vlm_ros.ros.engine_config import (
     waiting_tasks,
 )
 from librobot_vlm_ros.ros.inputs.camera import Camera
-from librobot_vlm_ros.ros.inputs.image_decoder import Decoder
-from librobot_vlm_ros.ros.inputs.instruction import Instruction
-from librobot_vlm_ros.ros.inputs.qos import MatchedSubscription
+from librobot_vlm_ros.ros.inputs.instruction import Instruction, InstructionTopic
+from librobot_vlm_ros.ros.latest_worker import LatestWorker
 from librobot_vlm_ros.ros.lifecycle import GuardedLifecycleNode
 from librobot_vlm_ros.ros.model_loading import create_backend, load_model, loaded_text, switch_model
 from librobot_vlm_ros.ros.monitoring.diagnostics import (
+    DiagnosticsPublisher,
     camera_status,
-    diagnostics,
     engine_status,
     model_status,
 )
-from librobot_vlm_ros.ros.monitoring.duplicate_node import Namesakes
-from librobot_vlm_ros.ros.monitoring.log_throttle import Throttled, guarded, result_text
+from librobot_vlm_ros.ros.monitoring.duplicate_node import DuplicateNodeCheck
+from librobot_vlm_ros.ros.monitoring.log_throttle import guarded
 from librobot_vlm_ros.ros.outputs.annotated import Annotator
-from librobot_vlm_ros.ros.outputs.publishing import ResultPublisher
-from librobot_vlm_ros.ros.parameters.live_parameters import LiveParameters
-from librobot_vlm_ros.ros.parameters.parameter_requests import guard_parameter_services
+from librobot_vlm_ros.ros.outputs.results import ResultPublisher, result_text
+from librobot_vlm_ros.ros.parameters.live_parameters import LiveParameters, guard_parameter_services
 from librobot_vlm_ros.ros.parameters.settings import Settings
-from librobot_vlm_ros.ros.rcl_errors import known_refusal
-from librobot_vlm_ros.ros.services.executor_barrier import CaughtUp
+from librobot_vlm_ros.ros.rcl_errors import coded_rcl_error
+from librobot_vlm_ros.ros.services.executor_barrier import ExecutorBarrier
 from librobot_vlm_ros.ros.services.generate import GenerateAction
-from librobot_vlm_ros.ros.services.query import Services
-from librobot_vlm_ros.ros.services.request_conversion import Served, not_active, timeout_of
+from librobot_vlm_ros.ros.services.node_services import NodeServices
+from librobot_vlm_ros.ros.services.request_conversion import RequestContext, not_active, timeout_of
 from librobot_vlm_ros.runtime import CameraEvent, Engine, LoadReport, settle
+from librobot_vlm_ros.runtime.pending_request import busy
 
 __all__ = ["VlmNode"]
 
@@ -72,21 +68,22 @@ _DIAGNOSTICS_PERIOD_S = 1.0
 
 
 class VlmNode(GuardedLifecycleNode):
-    """See the module. Made once per process; `shut_down` ends it."""
+    """See the module. Made once per process; `shut_down` ends it.
+
+    It is the `Host` of the services and the action.
+    """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__("vlm", **kwargs)
+        # Made by `configure` and freed by `cleanup`; cameras while active.
         self._engine: Engine | None = None
-        self._cameras: dict[str, Camera] = {}
-        self._instruction_topic: MatchedSubscription | None = None
+        self._instruction_topic: InstructionTopic | None = None
         self._annotator: Annotator | None = None
-        self._decoder = Decoder()
-        self._caught_up = CaughtUp(self, self._decoder)
-        self._complaints = Throttled(self.get_logger())
-        self._namesakes = Namesakes(self)
+        self._cameras: dict[str, Camera] = {}
         self._load_error: VlmError | None = None
         self._free_s = _FREE_S
         self._engine_ended = True
+
         self._live = LiveParameters(
             self,
             is_unconfigured=lambda: self.state_label == "unconfigured",
@@ -94,20 +91,23 @@ class VlmNode(GuardedLifecycleNode):
         )
         guard_parameter_services(self)
         self._instruction = Instruction(self.settings.instruction)
+        self._decoder = LatestWorker("vlm-decode")
         self._results = ResultPublisher(self, lambda: self.settings.min_score)
-        self._served_services = Services(self, self)
+
+        self._barrier = ExecutorBarrier(self, self._decoder)
+        self._node_services = NodeServices(self, self.service_thread)
         self._generate = GenerateAction(self, self)
-        self._diagnostics_topic = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
+
+        self._diagnostics = DiagnosticsPublisher(self)
+        self._duplicates = DuplicateNodeCheck(self)
         # Watchdogs must tick when the robot's clock stands still or jumps (simulation, bag loops).
         steady = Clock(clock_type=ClockType.STEADY_TIME)
-        self.create_timer(
-            _DIAGNOSTICS_PERIOD_S,
-            guarded(self._publish_diagnostics, self._complaints),
-            clock=steady,
-        )
-        self.create_timer(
-            _CHECK_PERIOD_S, guarded(self._check_topics, self._complaints), clock=steady
-        )
+        for period_s, work in (
+            (_DIAGNOSTICS_PERIOD_S, self._publish_diagnostics),
+            (_CHECK_PERIOD_S, self._check_topics),
+        ):
+            self.create_timer(period_s, guarded(work, self.throttled_log), clock=steady)
+        self.service_thread.start()
 
     # -- what services need (Host)
 
@@ -116,21 +116,24 @@ class VlmNode(GuardedLifecycleNode):
         """Parameters now."""
         return self._live.settings
 
-    def served(self) -> Served:
+    def request_context(self) -> RequestContext:
         """Engine and cameras; raises `EngineError` NOT_ACTIVE while there are none."""
         engine, state = self._engine, self.state_label
         if engine is None:
             raise not_active(state)
-        return Served(engine, self.settings, dict(self._cameras), state)
+        return RequestContext(engine, self.settings, dict(self._cameras), state)
 
-    def engine_full(self) -> bool:
-        """Whether a request would be refused as BUSY; raises `EngineError` NOT_ACTIVE."""
+    def check_room(self) -> None:
+        """Raises `EngineError` where a request would be refused: BUSY, NOT_ACTIVE."""
         engine = self._engine
-        return engine.full if engine is not None else self.served().engine.full
+        if engine is None:
+            raise not_active(self.state_label)
+        if engine.full:
+            raise busy(self.settings.queue_size)
 
     def catch_up(self, timeout_s: float) -> bool:
         """Wait for the images that have arrived; False where that takes longer."""
-        return self._caught_up.wait(timeout_s)
+        return self._barrier.wait(timeout_s)
 
     def active_model(self) -> str:
         """Name of the loaded model, "" when none is."""
@@ -171,18 +174,16 @@ class VlmNode(GuardedLifecycleNode):
         self._engine = engine
         try:
             engine.set_cameras(camera_configs(settings))
-            self._set_standing_tasks(settings)
+            engine.set_standing_tasks(standing_tasks(settings, self._instruction))
             self.get_logger().info(f"loading model '{settings.model}'")
             report = load_model(engine, self._live)
             self.get_logger().info(loaded_text(report))
-            self._instruction_topic = MatchedSubscription(
-                self, String, "~/instruction", self._on_instruction, depth=10, when_alone="reliable"
-            )
+            self._instruction_topic = InstructionTopic(self, self._live, self.throttled_log)
             if settings.annotated:
                 self._annotator = Annotator(self)
                 self._results.set_annotator(self._annotator)
         except Exception as error:
-            self._load_error = known_refusal(error)
+            self._load_error = coded_rcl_error(error)
             self._free()
             raise
         settle()
@@ -206,11 +207,9 @@ class VlmNode(GuardedLifecycleNode):
                     setting,
                     engine,
                     self._decoder,
-                    lock_step=settings.lock_step,
-                    reliability=settings.qos_reliability,
-                    allow_depth=lambda: self.settings.allow_depth,
+                    settings=lambda: self.settings,
                     jpeg_margin=self._jpeg_margin_now,
-                    complaints=self._complaints,
+                    throttled_log=self.throttled_log,
                 )
         except Exception:  # the node stays inactive: nothing of this may go on
             for camera in cameras.values():
@@ -218,9 +217,10 @@ class VlmNode(GuardedLifecycleNode):
             engine.pause(_PAUSE_S)
             raise
         self._cameras = cameras
-        topics = ", ".join(camera.link.topic for camera in self._cameras.values())
+        topics = ", ".join(camera.link.topic for camera in cameras.values())
+        waiting = waiting_tasks(settings, self._instruction)
         for name, why in engine.stats().idle_tasks:
-            if name not in waiting_tasks(settings, self._instruction):
+            if name not in waiting:
                 self.get_logger().warning(f"standing task '{name}' does not run: {why}")
         tasks = ", ".join(map(escape_for_log, settings.tasks)) or "no standing tasks"
         self.get_logger().info(f"{tasks} on {topics}")
@@ -243,12 +243,6 @@ class VlmNode(GuardedLifecycleNode):
         self._leave_cameras()
         self._free()
 
-    def _jpeg_margin_now(self) -> int:
-        """0, the whole image, also while somebody looks at the annotated ones."""
-        annotator = self._annotator
-        watched = annotator is not None and annotator.watched
-        return 0 if watched else self.settings.jpeg_margin
-
     def _leave_cameras(self) -> None:
         cameras, self._cameras = self._cameras, {}
         for camera in cameras.values():
@@ -270,26 +264,24 @@ class VlmNode(GuardedLifecycleNode):
     def shut_down(self, timeout_s: float) -> bool:
         """End everything the node runs, within the time; true when all threads have ended."""
         self._free_s = 0.6 * timeout_s
-        self._served_services.close()
+        self._node_services.close()
         ending = self.request_transition("shutdown")
         concurrent.futures.wait([ending], 0.7 * timeout_s)
         ended = self.stop_transitions(0.1 * timeout_s)
         self._free_s = 0.1 * timeout_s
         self.recover()  # where the transition was refused, or did not get that far
-        taken = self._served_services.stop(0.1 * timeout_s)
-        return self._decoder.close(0.1 * timeout_s) and ended and taken and self._engine_ended
+        served = self.service_thread.stop(0.1 * timeout_s)
+        return self._decoder.close(0.1 * timeout_s) and ended and served and self._engine_ended
 
-    # -- events
+    # -- events of the engine, on its threads
 
     def _on_result(self, result: Result, frame: Frame) -> None:
         engine = self._engine
         if engine is None:
             return
         if result.error is not None:
-            code = result.error.code
-            self._complaints.error(
-                f"{result.info.task}/{code}", f"{result.info.task}: {result.error}"
-            )
+            task, code = result.info.task, result.error.code
+            self.throttled_log.error(f"{task}/{code}", f"{task}: {result.error}")
         self._results.publish(result, frame, engine.now_ns())
         if self.get_logger().is_enabled_for(LoggingSeverity.DEBUG):
             self.get_logger().debug(result_text(result, frame, engine.now_ns()))
@@ -306,65 +298,51 @@ class VlmNode(GuardedLifecycleNode):
         else:
             self.get_logger().info(f"camera '{event.camera}' sends frames")
 
-    def _on_instruction(self, message: Any) -> None:
-        error = self._live.set("instruction", message.data)
-        if error is not None:
-            self._complaints.error("instruction", f"~/instruction refused: {error}")
+    def _jpeg_margin_now(self) -> int:
+        """0, the whole image, also while somebody looks at the annotated ones."""
+        annotator = self._annotator
+        watched = annotator is not None and annotator.watched
+        return 0 if watched else self.settings.jpeg_margin
+
+    # -- changes of parameters, on the thread that made them
 
     def _on_parameters(self, before: Settings, after: Settings) -> None:
-        engine = self._engine
         if after.instruction != before.instruction:
             number = self._instruction.set(after.instruction)
             told = f"instruction {number}: '{self._instruction.shown}'"
-            self._complaints.info("instruction set", told, _INSTRUCTIONS_LOGGED)
+            self.throttled_log.info("instruction set", told, _INSTRUCTIONS_LOGGED)
+        engine = self._engine
         if engine is None:
             return
         engine.reconfigure(max_frame_age_s=after.max_frame_age_s, queue_size=after.queue_size)
         if after.camera_timeout_s != before.camera_timeout_s:
             engine.set_cameras(camera_configs(after))
-        self._set_standing_tasks(after)
+        engine.set_standing_tasks(standing_tasks(after, self._instruction))
 
-    def _set_standing_tasks(self, settings: Settings) -> None:
-        if self._engine is not None:
-            self._engine.set_standing_tasks(standing_tasks(settings, self._instruction))
-
-    # -- timers
+    # -- timers, on the executor
 
     def _check_topics(self) -> None:
         for camera in list(self._cameras.values()):
             camera.check()
         topic = self._instruction_topic
-        if topic is None:
-            return
-        topic.check()
-        if topic.link.problem and self.count_publishers(topic.topic):  # none at all is no problem
-            wrong = RequestError(ErrorCode.TOPIC_MISSING, topic.link.problem, topic.link.fix)
-            self._complaints.error("instruction topic", f"~/instruction: {wrong}")
+        if topic is not None:
+            topic.check()
 
     def _publish_diagnostics(self) -> None:
-        self._namesakes.check()
+        self._duplicates.check()
         engine = self._engine
         stats = engine.stats() if engine is not None else None
-        errors = [*self._live.errors.values()]
-        errors += [self._load_error] if self._load_error is not None else []
-        problems = [str(error) for error in errors]
+        problems = [*self._live.errors.values()]
+        if self._load_error is not None:
+            problems.append(self._load_error)
+        state, settings = self.state_label, self.settings
         statuses = [
-            model_status(
-                self.state_label,
-                self.settings.model,
-                problems,
-                stats,
-                warning=self._namesakes.problem,
-            )
+            model_status(state, settings.model, problems, stats, warning=self._duplicates.problem)
         ]
-        if stats is not None and self.state_label == "active":
-            waiting = waiting_tasks(self.settings, self._instruction)
-            statuses.append(engine_status(stats, waiting))
+        if stats is not None and state == "active":
+            statuses.append(engine_status(stats, waiting_tasks(settings, self._instruction)))
             statuses += [
                 camera_status(camera, stats.cameras.get(name))
                 for name, camera in list(self._cameras.items())
             ]
-        stamp = self.get_clock().now().to_msg()
-        self._diagnostics_topic.publish(
-            diagnostics(stamp, self.get_fully_qualified_name().lstrip("/"), statuses)
-        )
+        self._diagnostics.publish(statuses)

@@ -10,7 +10,7 @@ import re
 
 from librobot_vlm_ros.core import BagError, ErrorCode, ModelError, RequestError, VlmError
 
-__all__ = ["known_refusal"]
+__all__ = ["coded_rcl_error"]
 
 _STEPS = "config/sros2/README.md has the steps"
 # Without security rcl fails so only for what the package's own tests would show.
@@ -23,7 +23,7 @@ _RIGHTS = {
 }
 
 
-def known_refusal(error: BaseException, name: str = "") -> VlmError | None:
+def coded_rcl_error(error: BaseException, name: str = "") -> VlmError | None:
     """What rcl's error says, coded and with what to do; None for anything else. A `VlmError` is
     returned as it is.
 

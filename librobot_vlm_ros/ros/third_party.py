@@ -1,4 +1,4 @@
-"""What libraries do that must not become ours to suffer."""
+"""Keep third-party warnings from becoming errors."""
 
 from __future__ import annotations
 

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 from librobot_vlm_ros.runtime.config import CameraConfig, DropReason, EngineConfig, EngineState
 from librobot_vlm_ros.runtime.engine import Engine
-from librobot_vlm_ros.runtime.garbage import collect, settle
-from librobot_vlm_ros.runtime.loader import BackendFactory, LoadReport, available_memory_bytes
-from librobot_vlm_ros.runtime.results import frame_age_s, with_age
-from librobot_vlm_ros.runtime.standing import StandingTask
+from librobot_vlm_ros.runtime.loader import (
+    BackendFactory,
+    LoadReport,
+    available_memory_bytes,
+    collect,
+    settle,
+)
+from librobot_vlm_ros.runtime.pending_request import with_age
+from librobot_vlm_ros.runtime.scheduler import StandingTask
 from librobot_vlm_ros.runtime.stats import CameraStats, EngineStats
 from librobot_vlm_ros.runtime.watchdog import CameraEvent
 
@@ -29,7 +34,6 @@ __all__ = [
     "StandingTask",
     "available_memory_bytes",
     "collect",
-    "frame_age_s",
     "settle",
     "with_age",
 ]

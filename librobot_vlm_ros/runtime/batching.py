@@ -1,19 +1,25 @@
-"""What goes to the model together: requests that fit, as many as were measured to pay.
+"""Chooses the next batch: what goes before what, and what goes to the model together.
 
-Tasks on one frame always go together (the backend computes the frame's vision features once).
-Several frames go together only where that was seen to give more frames a second: on a GPU it often
-does, on a CPU it seldom does and only makes everybody's answer older.
+On-demand requests go first, but never so long that standing tasks starve: a flood of requests must
+not blind the robot. Tasks on one frame always go together (the backend computes the frame's vision
+features once). Several frames go together only where that was seen to give more frames a second: on
+a GPU it often does, on a CPU it seldom does and only makes everybody's answer older.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from statistics import median
 
-from librobot_vlm_ros.runtime.config import NANOSECONDS
-from librobot_vlm_ros.runtime.requests import Ticket
+from librobot_vlm_ros.core import InferenceRequest
+from librobot_vlm_ros.runtime.config import NANOSECONDS, to_s
+from librobot_vlm_ros.runtime.engine_state import LONGEST_WAIT_S, SharedState
+from librobot_vlm_ros.runtime.pending_request import PendingRequest
 
+# On-demand batches that are served in a row while a standing task waits.
+REQUESTS_BEFORE_STANDING = 4
 # A batch of n frames pays when it takes less than this fraction of n single runs.
 PAYS_BELOW = 0.75
 # Single runs seen before the first try of a larger batch: early ones include warming up.
@@ -94,30 +100,115 @@ class BatchPlanner:
         return known
 
 
-def kind_of(ticket: Ticket) -> Hashable:
+def kind_of(pending: PendingRequest) -> Hashable:
     """On-demand requests of one kind can share a batch though their frames differ."""
-    return (ticket.request.task, ticket.request.params)
+    return (pending.request.task, pending.request.params)
 
 
-def companions(waiting: Sequence[Ticket], *, frames: int, most: int) -> list[Ticket]:
+def companions(
+    waiting: Sequence[PendingRequest], *, frames: int, most: int
+) -> list[PendingRequest]:
     """The oldest request and those that go with it: all on its frame, then others of its kind, on
     `frames` frames and `most` requests at most. Order is kept.
     """
     if not waiting:
         return []
     head = waiting[0]
-    chosen: list[Ticket] = []
-    seen = {id(head.request.frame)}
-    for ticket in waiting:
+    chosen: list[PendingRequest] = []
+    seen = {head.request.frame}
+    for pending in waiting:
         if len(chosen) >= most:
             break
-        key = id(ticket.request.frame)
-        same_frame = key == id(head.request.frame)
-        if not same_frame and kind_of(ticket) != kind_of(head):
+        frame = pending.request.frame
+        if frame is not head.request.frame and kind_of(pending) != kind_of(head):
             continue
-        if key not in seen:
+        if frame not in seen:
             if len(seen) >= frames:
                 continue
-            seen.add(key)
-        chosen.append(ticket)
+            seen.add(frame)
+        chosen.append(pending)
     return chosen
+
+
+@dataclass
+class Batch:
+    """Requests to run now."""
+
+    requests: list[PendingRequest]
+    frames: int
+    kind: Hashable = None
+    """Set where its time teaches the planner something."""
+
+
+class BatchSelector:
+    """Makes batches of what waits. Called with the engine's lock held."""
+
+    def __init__(self, shared: SharedState, planner: BatchPlanner) -> None:
+        self._shared = shared
+        self._planner = planner
+        self._requests_in_a_row = 0
+        self._standing_made = 0
+
+    def next_batch(self) -> Batch | None:
+        """The next batch, which counts as begun; None when there is nothing to run now."""
+        shared = self._shared
+        if not shared.running or shared.loaded is None:
+            return None
+        now_ns = shared.clock()
+        standing = shared.scheduler.has_work(now_ns)
+        turn = self._requests_in_a_row < REQUESTS_BEFORE_STANDING
+        if shared.queue and (turn or not standing):
+            self._requests_in_a_row = self._requests_in_a_row + 1 if standing else 0
+            batch = self._of_requests(now_ns)
+        else:
+            self._requests_in_a_row = 0
+            if not standing:
+                return None
+            batch = self._of_standing_tasks(now_ns)
+        shared.in_flight = batch.requests
+        return batch
+
+    def wait_s(self) -> float | None:
+        """Seconds until something that is here becomes due; None = not before something comes."""
+        shared = self._shared
+        if not shared.running or shared.loaded is None:
+            return None
+        now_ns = shared.clock()
+        due_ns = shared.scheduler.next_due_ns(now_ns)
+        return None if due_ns is None else min(LONGEST_WAIT_S, max(0.0, to_s(due_ns - now_ns)))
+
+    def _of_requests(self, now_ns: int) -> Batch:
+        shared = self._shared
+        kind = kind_of(shared.queue[0])
+        most = shared.config.max_batch
+        frames = self._planner.frames(kind, most, now_ns)
+        begun = companions(shared.queue, frames=frames, most=most)
+        shared.dequeue(begun)
+        frames = len({pending.request.frame for pending in begun})
+        alike = frames == len(begun) and all(kind_of(pending) == kind for pending in begun)
+        return Batch(begun, frames, kind if alike else None)
+
+    def _of_standing_tasks(self, now_ns: int) -> Batch:
+        shared = self._shared
+        frames = 1
+        due = () if shared.config.lock_step else shared.scheduler.due_work(now_ns)
+        if len(due) > 1:
+            names = due[0].names
+            most = min(len(due), max(1, shared.config.max_batch // len(names)))
+            frames = self._planner.frames(names, most, now_ns)
+        works = shared.scheduler.next_work(now_ns, frames)
+        requests = []
+        for work in works:
+            for task in work.tasks:
+                self._standing_made += 1
+                request = InferenceRequest(
+                    request_id=f"{task.name}@{work.camera}#{self._standing_made}",
+                    frame=work.frame,
+                    task=task.task,
+                    prompt=task.prompt,
+                    params=task.params,
+                    instruction_id=task.instruction_id,
+                )
+                requests.append(PendingRequest(request))
+        shared.frames_at_once = max(1, len(works))
+        return Batch(requests, len(works), works[0].names if works else None)

@@ -1,4 +1,4 @@
-"""What an engine is told before it runs: sizes, ages, modes. Frozen and validated at once."""
+"""What an engine is told before it runs: limits, cameras, modes. Frozen, and validated at once."""
 
 from __future__ import annotations
 
@@ -56,42 +56,22 @@ class EngineConfig:
         max_batch: requests the backend is given at once, at most.
         max_frame_age_s: standing tasks refuse frames received longer ago [s]; 0 = no limit.
         history_frames: recent frames kept per camera for queries by stamp.
-        history_bytes: pixels kept per camera for that history, at most [bytes].
         lock_step: process every offered frame in order (replay); no age limit, nothing dropped.
-        lock_step_queue: frames waiting in lock-step before `offer` blocks; 0 = unbounded.
-        requests_before_standing: on-demand batches served in a row while a standing task waits.
-        fatal_after: consecutive model failures before `on_fatal`.
-        batch_cameras: may frames of several cameras share a batch where measured to pay.
-        prepare_ahead: bring the next frame to the model's size while the model works, where the
-            backend can.
         warm_up: run the backend's warm-up as part of loading.
-        stats_window_s: span of the sliding window of ages and times [s].
     """
 
     queue_size: int = 8
     max_batch: int = 8
     max_frame_age_s: float = 1.0
     history_frames: int = 8
-    history_bytes: int = 64 * 1024 * 1024
     lock_step: bool = False
-    lock_step_queue: int = 0
-    requests_before_standing: int = 4
-    fatal_after: int = 3
-    batch_cameras: bool = True
-    prepare_ahead: bool = True
     warm_up: bool = True
-    stats_window_s: float = 10.0
 
     def __post_init__(self) -> None:
         _at_least("queue_size", self.queue_size, 1)
         _at_least("max_batch", self.max_batch, 1)
         _at_least("max_frame_age_s", self.max_frame_age_s, 0.0)
         _at_least("history_frames", self.history_frames, 0)
-        _at_least("history_bytes", self.history_bytes, 0)
-        _at_least("lock_step_queue", self.lock_step_queue, 0)
-        _at_least("requests_before_standing", self.requests_before_standing, 1)
-        _at_least("fatal_after", self.fatal_after, 1)
-        _at_least("stats_window_s", self.stats_window_s, 0.1)
 
 
 def _at_least(name: str, value: float, least: float) -> None:

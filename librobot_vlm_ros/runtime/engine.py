@@ -1,53 +1,71 @@
 """The engine: one thread owns the model, everybody else hands in frames and requests and gets
 results.
 
-Nothing here blocks its caller except where a timeout is named (and `offer` in lock-step with a full
-queue).
+Nothing here blocks its caller except where a timeout is named. Whoever waits is answered at once
+when the engine is paused or stopped; the model thread follows at its next token. Three threads run:
+the model's (`model_thread.py`), one that prepares frames (`prefetch.py`) and one that keeps time
+(`TimerThread`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from types import TracebackType
+from functools import partial
 from typing import Any
 
 from librobot_vlm_ros.core import (
+    EngineError,
     ErrorCode,
     Frame,
     InferenceRequest,
+    ModelError,
     RequestError,
     Result,
     VlmError,
 )
-from librobot_vlm_ros.runtime.config import CameraConfig, DropReason, EngineConfig, EngineState
-from librobot_vlm_ros.runtime.engine_state import OnCamera, OnFatal, OnResult, Shared
-from librobot_vlm_ros.runtime.health import take_stats
-from librobot_vlm_ros.runtime.life import EngineLife
-from librobot_vlm_ros.runtime.loader import BackendFactory, Loader, LoadReport
+from librobot_vlm_ros.runtime.config import (
+    CameraConfig,
+    DropReason,
+    EngineConfig,
+    EngineState,
+    to_s,
+)
+from librobot_vlm_ros.runtime.engine_state import (
+    LONGEST_WAIT_S,
+    Finished,
+    OnCamera,
+    OnFatal,
+    OnResult,
+    SharedState,
+)
+from librobot_vlm_ros.runtime.loader import (
+    BackendFactory,
+    Loader,
+    LoadJob,
+    LoadReport,
+    load_cancelled,
+)
 from librobot_vlm_ros.runtime.model_thread import ModelThread
-from librobot_vlm_ros.runtime.prefetch import AheadThread
-from librobot_vlm_ros.runtime.requests import (
+from librobot_vlm_ros.runtime.pending_request import (
     OnText,
-    Ticket,
+    PendingRequest,
     busy,
     cancelled,
     not_active,
     shutting_down,
     too_late,
 )
-from librobot_vlm_ros.runtime.standing import StandingTask
+from librobot_vlm_ros.runtime.prefetch import PrefetchThread
+from librobot_vlm_ros.runtime.scheduler import StandingTask
 from librobot_vlm_ros.runtime.stats import EngineStats
-from librobot_vlm_ros.runtime.timer_thread import TimerThread
-
-# Settings that hold for an engine's whole life: changing them would mix two kinds of counting or
-# order.
-_FIXED = ("lock_step", "stats_window_s", "warm_up")
+from librobot_vlm_ros.runtime.watchdog import CameraEvent
 
 
-class Engine(EngineLife):
+class Engine:
     """Loads a model and answers with it: standing tasks on frames of cameras, and requests on
     demand.
 
@@ -55,13 +73,12 @@ class Engine(EngineLife):
         factory: makes the backend, on the model thread.
         config: limits and modes.
         on_result: called with each standing task's result and its frame, on the model thread.
-        on_fatal: called when the model failed `config.fatal_after` times in a row, or was lost in a
-            failed switch; the engine has paused itself by then. On the model thread: don't wait in
-            it for the engine.
+        on_fatal: called when the model failed several times in a row, or was lost in a failed
+            switch; the engine has paused itself by then. On the model thread: don't wait in it for
+            the engine.
         on_camera: called when a camera falls silent or comes back, on the timer thread.
         clock: steady nanoseconds; frames' `received_ns` and requests' `deadline_ns` are on the same
-        clock. free_memory: free bytes where models live; default: this machine's, for models on the
-        CPU.
+            clock.
     """
 
     def __init__(
@@ -73,30 +90,22 @@ class Engine(EngineLife):
         on_fatal: OnFatal | None = None,
         on_camera: OnCamera | None = None,
         clock: Callable[[], int] = time.monotonic_ns,
-        free_memory: Callable[[], int | None] | None = None,
     ) -> None:
         config = config if config is not None else EngineConfig()
-        shared = Shared(
+        self._shared = shared = SharedState(
             config, clock=clock, on_result=on_result, on_fatal=on_fatal, on_camera=on_camera
         )
-        loader = Loader(factory, free_memory=free_memory, warm_up=config.warm_up)
-        super().__init__(
-            shared,
-            model=ModelThread(shared, loader).thread,
-            timer=TimerThread(shared).thread,
-            ahead=AheadThread(shared).thread,
-        )
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.stop()
+        loops: dict[str, Callable[[], None]] = {
+            "vlm-model": ModelThread(shared, Loader(factory, warm_up=config.warm_up)).run,
+            "vlm-prefetch": PrefetchThread(shared).run,
+            "vlm-timer": TimerThread(shared).run,
+        }
+        self._threads = {
+            name: threading.Thread(target=loop, name=name, daemon=True)
+            for name, loop in loops.items()
+        }
+        for thread in self._threads.values():
+            thread.start()
 
     @property
     def state(self) -> EngineState:
@@ -119,7 +128,7 @@ class Engine(EngineLife):
     def full(self) -> bool:
         """Whether a request handed in now would be refused as BUSY."""
         with self._shared.lock:
-            return self._shared.queue.full
+            return self._shared.full
 
     def now_ns(self) -> int:
         """The steady clock."""
@@ -127,29 +136,120 @@ class Engine(EngineLife):
 
     def stats(self) -> EngineStats:
         """Health, now. Never waits for the model."""
-        return take_stats(self._shared)
+        with self._shared.lock:
+            return self._shared.stats()
 
-    def reconfigure(self, **changes: Any) -> None:
+    def reconfigure(self, *, queue_size: int, max_frame_age_s: float) -> None:
         """Change limits while the engine works. Raises `RequestError` BAD_PARAMETER; nothing
         changes then.
         """
         shared = self._shared
-        fixed = sorted(set(changes) & set(_FIXED))
-        known = {field.name for field in dataclasses.fields(EngineConfig)} - set(_FIXED)
-        if not set(changes) <= known:
-            wrong = ", ".join(fixed or sorted(set(changes) - known))
-            raise RequestError(
-                ErrorCode.BAD_PARAMETER,
-                f"cannot change {wrong} of an engine",
-                f"These can be changed: {', '.join(sorted(known))}.",
-            )
         with shared.lock:
-            shared.config = dataclasses.replace(shared.config, **changes)
-            shared.queue.size = shared.config.queue_size
-            shared.scheduler.reconfigure(shared.config)
-            shared.wake()
+            shared.config = shared.scheduler.config = dataclasses.replace(
+                shared.config, queue_size=queue_size, max_frame_age_s=max_frame_age_s
+            )
+            shared.wake_all()
 
-    # -- cameras and standing tasks ----------------------------------------------------------
+    # -- loading, starting, pausing, stopping --------------------------------------------------
+
+    def load(
+        self, name: str, *, required_bytes: int | None = None, **options: Any
+    ) -> Future[LoadReport]:
+        """Load a model, in place of the present one if there is one, without losing what waits.
+
+        The present one is kept until the new one is warm if there is memory for both
+        (`required_bytes` of the new one, default: as much as the present one), else closed first.
+        After a failure the present one is back. The future raises `VlmError`: what the loader says,
+        LOAD_CANCELLED, BUSY while another load runs, SHUTTING_DOWN.
+        """
+        shared = self._shared
+        job = LoadJob(name, options, required_bytes)
+        job.future.set_running_or_notify_cancel()
+        error: VlmError | None = None
+        with shared.lock:
+            if shared.stopped:
+                error = shutting_down()
+            elif shared.load_in_progress() is not None:
+                error = EngineError(
+                    ErrorCode.BUSY, "a model is being loaded", "Wait for it, or cancel it."
+                )
+            else:
+                shared.next_load = job
+                shared.wake_all()
+        if error is not None:
+            job.future.set_exception(error)
+        return job.future
+
+    def cancel_load(self, future: Future[LoadReport] | None = None) -> bool:
+        """Give up the load in progress (with `future`: only if it is that one). Its future raises
+        LOAD_CANCELLED at once, and what the loader still brings is thrown away. False when there is
+        none.
+        """
+        shared = self._shared
+        with shared.lock:
+            job = shared.load_in_progress()
+            if job is None or (future is not None and job.future is not future):
+                return False
+            job = shared.cancel_load(roll_back=True)
+            shared.wake_all()
+        if job is not None:
+            job.future.set_exception(load_cancelled(job.name))
+        return job is not None
+
+    def start(self) -> None:
+        """Begin to work. Raises `VlmError`: MODEL_NOT_LOADED, SHUTTING_DOWN. Fine when running
+        already.
+        """
+        shared = self._shared
+        with shared.lock:
+            if shared.stopped:
+                raise shutting_down()
+            if shared.loaded is None:
+                raise ModelError(
+                    ErrorCode.MODEL_NOT_LOADED,
+                    "no model is loaded",
+                    "Configure the node, or load one.",
+                )
+            if not shared.running:
+                shared.running = True
+                shared.meter.consecutive_failures = 0
+                shared.watchdog.start(shared.clock())
+            shared.wake_all()
+
+    def pause(self, timeout_s: float = 5.0) -> bool:
+        """Stop working and keep the model: all requests are answered NOT_ACTIVE now, the model is
+        told to stop at its next token. True once nothing runs: no `on_result` comes after that.
+        """
+        shared = self._shared
+        with shared.lock:
+            finished = shared.pause()
+        shared.deliver(finished)
+        if threading.current_thread() is self._threads["vlm-model"]:
+            return True  # called from a callback: what runs is the caller itself
+        with shared.lock:
+            return shared.idle.wait_for(lambda: not shared.busy, timeout_s)
+
+    def stop(self, timeout_s: float = 5.0) -> bool:
+        """End: everything that waits is answered SHUTTING_DOWN, the model is freed, all threads
+        end. True once they have; false when the model did not let go in time. May be called again.
+        """
+        shared = self._shared
+        until = time.monotonic() + timeout_s
+        with shared.lock:
+            shared.stopped = True
+            finished = shared.pause()
+            job = shared.cancel_load(roll_back=False)
+            shared.wake_all()
+        shared.deliver(finished)
+        if job is not None:
+            job.future.set_exception(shutting_down())
+        threads = self._threads.values()
+        for thread in threads:
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, until - time.monotonic()))
+        return not any(thread.is_alive() for thread in threads)
+
+    # -- cameras and standing tasks ------------------------------------------------------------
 
     def set_cameras(self, cameras: Iterable[CameraConfig]) -> None:
         """Declare the cameras; frames of others are refused. Those that stay keep frames and
@@ -161,7 +261,7 @@ class Engine(EngineLife):
             shared.scheduler.set_cameras(declared)
             shared.watchdog.set_cameras(declared, shared.clock())
             shared.meter.keep_cameras(camera.name for camera in declared)
-            shared.wake()
+            shared.wake_all()
 
     def set_standing_tasks(self, tasks: Iterable[StandingTask]) -> None:
         """Replace what is asked of every frame, at any time. Raises `RequestError` UNKNOWN_CAMERA,
@@ -172,56 +272,48 @@ class Engine(EngineLife):
         wanted = list(tasks)
         with shared.lock:
             shared.scheduler.set_tasks(wanted)
-            shared.wake()
+            shared.wake_all()
 
     def offer(self, frame: Frame) -> bool:
-        """A frame has come. False when it is not taken, which is counted by reason.
-
-        In lock-step with a bounded queue this waits until there is room.
-        """
+        """A frame has come. False when it is not accepted, which is counted by reason."""
         shared = self._shared
         with shared.lock:
             if not self._heard(frame.camera):
                 return False
-            scheduler = shared.scheduler
-            if shared.config.lock_step:
-                shared.idle.wait_for(lambda: scheduler.room or not shared.running)
-            if not shared.running or frame.camera not in scheduler.mailboxes:
-                scheduler.refuse(frame.camera, DropReason.NOT_ACTIVE)
+            if not shared.running:
+                shared.scheduler.refuse(frame.camera, DropReason.NOT_ACTIVE)
                 return False
             now_ns = shared.clock()
             limit_s = 0.0 if shared.config.lock_step else shared.config.max_frame_age_s
             if limit_s > 0 and frame.age_s(now_ns) > limit_s:
-                scheduler.refuse(frame.camera, DropReason.TOO_OLD)
+                shared.scheduler.refuse(frame.camera, DropReason.TOO_OLD)
                 return False
-            scheduler.offer(frame, now_ns)
+            shared.scheduler.offer(frame, now_ns)
             shared.work.notify_all()
-            shared.ahead.notify_all()
+            shared.prefetch.notify_all()
         return True
 
-    def count_drop(self, camera: str, reason: DropReason = DropReason.BAD_IMAGE) -> None:
+    def count_drop(self, camera: str, reason: DropReason) -> None:
         """An image came that never became a frame; it counts, also as a sign of life."""
         shared = self._shared
         with shared.lock:
             if self._heard(camera):
                 shared.scheduler.refuse(camera, reason)
 
-    def latest(self, camera: str = "", max_age_s: float | None = None) -> Frame:
-        """The newest frame of a camera ("" = the only one), at most `max_age_s` old (default: the
-        engine's limit; 0 = any age). Raises `RequestError` UNKNOWN_CAMERA, NO_FRAME, FRAME_TOO_OLD.
+    def latest(self, camera: str, max_age_s: float) -> Frame:
+        """The newest frame of a camera, at most `max_age_s` old (0 = any age). Raises
+        `RequestError` UNKNOWN_CAMERA, NO_FRAME, FRAME_TOO_OLD.
         """
         shared = self._shared
         with shared.lock:
-            limit_s = shared.config.max_frame_age_s if max_age_s is None else max_age_s
-            return shared.scheduler.mailbox(camera).latest(shared.clock(), limit_s)
+            return shared.scheduler.mailbox(camera).latest(shared.clock(), max_age_s)
 
-    def frame_at(self, camera: str, stamp_ns: int, tolerance_s: float = 0.0) -> Frame:
+    def frame_at(self, camera: str, stamp_ns: int) -> Frame:
         """The frame of a stamp from the camera's short history. Raises `RequestError`
         UNKNOWN_CAMERA, NO_FRAME.
         """
-        shared = self._shared
-        with shared.lock:
-            return shared.scheduler.mailbox(camera).at(stamp_ns, tolerance_s)
+        with self._shared.lock:
+            return self._shared.scheduler.mailbox(camera).at(stamp_ns)
 
     def input_size(self, width: int, height: int) -> tuple[int, int] | None:
         """Width and height to which the loaded model brings an image of this size; None where that
@@ -234,39 +326,45 @@ class Engine(EngineLife):
         except VlmError:
             return None  # it is being freed
 
-    # -- requests on demand ------------------------------------------------------------------
+    def _heard(self, camera: str) -> bool:
+        """Note a sign of life, with the lock held; false for a camera that was not declared."""
+        shared = self._shared
+        if camera not in shared.scheduler.mailboxes:
+            shared.scheduler.refuse(camera, DropReason.UNKNOWN_CAMERA)
+            return False
+        now_ns = shared.clock()
+        shared.meter.arrivals[camera].add(now_ns, 1.0)
+        event = shared.watchdog.heard(camera, now_ns)
+        if event is not None:
+            shared.camera_events.append(event)
+            shared.timer.notify_all()
+        return True
 
-    def submit(
-        self,
-        request: InferenceRequest,
-        on_token: OnText | None = None,
-        max_frame_age_s: float | None = None,
-    ) -> Future[Result]:
+    # -- requests on demand --------------------------------------------------------------------
+
+    def submit(self, request: InferenceRequest, on_token: OnText | None = None) -> Future[Result]:
         """Ask once. The future always gives a `Result`, never raises: BUSY, NOT_ACTIVE,
-        DEADLINE_EXCEEDED, FRAME_TOO_OLD, TASK_NOT_SUPPORTED and so on are its `error`.
+        DEADLINE_EXCEEDED, TASK_NOT_SUPPORTED and so on are its `error`.
 
         Args:
             on_token: called with each new piece of text, on the model thread; not after the future
-            is done. max_frame_age_s: refuse when the frame is older by the time the model gets to
-            it; default: any age.
+                is done.
         """
         shared = self._shared
         future: Future[Result] = Future()
         future.set_running_or_notify_cancel()  # Future.cancel() would leave the model working
-        ticket = Ticket(
-            request, future=future, on_text=on_token, max_frame_age_s=max_frame_age_s or 0.0
-        )
+        pending = PendingRequest(request, future, on_token)
+        finished: list[Finished] = []
         with shared.lock:
             refusal = self._refusal(request)
             if refusal is None:
-                shared.queue.put(ticket)
+                shared.queue.append(pending)
                 shared.work.notify_all()
-                shared.ahead.notify_all()
+                shared.prefetch.notify_all()
                 shared.timer.notify_all()
-                ended = []
             else:
-                ended = shared.end([ticket], refusal)
-        shared.complete(ended)
+                finished = shared.finish([pending], refusal)
+        shared.deliver(finished)
         return future
 
     def cancel(self, request_id: str) -> bool:
@@ -276,38 +374,13 @@ class Engine(EngineLife):
         shared = self._shared
         with shared.lock:
             meant = [
-                ticket
-                for ticket in shared.waiting_tickets()
-                if ticket.request.request_id == request_id and not ticket.standing
+                pending
+                for pending in shared.unfinished()
+                if pending.request.request_id == request_id and not pending.standing
             ]
-            ended = shared.end(meant, cancelled(request_id))
-        shared.complete(ended)
-        return bool(ended)
-
-    def drain(self, timeout_s: float) -> bool:
-        """Wait until all is done: frames in lock-step, requests, runs, loads. False when time is
-        up.
-        """
-        shared = self._shared
-        return self._wait_idle(
-            lambda: (
-                not (
-                    shared.busy
-                    or len(shared.queue)
-                    or shared.scheduler.waiting
-                    or shared.jobs
-                    or shared.job
-                )
-            ),
-            timeout_s,
-        )
-
-    def poke(self) -> None:
-        """Look at the clock again: for tests with a clock of their own."""
-        with self._shared.lock:
-            self._shared.wake()
-
-    # -- inside ------------------------------------------------------------------------------
+            finished = shared.finish(meant, cancelled(request_id))
+        shared.deliver(finished)
+        return bool(finished)
 
     def _refusal(self, request: InferenceRequest) -> VlmError | None:
         shared = self._shared
@@ -322,19 +395,57 @@ class Engine(EngineLife):
                 f"model {shared.loaded.model} cannot do {request.task!r}",
                 f"It can do: {able}.",
             )
-        if request.deadline_ns is not None and shared.clock() >= request.deadline_ns:
+        if _expired(request, shared.clock()):
             return too_late(request.request_id)
-        return busy(shared.queue.size) if shared.queue.full else None
+        return busy(shared.config.queue_size) if shared.full else None
 
-    def _heard(self, camera: str) -> bool:
+
+class TimerThread:
+    """Ends requests that are past their deadline and reports silent cameras, however long the model
+    takes. Sleeps until the next deadline or camera timeout; ends when the engine stops.
+    """
+
+    def __init__(self, shared: SharedState) -> None:
+        self._shared = shared
+
+    def run(self) -> None:
+        """The thread's loop."""
         shared = self._shared
-        if camera not in shared.scheduler.mailboxes:
-            shared.scheduler.refuse(camera, DropReason.UNKNOWN_CAMERA)
-            return False
+        while True:
+            with shared.lock:
+                finished, events = self._due()
+                while not finished and not events:
+                    if shared.stopped:
+                        return
+                    shared.timer.wait(self._wait_s())
+                    finished, events = self._due()
+            shared.deliver(finished)
+            if shared.on_camera is not None:
+                for event in events:
+                    shared.call("on_camera", partial(shared.on_camera, event))
+            del finished, events  # they hold frames: not while waiting for the next
+
+    def _due(self) -> tuple[list[Finished], list[CameraEvent]]:
+        shared = self._shared
         now_ns = shared.clock()
-        shared.meter.arrived(camera, now_ns)
-        event = shared.watchdog.heard(camera, now_ns)
-        if event is not None:
-            shared.events.append(event)
-            shared.timer.notify_all()
-        return True
+        finished = [
+            one
+            for pending in shared.unfinished()
+            if _expired(pending.request, now_ns)
+            for one in shared.finish([pending], too_late(pending.request.request_id))
+        ]
+        events = [*shared.camera_events, *shared.watchdog.check(now_ns)]
+        shared.camera_events.clear()
+        return finished, events
+
+    def _wait_s(self) -> float | None:
+        shared = self._shared
+        deadlines = [pending.request.deadline_ns for pending in shared.unfinished()]
+        times = [at for at in (*deadlines, shared.watchdog.next_ns()) if at is not None]
+        if not times:
+            return None
+        return min(LONGEST_WAIT_S, max(0.0, to_s(min(times) - shared.clock())))
+
+
+def _expired(request: InferenceRequest, now_ns: int) -> bool:
+    return request.deadline_ns is not None and now_ns >= request.deadline_ns

@@ -1,43 +1,38 @@
-"""What the engine's two threads and its callers share, under one lock.
+"""What the engine's threads and its callers share, under one lock.
 
-Rules that keep it simple: one lock with three conditions; nobody calls out (callbacks, futures, the
-backend) while holding it; a ticket is ended under the lock by whoever is first, and completed
-outside it.
+Rules that keep it simple: one lock with four conditions; nobody calls out (callbacks, futures, the
+backend) while holding it; a request is finished under the lock by whoever is first, and its result
+delivered outside it.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
-from librobot_vlm_ros.core import (
-    EngineError,
-    ErrorCode,
-    Frame,
-    ModelAnswer,
-    ModelError,
-    Result,
-    VlmError,
-    as_vlm_error,
+from librobot_vlm_ros.core import EngineError, Frame, Result, VlmError, as_vlm_error
+from librobot_vlm_ros.runtime.config import EngineConfig, EngineState, to_s
+from librobot_vlm_ros.runtime.loader import KnowsInputSize, LoadJob, LoadReport, PreparesFrames
+from librobot_vlm_ros.runtime.pending_request import (
+    Outcome,
+    PendingRequest,
+    make_result,
+    not_active,
+    shutting_down,
 )
-from librobot_vlm_ros.runtime.config import EngineConfig, EngineState
-from librobot_vlm_ros.runtime.loader import LoadJob, LoadReport, UnloadJob, load_cancelled
-from librobot_vlm_ros.runtime.requests import RequestQueue, Ticket, not_active, shutting_down
-from librobot_vlm_ros.runtime.results import make_result
 from librobot_vlm_ros.runtime.scheduler import Scheduler
-from librobot_vlm_ros.runtime.stats import Meter
+from librobot_vlm_ros.runtime.stats import CameraStats, EngineStats, Meter, percentile
 from librobot_vlm_ros.runtime.watchdog import CameraEvent, Watchdog
 
-if TYPE_CHECKING:
-    from librobot_vlm_ros.runtime.prefetch import KnowsInputSize, PreparesFrames
-
 logger = logging.getLogger("librobot_vlm_ros.runtime")
+
+LONGEST_WAIT_S = 3600.0  # a condition cannot wait for ever and a day
 
 OnResult = Callable[[Result, Frame], None]
 OnFatal = Callable[[VlmError], None]
@@ -45,18 +40,18 @@ OnCamera = Callable[[CameraEvent], None]
 
 
 @dataclass(frozen=True)
-class Ended:
-    """A result that is settled and has to be told: to the future, or to `on_result` when there is
-    none.
+class Finished:
+    """A result that is settled and has to be delivered: to the future, or to `on_result` when
+    there is none.
     """
 
     result: Result
     frame: Frame
-    future: Future[Result] | None = None
+    future: Future[Result] | None
 
 
-class Shared:
-    """The engine's state. Methods that say so are called with `lock` held."""
+class SharedState:
+    """The engine's state; where it stands, as one word, is `EngineState`."""
 
     def __init__(
         self,
@@ -70,7 +65,7 @@ class Shared:
         self.lock = threading.Lock()
         self.work = threading.Condition(self.lock)  # the model thread waits here
         self.timer = threading.Condition(self.lock)  # the timer thread waits here
-        self.ahead = threading.Condition(self.lock)  # the thread that prepares frames waits here
+        self.prefetch = threading.Condition(self.lock)  # the prefetch thread waits here
         self.idle = threading.Condition(self.lock)  # callers wait here for a run to end
         self.config = config
         self.clock = clock
@@ -78,28 +73,28 @@ class Shared:
         self.on_fatal = on_fatal
         self.on_camera = on_camera
         self.scheduler = Scheduler(config)
-        self.queue = RequestQueue(config.queue_size)
-        self.meter = Meter(config.stats_window_s)
+        self.meter = Meter()
         self.watchdog = Watchdog()
         self.running = False
         self.stopped = False
         self.loaded: LoadReport | None = None  # the model itself belongs to its thread alone,
         self.prepares: PreparesFrames | None = None  # except for preparing frames
         self.sizes: KnowsInputSize | None = None  # and for its input size
-        self.preparing = False  # the ahead thread is in the model
+        self.preparing = False  # the prefetch thread is in the model
+        self.next_load: LoadJob | None = None
+        self.load: LoadJob | None = None  # in work
+        self.queue: list[PendingRequest] = []  # on-demand requests that wait, oldest first
+        self.in_flight: list[PendingRequest] = []
         self.frames_at_once = 1  # in the last batch of standing tasks
-        self.jobs: deque[LoadJob | UnloadJob] = deque()
-        self.job: LoadJob | UnloadJob | None = None
-        self.in_flight: list[Ticket] = []
-        self.busy = False  # the model thread runs a batch or tells its results
-        self.events: deque[CameraEvent] = deque()
+        self.busy = False  # the model thread runs a batch or delivers its results
+        self.camera_events: deque[CameraEvent] = deque()
 
     # -- with the lock held ----------------------------------------------------------------
 
     def load_in_progress(self) -> LoadJob | None:
-        """The load or switch that is wanted and not done."""
-        for job in (self.job, *self.jobs):
-            if isinstance(job, LoadJob) and not job.cancelled:
+        """The load that is wanted and not done."""
+        for job in (self.load, self.next_load):
+            if job is not None and not job.cancelled:
                 return job
         return None
 
@@ -113,41 +108,43 @@ class Shared:
             return EngineState.RUNNING
         return EngineState.UNLOADED if self.loaded is None else EngineState.PAUSED
 
-    def waiting_tickets(self) -> list[Ticket]:
-        """Those that nobody has answered yet."""
-        unended = (ticket for ticket in self.in_flight if not ticket.ended)
-        return [*self.queue.tickets(), *unended]
+    @property
+    def full(self) -> bool:
+        """Whether the next on-demand request is refused as BUSY."""
+        return len(self.queue) >= self.config.queue_size
 
-    def end(
-        self,
-        tickets: Iterable[Ticket],
-        outcome: ModelAnswer | VlmError,
-        batch_size: int = 1,
-    ) -> list[Ended]:
-        """Settle these, unless somebody was first. Pass what comes back to `complete`, without the
+    def unfinished(self) -> list[PendingRequest]:
+        """Requests that nobody has answered yet."""
+        return self.queue + [pending for pending in self.in_flight if not pending.finished]
+
+    def dequeue(self, requests: Iterable[PendingRequest]) -> None:
+        """These wait no more: they have begun, or have finished without beginning."""
+        gone = set(requests)
+        self.queue = [pending for pending in self.queue if pending not in gone]
+
+    def finish(
+        self, requests: Iterable[PendingRequest], outcome: Outcome, batch_size: int = 1
+    ) -> list[Finished]:
+        """Settle these, unless somebody was first. Pass what comes back to `deliver`, without the
         lock.
         """
         now_ns = self.clock()
-        fresh = [ticket for ticket in tickets if not ticket.ended]
-        self.queue.take(fresh)
-        ended = []
-        for ticket in fresh:
-            ticket.ended = True
+        fresh = [pending for pending in requests if not pending.finished]
+        self.dequeue(fresh)
+        finished = []
+        for pending in fresh:
+            pending.finished = True
+            frame = pending.request.frame
             result = make_result(
-                ticket.request,
-                outcome,
-                model=self.loaded,
-                now_ns=now_ns,
-                batch_size=batch_size,
+                pending.request, outcome, model=self.loaded, now_ns=now_ns, batch_size=batch_size
             )
-            camera = ticket.request.frame.camera
-            known = camera if camera in self.scheduler.mailboxes else ""
+            known = frame.camera if frame.camera in self.scheduler.mailboxes else ""
             self.meter.delivered(known, outcome, result.info.age_s, now_ns)
-            ended.append(Ended(result, ticket.request.frame, ticket.future))
-        return ended
+            finished.append(Finished(result, frame, pending.future))
+        return finished
 
-    def hold(self, error: EngineError | None = None) -> list[Ended]:
-        """Take no more work, give up what there is. The result goes to `complete`.
+    def pause(self, error: EngineError | None = None) -> list[Finished]:
+        """Take no more work, give up what there is. The results go to `deliver`.
 
         What a standing task was doing is dropped without a word: it was not asked for by anybody in
         particular.
@@ -155,50 +152,97 @@ class Shared:
         if error is None:
             error = shutting_down() if self.stopped else not_active("paused")
         self.running = False
-        for ticket in self.in_flight:
-            if ticket.standing:
-                ticket.ended = True
-        ended = self.end(self.waiting_tickets(), error)
-        self.scheduler.hold()
+        for pending in self.in_flight:
+            if pending.standing:
+                pending.finished = True
+        finished = self.finish(self.unfinished(), error)
+        self.scheduler.pause()
         self.watchdog.pause()
-        self.wake()
-        return ended
+        self.wake_all()
+        return finished
 
-    def cancel_loads(self, *, roll_back: bool) -> list[LoadJob]:
-        """Give up loads; pass them to `fail_loads`, without the lock."""
-        given_up = []
-        for job in (self.job, *self.jobs):
-            if isinstance(job, LoadJob):
+    def cancel_load(self, *, roll_back: bool) -> LoadJob | None:
+        """Give up the load that is wanted; its future is for the caller to fail, without the lock.
+
+        None when there is none, or when it is settled already.
+        """
+        for job in (self.load, self.next_load):
+            if job is not None:
                 job.roll_back = job.roll_back and roll_back
-                if not job.settled and not job.cancelled:
-                    job.cancelled = True
-                    given_up.append(job)
-        self.jobs = deque(
-            job for job in self.jobs if not (isinstance(job, LoadJob) and job.cancelled)
-        )
-        return given_up
+        job = self.load_in_progress()
+        if job is None or job.settled:
+            return None
+        job.cancelled = True
+        self.next_load = None
+        return job
 
-    def wake(self) -> None:
+    def wake_all(self) -> None:
         """Something changed that anybody may wait for."""
         self.work.notify_all()
         self.timer.notify_all()
-        self.ahead.notify_all()
+        self.prefetch.notify_all()
         self.idle.notify_all()
+
+    def stats(self) -> EngineStats:
+        """The engine's health as one frozen picture."""
+        now_ns = self.clock()
+        meter, scheduler, watchdog, model = self.meter, self.scheduler, self.watchdog, self.loaded
+        mailboxes = scheduler.mailboxes
+        ages = {name: window.values(now_ns) for name, window in meter.ages.items()}
+        all_ages = [age for of_camera in ages.values() for age in of_camera]
+        times = meter.times.values(now_ns)
+        cameras = {
+            name: CameraStats(
+                received=box.received,
+                processed=box.processed,
+                dropped={reason.value: count for reason, count in box.dropped.items()},
+                stale=watchdog.cameras[name].stale,
+                silent_s=watchdog.cameras[name].silent_s(now_ns),
+                rate_hz=meter.arrivals[name].rate_hz(now_ns),
+                age_p50_s=percentile(ages.get(name, ()), 50),
+                age_p99_s=percentile(ages.get(name, ()), 99),
+            )
+            for name, box in mailboxes.items()
+        }
+        return EngineStats(
+            state=self.state(),
+            model=model.model if model is not None else "",
+            revision=model.revision if model is not None else "",
+            device=model.device if model is not None else "",
+            dtype=model.dtype if model is not None else "",
+            frames_received=scheduler.unknown_frames + sum(b.received for b in mailboxes.values()),
+            frames_processed=sum(box.processed for box in mailboxes.values()),
+            dropped=scheduler.drops(),
+            results=meter.results,
+            errors=dict(meter.errors),
+            age_p50_s=percentile(all_ages, 50),
+            age_p99_s=percentile(all_ages, 99),
+            inference_p50_s=percentile(times, 50),
+            inference_p99_s=percentile(times, 99),
+            tokens_per_s=meter.tokens_per_s(now_ns),
+            queue_depth=len(self.queue),
+            in_flight=meter.in_flight,
+            busy_s=_seconds_since(meter.run_started_ns, now_ns, never=0.0),
+            memory_bytes=meter.memory_bytes,
+            free_bytes=meter.free_bytes,
+            features_shared=meter.frame_counts.get("hits", 0),
+            features_computed=meter.frame_counts.get("misses", 0),
+            prepared_ahead=meter.frame_counts.get("ahead", 0),
+            last_error="" if meter.last_error is None else str(meter.last_error),
+            last_error_age_s=_seconds_since(meter.last_error_ns, now_ns, never=math.nan),
+            idle_tasks=scheduler.idle,
+            cameras=cameras,
+        )
 
     # -- without the lock ------------------------------------------------------------------
 
-    def complete(self, ended: Iterable[Ended]) -> None:
-        """Tell results to whom they are for."""
-        for item in ended:
+    def deliver(self, finished: Iterable[Finished]) -> None:
+        """Hand results to whom they are for."""
+        for item in finished:
             if item.future is not None:
                 item.future.set_result(item.result)
             elif self.on_result is not None:
                 self.call("on_result", partial(self.on_result, item.result, item.frame))
-
-    def fail_loads(self, jobs: Iterable[LoadJob], error: VlmError | None = None) -> None:
-        """Tell those who wait for a load that was given up."""
-        for job in jobs:
-            job.future.set_exception(error or load_cancelled(job.name))
 
     def call(self, name: str, callback: Callable[[], None]) -> None:
         """Call out; an exception there is logged and counted and goes no further."""
@@ -210,8 +254,5 @@ class Shared:
                 self.meter.failed(as_vlm_error(exc), self.clock())
 
 
-def no_model() -> ModelError:
-    """Nothing is loaded."""
-    return ModelError(
-        ErrorCode.MODEL_NOT_LOADED, "no model is loaded", "Configure the node, or load one."
-    )
+def _seconds_since(start_ns: int | None, now_ns: int, *, never: float) -> float:
+    return never if start_ns is None else max(0.0, to_s(now_ns - start_ns))

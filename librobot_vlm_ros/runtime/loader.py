@@ -1,4 +1,4 @@
-"""Loading, switching and freeing models, on the thread that owns them.
+"""Loading, switching and freeing models, on the thread that owns them, and the memory they take.
 
 `Loader` is used by the model thread only. What others see of a load is its `LoadJob`, whose flags
 the engine's lock guards.
@@ -7,6 +7,7 @@ the engine's lock guards.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import time
 import traceback
@@ -14,15 +15,8 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any, Protocol, runtime_checkable
 
-from librobot_vlm_ros.core import (
-    ErrorCode,
-    ModelError,
-    VlmError,
-    as_vlm_error,
-)
+from librobot_vlm_ros.core import ErrorCode, Frame, ModelError, VlmError, as_vlm_error
 from librobot_vlm_ros.models.backend import VlmBackend
-from librobot_vlm_ros.runtime.batch_executor import forget_frames
-from librobot_vlm_ros.runtime.garbage import collect
 
 logger = logging.getLogger("librobot_vlm_ros.runtime")
 
@@ -40,12 +34,60 @@ class BackendFactory(Protocol):
         """Give the loaded model; once `should_cancel()` is true, LOAD_CANCELLED may be raised."""
 
 
+# -- what a backend may be able to do besides what every `VlmBackend` does -----------------------
+
+
 @runtime_checkable
 class KnowsFreeMemory(Protocol):
     """A backend that can tell how much memory is left where it lives."""
 
     def free_memory(self) -> int | None:
         """Free bytes; None where that is not known."""
+
+
+@runtime_checkable
+class FreesCaches(Protocol):
+    """A backend that can give back memory which it keeps between requests."""
+
+    def free_caches(self) -> None:
+        """Drop caches; the next request is slower, its answer the same."""
+
+
+@runtime_checkable
+class PreparesFrames(Protocol):
+    """A backend that can do part of a frame's work before the frame's first request."""
+
+    @property
+    def prepares_ahead(self) -> bool:
+        """Whether that pays: not where it would only take the cores that `run` computes on."""
+
+    def prepare_frame(self, frame: Frame) -> None:
+        """Make what does not need the model, such as resizing; called beside `run`, on another
+        thread. What it raises is not told: the frame's requests will meet it again.
+        """
+
+
+@runtime_checkable
+class CountsFrames(Protocol):
+    """A backend that tells how often the work on a frame was shared."""
+
+    def frame_counts(self) -> Mapping[str, int]:
+        """Since it was made: `hits`, requests that shared features of their frame; `misses`, that
+        had them computed; `ahead`, frames prepared before their first request.
+        """
+
+
+@runtime_checkable
+class KnowsInputSize(Protocol):
+    """A backend that can tell how much of an image it looks at."""
+
+    def input_size(self, width: int, height: int) -> tuple[int, int] | None:
+        """Width and height that an image of this size is brought to, if its size decides nothing
+        else; None where less of it would change more than sharpness. Called from any thread.
+        """
+
+
+# -- loading -------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,22 +99,18 @@ class LoadReport:
     device: str
     dtype: str
     tasks: frozenset[str]
-    embedding_dim: int
-    memory_bytes: int
     load_s: float
     """Seconds from the start of loading until the model was warm."""
-    beside: bool
-    """Whether the model before it was kept until this one was ready."""
 
 
 @dataclasses.dataclass
 class LoadJob:
-    """One load or switch on its way. `settled` and `cancelled` never both become true."""
+    """One load on its way. `settled` and `cancelled` never both become true."""
 
     name: str
     options: Mapping[str, Any]
     required_bytes: int | None = None
-    beside: bool | None = None
+    """Memory that the model needs beside the present one; None = as much as that."""
     future: Future[LoadReport] = dataclasses.field(default_factory=Future)
     cancelled: bool = False
     settled: bool = False
@@ -80,27 +118,13 @@ class LoadJob:
     """Turned off when the engine wants no model any more."""
 
 
-@dataclasses.dataclass
-class UnloadJob:
-    """Free the model."""
-
-    future: Future[None] = dataclasses.field(default_factory=Future)
-
-
 class Loader:
     """Holds the model, if there is one."""
 
-    def __init__(
-        self,
-        factory: BackendFactory,
-        *,
-        free_memory: Callable[[], int | None] | None = None,
-        warm_up: bool = True,
-    ) -> None:
+    def __init__(self, factory: BackendFactory, *, warm_up: bool = True) -> None:
         self.backend: VlmBackend | None = None
         self.report: LoadReport | None = None
         self._factory = factory
-        self._free_memory = free_memory
         self._warm_up = warm_up
         self._name = ""
         self._options: Mapping[str, Any] = {}
@@ -115,52 +139,46 @@ class Loader:
         Raises `VlmError`.
         """
         had_model = self.backend is not None
-        beside = self.backend is not None and self._keep(self.backend, job)
-        if not beside:
-            self._drop()
-        try:
-            new, report = self._ready(job, commit)
-        except VlmError as error:
-            if not had_model:
-                raise
-            if not beside:
-                self._restore(job, error)
-                raise
-            if error.code != ErrorCode.OUT_OF_MEMORY or job.beside or job.cancelled:
-                raise
-            logger.warning("%s did not fit beside %s: freeing that first", job.name, self._name)
-            beside = False
-            self._drop()
+        built = None
+        if self.backend is not None and self._room_for_both(self.backend, job):
             try:
-                new, report = self._ready(job, commit)
-            except VlmError as second:
-                self._restore(job, second)
+                built = self._build_for(job, commit)
+            except VlmError as error:
+                if error.code != ErrorCode.OUT_OF_MEMORY or job.cancelled:
+                    raise
+                logger.warning("%s did not fit beside %s: freeing that first", job.name, self._name)
+        if built is None:
+            self.unload()
+            try:
+                built = self._build_for(job, commit)
+            except VlmError as error:
+                if had_model:
+                    self._restore(job, error)
                 raise
-        self._drop()
-        report = dataclasses.replace(report, beside=beside)
-        return self._adopt(new, report, job.name, job.options)
+        self.unload()
+        return self._adopt(built, job.name, job.options)
 
     def unload(self) -> None:
         """Free the model; fine when there is none."""
-        self._drop()
+        if self.backend is not None:
+            _close(self.backend)
+            self.backend = None
+            self.report = None
+            collect()
 
-    def _keep(self, old: VlmBackend, job: LoadJob) -> bool:
-        """Is there memory for both?"""
-        if job.beside is not None:
-            return job.beside
-        if self._free_memory is not None:
-            free = self._free_memory()
-        elif _elsewhere(job.options.get("device"), old.device):
+    def _room_for_both(self, old: VlmBackend, job: LoadJob) -> bool:
+        """Is there memory for the new model beside the old one?"""
+        if _elsewhere(job.options.get("device"), old.device):
             # The old one is in nobody's way there; should it not fit, OUT_OF_MEMORY says so.
             return True
-        elif str(job.options.get("device")) == "cpu":
+        if str(job.options.get("device")) == "cpu":
             free = available_memory_bytes()
         else:
             free = free_memory_of(old)
         required = job.required_bytes if job.required_bytes is not None else old.memory_bytes()
         return free is not None and required * HEADROOM <= free
 
-    def _ready(self, job: LoadJob, commit: Callable[[], bool]) -> tuple[VlmBackend, LoadReport]:
+    def _build_for(self, job: LoadJob, commit: Callable[[], bool]) -> tuple[VlmBackend, LoadReport]:
         new, report = self._build(job.name, job.options, lambda: job.cancelled)
         if not commit():
             _close(new)
@@ -185,34 +203,28 @@ class Loader:
             logger.debug("loading %s failed:\n%s", name, traceback.format_exc())
             if backend is not None:
                 _close(backend)
-            error = forget_frames(as_vlm_error(exc))
+            error = forget_tracebacks(as_vlm_error(exc))
         backend = None
         collect()  # a half-built model sits in reference cycles
         raise error
 
     def _restore(self, job: LoadJob, reason: VlmError) -> None:
-        """Load the model that was dropped again."""
+        """Load the model that was freed again."""
         if not job.roll_back:
             return
         logger.warning("switching failed (%s): loading %s again", reason, self._name)
         try:
-            new, report = self._build(self._name, self._options, lambda: not job.roll_back)
-            self._adopt(new, report, self._name, self._options)
+            built = self._build(self._name, self._options, lambda: not job.roll_back)
+            self._adopt(built, self._name, self._options)
         except VlmError as error:
             logger.error("the model before, %s, cannot be loaded again: %s", self._name, error)
 
     def _adopt(
-        self, backend: VlmBackend, report: LoadReport, name: str, options: Mapping[str, Any]
+        self, built: tuple[VlmBackend, LoadReport], name: str, options: Mapping[str, Any]
     ) -> LoadReport:
-        self.backend, self.report, self._name, self._options = backend, report, name, options
-        return report
-
-    def _drop(self) -> None:
-        if self.backend is not None:
-            _close(self.backend)
-            self.backend = None
-            self.report = None
-            collect()
+        self.backend, self.report = built
+        self._name, self._options = name, options
+        return built[1]
 
 
 def load_cancelled(name: str) -> ModelError:
@@ -229,6 +241,27 @@ def _elsewhere(asked: object, present: str) -> bool:
     name, _, number = str(asked).partition(":")
     present_name, _, present_number = present.partition(":")
     return name != "cpu" and (name, number or "0") != (present_name, present_number or "0")
+
+
+def _close(backend: VlmBackend) -> None:
+    try:
+        backend.close()
+    except Exception as error:
+        logger.error("closing model %s failed: %s", backend.name, as_vlm_error(error))
+
+
+def _report(backend: VlmBackend, load_s: float) -> LoadReport:
+    return LoadReport(
+        model=backend.name,
+        revision=backend.revision,
+        device=backend.device,
+        dtype=backend.dtype,
+        tasks=frozenset(backend.tasks),
+        load_s=load_s,
+    )
+
+
+# -- memory: what is left, and giving it back ----------------------------------------------------
 
 
 def free_memory_of(backend: VlmBackend) -> int | None:
@@ -256,22 +289,44 @@ def available_memory_bytes() -> int | None:
     return None
 
 
-def _close(backend: VlmBackend) -> None:
-    try:
-        backend.close()
-    except Exception as error:
-        logger.error("closing model %s failed: %s", backend.name, as_vlm_error(error))
+def settle() -> None:
+    """Free what sits in reference cycles, and leave all else out of later garbage collections.
+
+    A full collection looks at every object there is: with torch and a model a tenth of a second and
+    more, in which nothing else runs. Called once everything is loaded, collections are short from
+    then on. It is about the whole process: for a program to call, not for a library.
+    """
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
-def _report(backend: VlmBackend, load_s: float) -> LoadReport:
-    return LoadReport(
-        model=backend.name,
-        revision=backend.revision,
-        device=backend.device,
-        dtype=backend.dtype,
-        tasks=frozenset(backend.tasks),
-        embedding_dim=backend.embedding_dim,
-        memory_bytes=backend.memory_bytes(),
-        load_s=load_s,
-        beside=False,
-    )
+def collect() -> None:
+    """Free what sits in reference cycles, also of what `settle` left out (such as a model)."""
+    if gc.get_freeze_count():
+        settle()
+    else:
+        gc.collect()
+
+
+def free_caches(backend: object) -> None:
+    """Give back what can be given back; errors are logged, not raised."""
+    if isinstance(backend, FreesCaches):
+        try:
+            backend.free_caches()
+        except Exception as error:
+            logger.error("freeing the model's caches failed: %s", as_vlm_error(error))
+    collect()
+
+
+def forget_tracebacks(error: VlmError) -> VlmError:
+    """`error` without the tracebacks in its chain: they would keep models and tensors alive as long
+    as somebody holds the error (statistics keep the last one).
+    """
+    link: BaseException | None = error
+    seen: set[int] = set()
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+    return error

@@ -12,12 +12,14 @@ from collections import Counter, deque
 from librobot_vlm_ros.core import ErrorCode, Frame, RequestError
 from librobot_vlm_ros.runtime.config import DropReason, to_ns, to_s
 
-# Frames of a camera that were prepared lately and may still be the best choice.
-_BEGUN = 3
+# Pixels of the history, at most: frames of a large camera are forgotten sooner.
+HISTORY_BYTES = 64 * 1024 * 1024
+# Frames of a camera that were prefetched lately and may still be the best choice.
+_MAX_PREFETCHED = 3
 
 
 @dataclasses.dataclass
-class _Begun:
+class _Prefetched:
     """A frame that is being prepared for the model, or is ready."""
 
     frame: Frame
@@ -29,110 +31,97 @@ class _Begun:
 class Mailbox:
     """Newest frame of one camera and the frames before it, bounded in number and in bytes."""
 
-    def __init__(self, camera: str, *, history_frames: int, history_bytes: int) -> None:
+    def __init__(self, camera: str, history_frames: int) -> None:
         self.camera = camera
         self.received = 0
         self.processed = 0
         self.dropped: Counter[DropReason] = Counter()
         self.newest: Frame | None = None
         self.period_ns = 0  # between the arrivals of the last two frames
-        self._used = True
-        self._taken_ns = 0  # arrival of the frame that the model was given last
-        self._begun: deque[_Begun] = deque(maxlen=_BEGUN)
+        self.prefetched_ns = 0  # when preparing a newest frame was begun last
+        self._used = True  # the newest frame was processed or dropped
+        self._last_used_ns = 0  # arrival of the frame that the model was given last
+        self._prefetched: deque[_Prefetched] = deque(maxlen=_MAX_PREFETCHED)
         self._history: deque[Frame] = deque()
         self._history_frames = history_frames
-        self._history_bytes = history_bytes
-        self._bytes = 0
+        self._history_bytes = 0
 
     def offer(self, frame: Frame, *, wanted: bool) -> None:
         """Make `frame` the newest; `wanted`: was a task waiting for the frame it replaces?"""
         self.received += 1
         if not self._used:
             reason = DropReason.REPLACED if wanted else DropReason.NOT_DUE
-            self.drop(reason)
-            for begun in self._begun:
-                if begun.frame is self.newest:
-                    begun.dropped = reason
+            self.dropped[reason] += 1
+            for prefetched in self._prefetched:
+                if prefetched.frame is self.newest:
+                    prefetched.dropped = reason
         if self.newest is not None:
             self.period_ns = max(0, frame.received_ns - self.newest.received_ns)
         self.newest = frame
         self._used = False
         self._remember(frame)
 
-    def keep(self, frame: Frame) -> None:
-        """Take a frame that is handed to the model at once (lock-step): history and counts only."""
+    def record(self, frame: Frame) -> None:
+        """Count and remember a frame that waits elsewhere for its turn (lock-step)."""
         self.received += 1
         self.newest = frame
         self._used = True
         self._remember(frame)
 
     def refuse(self, reason: DropReason) -> None:
-        """A frame came and was not taken."""
+        """A frame came and was not accepted."""
         self.received += 1
-        self.drop(reason)
+        self.dropped[reason] += 1
 
-    def drop(self, reason: DropReason, count: int = 1) -> None:
-        """A frame counted before is not going to be processed."""
-        self.dropped[reason] += count
+    def prefetching(self, frame: Frame, now_ns: int) -> None:
+        """The newest frame is being prepared for the model from now on."""
+        self.prefetched_ns = now_ns
+        self._prefetched.append(_Prefetched(frame, now_ns))
 
-    def begin(self, frame: Frame, now_ns: int) -> None:
-        """The newest frame is being prepared for the model."""
-        self._begun.append(_Begun(frame, now_ns))
-
-    def choice(self, now_ns: int, prepare_ns: int) -> Frame | None:
-        """The frame to give the model now: the newest, unless an earlier one has been begun.
+    def best(self, now_ns: int, prepare_ns: int) -> Frame | None:
+        """The frame to give the model now: the newest, unless an earlier one has been prefetched.
 
         Preparing takes `prepare_ns`. A frame's age when the model starts on it and the time that
-        the model waits for it count alike. Never one that came before a frame that was taken.
+        the model waits for it count alike. Never one that came before a frame that was used.
         """
         if self.newest is None or self._used:
             return self.newest
         best, cost_ns = self.newest, 2 * prepare_ns - self.newest.received_ns
-        for begun in self._begun:
-            left_ns = max(0, begun.since_ns + prepare_ns - now_ns)
-            begun_ns = 2 * left_ns - begun.frame.received_ns
-            if begun.frame.received_ns > self._taken_ns and begun_ns < cost_ns:
-                best, cost_ns = begun.frame, begun_ns
+        for prefetched in self._prefetched:
+            frame = prefetched.frame
+            left_ns = max(0, prefetched.since_ns + prepare_ns - now_ns)
+            if frame.received_ns > self._last_used_ns and 2 * left_ns - frame.received_ns < cost_ns:
+                best, cost_ns = frame, 2 * left_ns - frame.received_ns
         return best
 
-    def take(self, frame: Frame | None = None) -> Frame | None:
-        """Give the model the `frame` (default: the newest), which counts as processed from now on.
-
-        The newest stays for tasks due later.
-        """
-        frame = frame if frame is not None else self.newest
-        if frame is None:
-            return None
+    def use(self, frame: Frame) -> None:
+        """The model is given `frame`, which counts as processed; the newest stays for others."""
         if frame is self.newest:
             self.processed += not self._used
             self._used = True
         else:
             self.processed += 1
-            for begun in self._begun:
-                if begun.frame is frame and begun.dropped is not None:
-                    self.dropped[begun.dropped] -= 1
-        self._taken_ns = frame.received_ns
-        self._begun = deque(
-            (item for item in self._begun if item.frame.received_ns > self._taken_ns), _BEGUN
+            for prefetched in self._prefetched:
+                if prefetched.frame is frame and prefetched.dropped is not None:
+                    self.dropped[prefetched.dropped] -= 1
+        self._last_used_ns = frame.received_ns
+        self._prefetched = deque(
+            (one for one in self._prefetched if one.frame.received_ns > self._last_used_ns),
+            _MAX_PREFETCHED,
         )
-        return frame
 
     def expire(self, now_ns: int, max_age_s: float) -> bool:
         """Drop an unused newest frame older than `max_age_s` (0: never); True when too old."""
         frame = self.newest
         if frame is None or max_age_s <= 0 or now_ns - frame.received_ns <= to_ns(max_age_s):
             return False
-        if not self._used:
-            self._used = True
-            self.drop(DropReason.TOO_OLD)
+        self._drop_unused(DropReason.TOO_OLD)
         return True
 
     def discard(self, reason: DropReason) -> None:
         """Give up an unused newest frame (the engine was paused); queries may still ask for it."""
-        self._begun.clear()
-        if not self._used:
-            self._used = True
-            self.drop(reason)
+        self._prefetched.clear()
+        self._drop_unused(reason)
 
     def latest(self, now_ns: int, max_age_s: float) -> Frame:
         """The newest frame, at most `max_age_s` old (0: any age).
@@ -156,47 +145,33 @@ class Mailbox:
             )
         return frame
 
-    def at(self, stamp_ns: int, tolerance_s: float) -> Frame:
-        """The frame in the history with the nearest stamp. Raises `RequestError` NO_FRAME."""
-        best = min(self._history, key=lambda frame: abs(frame.stamp_ns - stamp_ns), default=None)
-        if best is not None and abs(best.stamp_ns - stamp_ns) <= to_ns(tolerance_s):
-            return best
-        if best is None:
-            held = "no frame is held"
-        else:
+    def at(self, stamp_ns: int) -> Frame:
+        """The frame in the history with this stamp. Raises `RequestError` NO_FRAME."""
+        held = "no frame is held"
+        if self._history:
+            nearest = min(self._history, key=lambda frame: abs(frame.stamp_ns - stamp_ns))
+            if nearest.stamp_ns == stamp_ns:
+                return nearest
             stamps = [frame.stamp_ns for frame in self._history]
             held = (
                 f"held are {len(stamps)} frames stamped {min(stamps)} to {max(stamps)} ns, "
-                f"the nearest {to_s(abs(best.stamp_ns - stamp_ns)):.3f} s away"
+                f"the nearest {to_s(abs(nearest.stamp_ns - stamp_ns)):.3f} s away"
             )
         raise RequestError(
             ErrorCode.NO_FRAME,
-            f"camera {self.camera!r} has no frame of stamp {stamp_ns} ns within "
-            f"{tolerance_s:g} s; {held}",
-            "Ask sooner, widen the tolerance, or keep a longer history.",
+            f"camera {self.camera!r} has no frame of stamp {stamp_ns} ns; {held}",
+            "Ask sooner, or keep a longer history.",
         )
 
-    def resize(self, *, history_frames: int, history_bytes: int) -> None:
-        """Change how much history is kept, while frames come in."""
-        self._history_frames = history_frames
-        self._history_bytes = history_bytes
-        self._trim()
-
-    def clear(self) -> None:
-        """Forget all frames; counts stay."""
-        self.newest = None
-        self._used = True
-        self._begun.clear()
-        self._history.clear()
-        self._bytes = 0
+    def _drop_unused(self, reason: DropReason) -> None:
+        if not self._used:
+            self._used = True
+            self.dropped[reason] += 1
 
     def _remember(self, frame: Frame) -> None:
         self._history.append(frame)
-        self._bytes += frame.pixels.nbytes
-        self._trim()
-
-    def _trim(self) -> None:
+        self._history_bytes += frame.pixels.nbytes
         while self._history and (
-            len(self._history) > self._history_frames or self._bytes > self._history_bytes
+            len(self._history) > self._history_frames or self._history_bytes > HISTORY_BYTES
         ):
-            self._bytes -= self._history.popleft().pixels.nbytes
+            self._history_bytes -= self._history.popleft().pixels.nbytes

@@ -1,32 +1,34 @@
 """The thread that owns the model: loads it, runs it, frees it, one thing after the other.
 
-Loading and freeing come first; what is run after them, `selection` chooses.
+Loading comes first; which batch is run after it, `BatchSelector` chooses.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Mapping
 
-from librobot_vlm_ros.core import (
-    ModelAnswer,
-    VlmError,
-    as_vlm_error,
-)
+from librobot_vlm_ros.core import ModelAnswer, VlmError, as_vlm_error
 from librobot_vlm_ros.models.backend import VlmBackend
 from librobot_vlm_ros.runtime.batch_executor import Run, run_batch
-from librobot_vlm_ros.runtime.batching import BatchPlanner
+from librobot_vlm_ros.runtime.batching import Batch, BatchPlanner, BatchSelector
 from librobot_vlm_ros.runtime.config import to_ns
-from librobot_vlm_ros.runtime.engine_state import Ended, Shared, no_model
-from librobot_vlm_ros.runtime.loader import Loader, LoadJob, UnloadJob, free_memory_of
-from librobot_vlm_ros.runtime.prefetch import CountsFrames, KnowsInputSize, PreparesFrames
-from librobot_vlm_ros.runtime.requests import Ticket
-from librobot_vlm_ros.runtime.selection import Batch, Selector
+from librobot_vlm_ros.runtime.engine_state import Finished, SharedState
+from librobot_vlm_ros.runtime.loader import (
+    CountsFrames,
+    KnowsInputSize,
+    Loader,
+    LoadJob,
+    PreparesFrames,
+    free_memory_of,
+)
+from librobot_vlm_ros.runtime.pending_request import PendingRequest
 
 logger = logging.getLogger("librobot_vlm_ros.runtime")
 
-MEMORY_LOOK_NS = to_ns(1.0)
+# Failures of the model in a row before `on_fatal`.
+FATAL_AFTER = 3
+MEASURE_MEMORY_EVERY_NS = to_ns(1.0)
 # Preparing a frame takes milliseconds; a model is not kept from going by one that hangs.
 PREPARING_S = 5.0
 
@@ -34,17 +36,17 @@ PREPARING_S = 5.0
 class ModelThread:
     """Runs until the engine stops; then frees the model and ends."""
 
-    def __init__(self, shared: Shared, loader: Loader) -> None:
+    def __init__(self, shared: SharedState, loader: Loader) -> None:
         self._shared = shared
         self._loader = loader
         self._planner = BatchPlanner()
-        self._selector = Selector(shared, self._planner)
-        self._memory_seen_ns = 0
-        self.thread = threading.Thread(target=self._main, name="vlm-model", daemon=True)
+        self._selector = BatchSelector(shared, self._planner)
+        self._memory_measured_ns = 0
 
     # -- the loop --------------------------------------------------------------------------
 
-    def _main(self) -> None:
+    def run(self) -> None:
+        """The thread's loop."""
         shared = self._shared
         while True:
             with shared.lock:
@@ -53,96 +55,88 @@ class ModelThread:
                     shared.idle.notify_all()
                     shared.work.wait(self._selector.wait_s())
                     action = self._next()
-                if shared.stopped:
+                if shared.stopped or action is None:
                     break
-                if isinstance(action, Batch):
-                    shared.busy = True
+                if isinstance(action, LoadJob):
+                    shared.load = action
                 else:
-                    shared.job = action
+                    shared.busy = True
             try:
                 if isinstance(action, LoadJob):
                     self._load(action)
-                elif isinstance(action, UnloadJob):
-                    self._unload(action)
-                elif isinstance(action, Batch):
+                else:
                     self._run(action)
             except BaseException as exc:  # a defect of ours must not take the node down
                 self._survive(as_vlm_error(exc))
             del action  # it holds frames: not while waiting for the next
             with shared.lock:
-                shared.job = None
+                shared.load = None
                 shared.busy = False
                 shared.in_flight = []
                 shared.idle.notify_all()
-        self._have_it_alone()
+        self._end_prefetching()
         self._loader.unload()
         with shared.lock:
             self._show_model()
-            shared.scheduler.clear()
 
-    def _next(self) -> LoadJob | UnloadJob | Batch | None:
-        jobs = self._shared.jobs
-        return jobs.popleft() if jobs else self._selector.take()
+    def _next(self) -> LoadJob | Batch | None:
+        shared = self._shared
+        if shared.next_load is not None:
+            job, shared.next_load = shared.next_load, None
+            return job
+        return self._selector.next_batch()
 
-    # -- doing, without the lock -------------------------------------------------------------
+    # -- running batches, without the lock ---------------------------------------------------
 
     def _run(self, batch: Batch) -> None:
-        shared = self._shared
-        shared.complete(batch.refused)
-        backend = self._loader.backend
-        if backend is None:
-            with shared.lock:
-                ended = shared.end(batch.tickets, no_model())
-            shared.complete(ended)
-            return
+        shared, backend = self._shared, self._loader.backend
+        assert backend is not None  # nothing is selected without a model
         most = shared.config.max_batch
-        for start in range(0, len(batch.tickets), most):
-            tickets = [ticket for ticket in batch.tickets[start : start + most] if not ticket.ended]
-            if not tickets:
+        for start in range(0, len(batch.requests), most):
+            part = [one for one in batch.requests[start : start + most] if not one.finished]
+            if not part:
                 continue
             with shared.lock:
-                shared.meter.run_began(len(tickets), shared.clock())
-                shared.ahead.notify_all()
-            run = run_batch(backend, tickets)
-            self._account(batch, tickets, run, _frame_counts(backend))
-            for ticket, outcome in zip(tickets, run.outcomes, strict=True):
+                shared.meter.run_began(len(part), shared.clock())
+                shared.prefetch.notify_all()
+            run = run_batch(backend, part)
+            self._account(batch, part, run, _frame_counts(backend))
+            for pending, outcome in zip(part, run.outcomes, strict=True):
                 with shared.lock:
-                    ended = shared.end([ticket], outcome, run.batch_size)
-                shared.complete(ended)
+                    finished = shared.finish([pending], outcome, len(part))
+                shared.deliver(finished)
 
     def _account(
-        self, batch: Batch, tickets: list[Ticket], run: Run, frame_counts: Mapping[str, int]
+        self, batch: Batch, part: list[PendingRequest], run: Run, frame_counts: Mapping[str, int]
     ) -> None:
-        shared = self._shared
+        """Learn from a run; after too many failures in a row pause the engine and say so."""
+        shared, meter = self._shared, self._shared.meter
         answers = [outcome for outcome in run.outcomes if isinstance(outcome, ModelAnswer)]
-        fatal: VlmError | None = None
-        ended: list[Ended] = []
+        failure = run.failure
+        fatal = False
+        finished: list[Finished] = []
         with shared.lock:
             now_ns = shared.clock()
-            tokens = sum(answer.generated_tokens for answer in answers)
-            shared.meter.run_ended(run.seconds, tokens, now_ns)
-            shared.meter.frame_counts = frame_counts
+            meter.run_ended(run.seconds, sum(one.generated_tokens for one in answers), now_ns)
+            meter.frame_counts = frame_counts
             if run.ran_out_of_memory:
                 self._planner.ran_out_of_memory(batch.kind, batch.frames, now_ns)
-            elif batch.kind is not None and len(answers) == len(batch.tickets):
+            elif batch.kind is not None and len(answers) == len(batch.requests):
                 self._planner.took(batch.kind, batch.frames, run.seconds, now_ns)
-            failure = run.failure
             if failure is not None:
-                shared.meter.consecutive_failures += 1
+                meter.consecutive_failures += 1
+                fatal = shared.running and meter.consecutive_failures >= FATAL_AFTER
             elif run.served:
-                shared.meter.consecutive_failures = 0
-            if failure is not None and (
-                shared.meter.consecutive_failures >= shared.config.fatal_after and shared.running
-            ):
-                fatal = failure
-                for ticket, outcome in zip(tickets, run.outcomes, strict=True):
-                    ended += shared.end([ticket], outcome, run.batch_size)
-                ended += shared.hold()
-        if now_ns - self._memory_seen_ns > MEMORY_LOOK_NS:
-            self._look_at_memory(now_ns)
-        shared.complete(ended)
-        if fatal is not None:
-            self._tell_fatal(fatal)
+                meter.consecutive_failures = 0
+            if fatal:
+                for pending, outcome in zip(part, run.outcomes, strict=True):
+                    finished += shared.finish([pending], outcome, len(part))
+                finished += shared.pause()
+        if now_ns - self._memory_measured_ns > MEASURE_MEMORY_EVERY_NS:
+            self._measure_memory(now_ns)
+        shared.deliver(finished)
+        if failure is not None and fatal:
+            self._tell_fatal(failure)
 
     def _tell_fatal(self, error: VlmError) -> None:
         shared = self._shared
@@ -153,8 +147,8 @@ class ModelThread:
             on_fatal = shared.on_fatal
             shared.call("on_fatal", lambda: on_fatal(error))
 
-    def _look_at_memory(self, now_ns: int) -> None:
-        self._memory_seen_ns = now_ns
+    def _measure_memory(self, now_ns: int) -> None:
+        self._memory_measured_ns = now_ns
         backend = self._loader.backend
         try:
             held = backend.memory_bytes() if backend is not None else 0
@@ -166,7 +160,7 @@ class ModelThread:
             self._shared.meter.memory_bytes = held
             self._shared.meter.free_bytes = free
 
-    # -- loading and freeing -----------------------------------------------------------------
+    # -- loading -----------------------------------------------------------------------------
 
     def _load(self, job: LoadJob) -> None:
         shared = self._shared
@@ -176,54 +170,40 @@ class ModelThread:
                 job.settled = not job.cancelled
             return job.settled
 
-        self._have_it_alone()
+        self._end_prefetching()
         error: VlmError | None = None
         try:
             report = self._loader.perform(job, commit)
         except BaseException as exc:
             error = as_vlm_error(exc)
-        fatal: VlmError | None = None
-        ended: list[Ended] = []
+        model_lost = False
+        finished: list[Finished] = []
         with shared.lock:
             had_model = shared.loaded is not None
             self._show_model()
             if error is None:
-                shared.meter.consecutive_failures = 0
                 self._planner.forget()
                 shared.meter.another_model()
-            elif had_model and shared.loaded is None and job.roll_back:
-                fatal = error
-                ended = shared.hold()
-            if error is not None:
+            else:
                 shared.meter.failed(error, shared.clock())
-            told = job.cancelled  # whoever cancelled it has told the future
+                model_lost = had_model and shared.loaded is None and job.roll_back
+                if model_lost:
+                    finished = shared.pause()
+            told = job.cancelled  # whoever cancelled it has failed the future
             job.settled = not told
-            shared.job = None
-        self._look_at_memory(shared.clock())
-        shared.complete(ended)
+            shared.load = None
+        self._measure_memory(shared.clock())
+        shared.deliver(finished)
         if error is None:
             job.future.set_result(report)
-        elif not told:
+            return
+        if not told:
             job.future.set_exception(error)
-        if fatal is not None:
-            self._tell_fatal(fatal)
+        if model_lost:
+            self._tell_fatal(error)
 
-    def _unload(self, job: UnloadJob) -> None:
-        shared = self._shared
-        self._have_it_alone()
-        self._loader.unload()
-        with shared.lock:
-            self._show_model()
-            shared.scheduler.clear()
-            shared.meter.consecutive_failures = 0
-            self._planner.forget()
-            shared.meter.another_model()
-            shared.job = None
-        self._look_at_memory(shared.clock())
-        job.future.set_result(None)
-
-    def _have_it_alone(self) -> None:
-        """No frame is prepared from now on, and none is being prepared."""
+    def _end_prefetching(self) -> None:
+        """No frame is prepared from now on, and none is being prepared: the model may go."""
         shared = self._shared
         with shared.lock:
             shared.prepares = shared.sizes = None
@@ -231,23 +211,25 @@ class ModelThread:
                 logger.warning("the model is still preparing a frame after %g s", PREPARING_S)
 
     def _show_model(self) -> None:
-        report, backend = self._loader.report, self._loader.backend
-        self._shared.loaded = report
-        self._shared.prepares = _preparing(backend)
-        self._shared.sizes = backend if isinstance(backend, KnowsInputSize) else None
-        self._shared.scheduler.set_supported(report.tasks if report is not None else None)
+        """Let everybody see which model there is now, with the lock held."""
+        shared, report, backend = self._shared, self._loader.report, self._loader.backend
+        shared.loaded = report
+        shared.prepares = _preparing(backend)
+        shared.sizes = backend if isinstance(backend, KnowsInputSize) else None
+        shared.scheduler.set_supported(report.tasks if report is not None else None)
 
     def _survive(self, error: VlmError) -> None:
         logger.error("the engine failed: %s", error, exc_info=error.__cause__)
         shared = self._shared
         with shared.lock:
             shared.meter.run_abandoned()
-            ended = shared.end([t for t in shared.in_flight if not t.standing], error)
-            for ticket in shared.in_flight:
-                ticket.ended = True
-            job = shared.job
-            told = job is None or (isinstance(job, LoadJob) and job.cancelled)
-        shared.complete(ended)
+            asked = [pending for pending in shared.in_flight if not pending.standing]
+            finished = shared.finish(asked, error)
+            for pending in shared.in_flight:
+                pending.finished = True
+            job = shared.load
+            told = job is None or job.cancelled
+        shared.deliver(finished)
         if job is not None and not told and not job.future.done():
             job.future.set_exception(error)
 

@@ -4,21 +4,19 @@ There is no queue: it looks for what the model will be given next, so that a fra
 replaced is never looked at again. Frames that are certain to come (of requests, and in lock-step)
 are prepared at once; a camera's newest frame only when no newer one is to be expected before the
 model is done, because a frame that is replaced was prepared for nothing. Where preparing takes
-longer than a camera's period, `Mailbox.choice` weighs a ready frame against a newer one.
+longer than a camera's period, `Mailbox.best` weighs a ready frame against a newer one.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections.abc import Iterator, Mapping
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterator
 from weakref import WeakSet
 
 from librobot_vlm_ros.core import Frame, as_vlm_error
 from librobot_vlm_ros.runtime.config import to_ns, to_s
-from librobot_vlm_ros.runtime.engine_state import Shared
+from librobot_vlm_ros.runtime.engine_state import SharedState
 
 logger = logging.getLogger("librobot_vlm_ros.runtime")
 
@@ -31,56 +29,21 @@ LEAD = 1.5
 REFRESH = 3
 
 
-@runtime_checkable
-class PreparesFrames(Protocol):
-    """A backend that can do part of a frame's work before the frame's first request."""
-
-    @property
-    def prepares_ahead(self) -> bool:
-        """Whether that pays: not where it would only take the cores that `run` computes on."""
-
-    def prepare_frame(self, frame: Frame) -> None:
-        """Make what does not need the model, such as resizing; called beside `run`, on another
-        thread. What it raises is not told: the frame's requests will meet it again.
-        """
-
-
-@runtime_checkable
-class CountsFrames(Protocol):
-    """A backend that tells how often the work on a frame was shared."""
-
-    def frame_counts(self) -> Mapping[str, int]:
-        """Since it was made: `hits`, requests that shared features of their frame; `misses`, that
-        had them computed; `ahead`, frames prepared before their first request.
-        """
-
-
-@runtime_checkable
-class KnowsInputSize(Protocol):
-    """A backend that can tell how much of an image it looks at."""
-
-    def input_size(self, width: int, height: int) -> tuple[int, int] | None:
-        """Width and height that an image of this size is brought to, if its size decides nothing
-        else; None where less of it would change more than sharpness. Called from any thread.
-        """
-
-
-class AheadThread:
+class PrefetchThread:
     """Works while the model does; ends when the engine stops."""
 
-    def __init__(self, shared: Shared) -> None:
+    def __init__(self, shared: SharedState) -> None:
         self._shared = shared
         self._done: WeakSet[Frame] = WeakSet()
-        self._begun_ns: dict[str, int] = {}  # by camera, of the newest frame that was on its way
-        self.thread = threading.Thread(target=self._main, name="vlm-ahead", daemon=True)
 
-    def _main(self) -> None:
+    def run(self) -> None:
+        """The thread's loop."""
         shared = self._shared
         while True:
             with shared.lock:
                 frame, wait_s = self._next()
                 while frame is None and not shared.stopped:
-                    shared.ahead.wait(wait_s)
+                    shared.prefetch.wait(wait_s)
                     frame, wait_s = self._next()
                 backend = shared.prepares
                 if shared.stopped or frame is None or backend is None:
@@ -89,8 +52,7 @@ class AheadThread:
                 shared.preparing = True
                 mailbox = shared.scheduler.mailboxes.get(frame.camera)
                 if mailbox is not None and mailbox.newest is frame:
-                    self._begun_ns[frame.camera] = shared.clock()
-                    mailbox.begin(frame, self._begun_ns[frame.camera])
+                    mailbox.prefetching(frame, shared.clock())
             started = time.perf_counter()
             try:
                 backend.prepare_frame(frame)
@@ -107,7 +69,7 @@ class AheadThread:
         """A frame to prepare now; or None, and in how many seconds to look again."""
         shared = self._shared
         started_ns = shared.meter.run_started_ns
-        if shared.prepares is None or started_ns is None or not shared.config.prepare_ahead:
+        if shared.prepares is None or started_ns is None:
             return None, None
         for frame in self._certain():
             if frame not in self._done:
@@ -117,14 +79,10 @@ class AheadThread:
         now_ns = shared.clock()
         done_ns = max(now_ns, started_ns + shared.meter.quick_run_ns)
         waits = []
-        for frame in shared.scheduler.coming(done_ns)[: shared.frames_at_once]:
+        for frame in shared.scheduler.upcoming_frames(done_ns)[: shared.frames_at_once]:
             if frame in self._done:
                 continue
-            begin_ns = self._begin_ns(frame, done_ns)
-            begun_ns = self._begun_ns.get(frame.camera, 0)
-            if begun_ns > started_ns:
-                begin_ns = max(begin_ns, begun_ns + REFRESH * shared.scheduler.prepare_ns)
-            wait_ns = begin_ns - now_ns
+            wait_ns = self._begin_ns(frame, started_ns, done_ns) - now_ns
             if wait_ns <= 0:
                 return frame, None
             waits.append(wait_ns)
@@ -132,16 +90,19 @@ class AheadThread:
 
     def _certain(self) -> Iterator[Frame]:
         shared = self._shared
-        for ticket in shared.queue.tickets()[:IN_LINE]:
-            yield ticket.request.frame
+        for pending in shared.queue[:IN_LINE]:
+            yield pending.request.frame
         if shared.config.lock_step:
-            yield from shared.scheduler.coming(0)[:IN_LINE]
+            yield from shared.scheduler.upcoming_frames(0)[:IN_LINE]
 
-    def _begin_ns(self, frame: Frame, done_ns: int) -> int:
-        """When to begin with a camera's newest frame, the model being done at `done_ns`."""
+    def _begin_ns(self, frame: Frame, started_ns: int, done_ns: int) -> int:
+        """When to begin with a camera's newest frame, the model running until `done_ns`."""
         scheduler = self._shared.scheduler
+        mailbox = scheduler.mailboxes[frame.camera]
         lead_ns = round(LEAD * scheduler.prepare_ns)
-        period_ns = scheduler.mailboxes[frame.camera].period_ns
-        if frame.received_ns + max(period_ns, lead_ns) >= done_ns:
-            return 0  # it will still be the newest, or there is no time for a newer one
-        return done_ns - lead_ns
+        begin_ns = done_ns - lead_ns
+        if frame.received_ns + max(mailbox.period_ns, lead_ns) >= done_ns:
+            begin_ns = 0  # it will still be the newest, or there is no time for a newer one
+        if mailbox.prefetched_ns > started_ns:
+            begin_ns = max(begin_ns, mailbox.prefetched_ns + REFRESH * scheduler.prepare_ns)
+        return begin_ns

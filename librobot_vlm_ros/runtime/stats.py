@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Mapping
 
 from librobot_vlm_ros.core import ErrorCode, ModelAnswer, VlmError
 from librobot_vlm_ros.runtime.config import EngineState, to_ns, to_s
 
+WINDOW_S = 10.0  # span of the sliding windows
 MAX_SAMPLES = 4096
 
 
@@ -56,7 +57,6 @@ class EngineStats:
     """Age of the frame when its result was handed over."""
     inference_p50_s: float
     inference_p99_s: float
-    inference_mean_s: float
     """Of a batch."""
     tokens_per_s: float
     """Generated tokens per second of inference."""
@@ -76,7 +76,6 @@ class EngineStats:
     """Requests that had the features of their frame computed."""
     prepared_ahead: int
     """Frames that were at the model's size already when it took them."""
-    consecutive_failures: int
     last_error: str
     last_error_age_s: float
     """NaN = there was none."""
@@ -86,10 +85,9 @@ class EngineStats:
 
 
 class Window:
-    """Values of the last `span_s` seconds, bounded in number."""
+    """Values of the last `WINDOW_S` seconds, bounded in number."""
 
-    def __init__(self, span_s: float) -> None:
-        self._span_ns = to_ns(span_s)
+    def __init__(self) -> None:
         self._samples: deque[tuple[int, float]] = deque(maxlen=MAX_SAMPLES)
 
     def add(self, now_ns: int, value: float) -> None:
@@ -98,7 +96,7 @@ class Window:
 
     def values(self, now_ns: int) -> list[float]:
         """Those still within the span, oldest first."""
-        while self._samples and now_ns - self._samples[0][0] > self._span_ns:
+        while self._samples and now_ns - self._samples[0][0] > to_ns(WINDOW_S):
             self._samples.popleft()
         return [value for _, value in self._samples]
 
@@ -122,13 +120,12 @@ def percentile(values: Iterable[float], percent: float) -> float:
 class Meter:
     """Counts as the engine works."""
 
-    def __init__(self, window_s: float) -> None:
-        self._window_s = window_s
+    def __init__(self) -> None:
         self.results = 0
         self.errors: Counter[str] = Counter()
         self.consecutive_failures = 0
         self.last_error: VlmError | None = None
-        self.last_error_ns = 0
+        self.last_error_ns: int | None = None
         self.run_started_ns: int | None = None
         self.in_flight = 0
         self.memory_bytes = 0
@@ -136,15 +133,11 @@ class Meter:
         self.frame_counts: Mapping[str, int] = {}
         #: Most of the last runs took longer: the model will hardly be done before.
         self.quick_run_ns = 0
+        self.ages: defaultdict[str, Window] = defaultdict(Window)  # of results, by camera [s]
+        self.arrivals: defaultdict[str, Window] = defaultdict(Window)  # of frames, by camera
+        self.times = Window()  # of batches [s]
+        self._tokens = Window()
         self._last_runs: deque[float] = deque(maxlen=5)
-        self._ages: dict[str, Window] = {}
-        self._arrivals: dict[str, Window] = {}
-        self._times = Window(window_s)
-        self._tokens = Window(window_s)
-
-    def arrived(self, camera: str, now_ns: int) -> None:
-        """A frame of a declared camera came."""
-        self._of(self._arrivals, camera).add(now_ns, 1.0)
 
     def run_began(self, requests: int, now_ns: int) -> None:
         """The model starts on a batch."""
@@ -154,21 +147,22 @@ class Meter:
     def run_ended(self, seconds: float, tokens: int, now_ns: int) -> None:
         """The model is done with it."""
         self.run_abandoned()
-        self._times.add(now_ns, seconds)
+        self.times.add(now_ns, seconds)
         self._last_runs.append(seconds)
         self.quick_run_ns = to_ns(percentile(self._last_runs, 40))
         self._tokens.add(now_ns, float(tokens))
-
-    def another_model(self) -> None:
-        """What is known of the model before says nothing about this one."""
-        self.frame_counts = {}
-        self.quick_run_ns = 0
-        self._last_runs.clear()
 
     def run_abandoned(self) -> None:
         """The batch ended in a way that says nothing about the model."""
         self.run_started_ns = None
         self.in_flight = 0
+
+    def another_model(self) -> None:
+        """What is known of the model before says nothing about this one."""
+        self.consecutive_failures = 0
+        self.frame_counts = {}
+        self.quick_run_ns = 0
+        self._last_runs.clear()
 
     def delivered(
         self, camera: str, outcome: ModelAnswer | VlmError, age_s: float, now_ns: int
@@ -179,7 +173,7 @@ class Meter:
             return
         self.results += 1
         if camera:
-            self._of(self._ages, camera).add(now_ns, age_s)
+            self.ages[camera].add(now_ns, age_s)
 
     def failed(self, error: VlmError, now_ns: int) -> None:
         """An error was handed over. Cancelling is the caller's wish, no fault: counted, not shown
@@ -193,28 +187,11 @@ class Meter:
     def keep_cameras(self, cameras: Iterable[str]) -> None:
         """Forget the windows of all others."""
         names = set(cameras)
-        for windows in (self._ages, self._arrivals):
+        for windows in (self.ages, self.arrivals):
             for gone in set(windows) - names:
                 del windows[gone]
 
-    def ages(self, now_ns: int) -> dict[str, list[float]]:
-        """Ages in the window, by camera [s]."""
-        return {camera: window.values(now_ns) for camera, window in self._ages.items()}
-
-    def rate_hz(self, camera: str, now_ns: int) -> float:
-        """Frames a second that arrive."""
-        return self._of(self._arrivals, camera).rate_hz(now_ns)
-
-    def times(self, now_ns: int) -> list[float]:
-        """Times of batches in the window [s]."""
-        return self._times.values(now_ns)
-
     def tokens_per_s(self, now_ns: int) -> float:
         """Generated tokens per second of inference; NaN when nothing ran."""
-        seconds = sum(self._times.values(now_ns))
+        seconds = sum(self.times.values(now_ns))
         return sum(self._tokens.values(now_ns)) / seconds if seconds > 0 else math.nan
-
-    def _of(self, windows: dict[str, Window], camera: str) -> Window:
-        if camera not in windows:
-            windows[camera] = Window(self._window_s)
-        return windows[camera]

@@ -21,55 +21,64 @@ class CameraEvent:
 
 
 @dataclasses.dataclass
-class _Watched:
+class WatchedCamera:
+    """How long one camera has been silent."""
+
     timeout_ns: int
+    """0 = it may be silent for ever."""
     heard_ns: int | None = None
     """Last sign of life; None before the first."""
     since_ns: int | None = None
-    """Silence is counted from here; None while not watching."""
+    """The timeout counts from here; None while not watching."""
     stale: bool = False
+
+    def silent_s(self, now_ns: int) -> float:
+        """Seconds since its last frame, or since watching began; 0 when neither."""
+        start_ns = self.heard_ns if self.heard_ns is not None else self.since_ns
+        return max(0.0, to_s(now_ns - start_ns)) if start_ns is not None else 0.0
+
+    @property
+    def due_ns(self) -> int | None:
+        """When it becomes stale if nothing comes; None = never as things stand."""
+        if not self.timeout_ns or self.stale or self.since_ns is None:
+            return None
+        return self.since_ns + self.timeout_ns
 
 
 class Watchdog:
     """Says which cameras became stale; told of every frame, good or bad."""
 
     def __init__(self) -> None:
-        self._cameras: dict[str, _Watched] = {}
+        self.cameras: dict[str, WatchedCamera] = {}
         self._watching = False
 
     def set_cameras(self, cameras: Iterable[CameraConfig], now_ns: int) -> None:
         """Watch these; one that stays keeps its state, a new one's silence counts from now on."""
-        kept = self._cameras
-        self._cameras = {}
+        kept = self.cameras
+        self.cameras = {}
         for camera in cameras:
-            watched = kept.get(camera.name) or _Watched(
-                0, since_ns=now_ns if self._watching else None
-            )
+            new = WatchedCamera(0, since_ns=now_ns if self._watching else None)
+            watched = kept.get(camera.name, new)
             watched.timeout_ns = to_ns(camera.timeout_s)
-            if not watched.timeout_ns:
-                watched.stale = False
-            self._cameras[camera.name] = watched
+            watched.stale = watched.stale and watched.timeout_ns > 0
+            self.cameras[camera.name] = watched
 
     def start(self, now_ns: int) -> None:
         """Begin to watch: each camera has its full timeout from now."""
         self._watching = True
-        for watched in self._cameras.values():
-            watched.since_ns = now_ns
-            watched.stale = False
+        for watched in self.cameras.values():
+            watched.since_ns, watched.stale = now_ns, False
 
     def pause(self) -> None:
         """Stop watching; nothing is stale meanwhile."""
         self._watching = False
-        for watched in self._cameras.values():
-            watched.since_ns = None
-            watched.stale = False
+        for watched in self.cameras.values():
+            watched.since_ns, watched.stale = None, False
 
     def heard(self, camera: str, now_ns: int) -> CameraEvent | None:
         """A frame came; the event when the camera had been stale."""
-        watched = self._cameras.get(camera)
-        if watched is None:
-            return None
-        silent_s = self._silent_s(watched, now_ns)
+        watched = self.cameras[camera]
+        silent_s = watched.silent_s(now_ns)
         watched.heard_ns = now_ns
         if watched.since_ns is not None:
             watched.since_ns = now_ns
@@ -81,32 +90,13 @@ class Watchdog:
     def check(self, now_ns: int) -> list[CameraEvent]:
         """Cameras that became stale since the last check; each is told once."""
         events = []
-        for name, watched in self._cameras.items():
-            due_ns = self._due_ns(watched)
-            if due_ns is not None and now_ns >= due_ns:
+        for name, watched in self.cameras.items():
+            if watched.due_ns is not None and now_ns >= watched.due_ns:
                 watched.stale = True
-                silent_s = self._silent_s(watched, now_ns)
-                events.append(CameraEvent(name, stale=True, silent_s=silent_s))
+                events.append(CameraEvent(name, stale=True, silent_s=watched.silent_s(now_ns)))
         return events
 
     def next_ns(self) -> int | None:
         """When `check` could find something next; None = never as things stand."""
-        times = [self._due_ns(watched) for watched in self._cameras.values()]
+        times = [watched.due_ns for watched in self.cameras.values()]
         return min((time_ns for time_ns in times if time_ns is not None), default=None)
-
-    def is_stale(self, camera: str) -> bool:
-        """Whether it is silent beyond its timeout."""
-        return self._cameras[camera].stale
-
-    def silent_s(self, camera: str, now_ns: int) -> float:
-        """Seconds since its last frame, or since watching began; 0 when neither."""
-        return self._silent_s(self._cameras[camera], now_ns)
-
-    def _silent_s(self, watched: _Watched, now_ns: int) -> float:
-        start_ns = watched.heard_ns if watched.heard_ns is not None else watched.since_ns
-        return max(0.0, to_s(now_ns - start_ns)) if start_ns is not None else 0.0
-
-    def _due_ns(self, watched: _Watched) -> int | None:
-        if not watched.timeout_ns or watched.stale or watched.since_ns is None:
-            return None
-        return watched.since_ns + watched.timeout_ns

@@ -1,9 +1,8 @@
 """How good the embedded model is, on full renders of seeds it never saw.
 
 ``make evaluate SEED=… FRAMES=…`` runs this; it needs PyBullet (the ``tabletop`` extra). The model
-   is
-asked through the same interface as the node asks it, and counted with the functions that the demo
-   uses.
+is asked through the same interface as the node asks it, and counted with the functions that the
+demo uses; COCO's average precision (``ap``, ``ap50``, ``ap75``) ranks by the model's own scores.
 """
 
 from __future__ import annotations
@@ -19,10 +18,14 @@ from typing import Any
 import numpy as np
 
 from librobot_vlm_ros.core import Frame, InferenceRequest, ModelAnswer, Region, VlmError
-from librobot_vlm_ros.evaluation.metrics import caption_exact, detection_scores, grounding_hit
+from librobot_vlm_ros.evaluation.metrics import (
+    average_precision,
+    caption_exact,
+    detection_scores,
+    grounding_hit,
+)
 from librobot_vlm_ros.tabletop.labels import LABELS
-from librobot_vlm_ros.tabletop.renders import FIRST_TRAINING_SEED
-from librobot_vlm_ros.tabletop.scenes import Scene, render_scene
+from librobot_vlm_ros.tabletop.scenes import FIRST_TRAINING_SEED, Scene, render_scene
 from librobot_vlm_ros.tabletop.world import World
 
 __all__ = ["evaluate", "score_scenes"]
@@ -69,10 +72,11 @@ def score_scenes(model: Any, scenes: list[Scene], seed: int) -> dict[str, Any]:
         for item, grounding in zip(scene.objects, groundings, strict=True):
             regions = [r for r in grounding.regions if r.label.lower() == item.label]
             hits.append(grounding_hit(regions, [item.box]))
-    scores = detection_scores(pairs)
+    scores, ranked = detection_scores(pairs), average_precision(pairs)
     return {
         "frames": len(scenes), "objects": scores.expected, "precision": scores.precision,
         "recall": scores.recall, "mean_iou": scores.mean_iou,
+        "ap": ranked.ap, "ap50": ranked.ap50, "ap75": ranked.ap75,
         "grounding_hit": sum(hits) / max(1, len(hits)),
         "caption_exact": sum(exact) / max(1, len(exact)),
         "most_missed": dict(missed.most_common(6)),

@@ -1,12 +1,12 @@
 """What the tabletop world contains: its kinds of object, its colours and the labels made of both.
 
-One source for the vocabulary: scenes, training targets, tokenizer, evaluation and the README's
-model card all read these tuples.
+One source for the vocabulary: scenes, training targets, tokenizer, evaluation and the model
+card in docs/embedded-model.md all read these tuples.
 """
 
 from __future__ import annotations
 
-__all__ = ["COLOURS", "COLOURED_KINDS", "KINDS", "LABELS", "PLAIN_KINDS", "article", "label_of"]
+__all__ = ["COLOURS", "COLOURED_KINDS", "KINDS", "LABELS", "PLAIN_KINDS", "label_of"]
 
 #: RGB in 0..1; hues about 60 degrees apart so that no light of the generator turns one into
 #: another.
@@ -46,8 +46,3 @@ def label_of(kind: str, colour: str | None = None) -> str:
 LABELS: tuple[str, ...] = tuple(
     [label_of(kind, colour) for kind in COLOURED_KINDS for colour in COLOURS] + list(PLAIN_KINDS)
 )
-
-
-def article(label: str) -> str:
-    """``"a red cube"``: the label with its indefinite article (no label starts with a vowel)."""
-    return f"a {label}"

@@ -22,6 +22,7 @@ from librobot_vlm_ros.tabletop.scenes import (
     SceneObject,
     random_placement,
     random_view,
+    save_arrays,
     set_stage,
     visible_objects,
 )  # fmt: skip
@@ -57,8 +58,8 @@ class Composite:
     masks: tuple[np.ndarray, ...]
 
 
-def render_view(world: World, seed: int, layers: int) -> tuple[np.ndarray, np.ndarray, list[Layer]]:
-    """The plate uint8 [H, W, 3], its depth, and ``layers`` objects of the view of a seed."""
+def render_view(world: World, seed: int, layers: int) -> tuple[np.ndarray, list[Layer]]:
+    """The plate uint8 [H, W, 3] and ``layers`` objects of the view of a seed."""
     rng = np.random.default_rng([seed, 7])
     view = random_view(rng)
     set_stage(world, view)
@@ -73,7 +74,7 @@ def render_view(world: World, seed: int, layers: int) -> tuple[np.ndarray, np.nd
             continue
         body = world.place(kind, colour, placement.pose, placement.tint)
         alone = world.render(view.camera, view.light)
-        world.take_back(kind, body)
+        world.hide_last(kind, body)
         mask = alone.body == body
         changed = mask | (np.abs(alone.rgb.astype(int) - empty.rgb).max(-1) > 2)
         ys, xs = np.nonzero(changed)
@@ -88,7 +89,7 @@ def render_view(world: World, seed: int, layers: int) -> tuple[np.ndarray, np.nd
             alone.depth[crop].astype(np.float32), shade.astype(np.float16), placement.pose.x,
             placement.pose.y, placement.radius,
         ))  # fmt: skip
-    return empty.rgb, empty.depth, found
+    return empty.rgb, found
 
 
 def compose(
@@ -169,17 +170,14 @@ class Bank:
 
 
 def save_view(path: Path, plate: np.ndarray, layers: list[Layer]) -> None:
-    """Write a view; the file appears whole or not at all."""
+    """Write a view."""
     arrays: dict[str, np.ndarray] = {"plate": plate}
     for number, layer in enumerate(layers):
         arrays[f"rgb{number}"], arrays[f"mask{number}"] = layer.rgb, layer.mask
         arrays[f"depth{number}"], arrays[f"shade{number}"] = layer.depth, layer.shade
     arrays["meta"] = np.array([(v.top, v.left, v.x, v.y, v.radius) for v in layers], np.float64)
     arrays["labels"] = np.array([layer.label for layer in layers], dtype="U32")
-    partial = path.with_suffix(".part")
-    with open(partial, "wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
-    partial.rename(path)
+    save_arrays(path, arrays)
 
 
 def load_view(path: Path) -> tuple[np.ndarray, list[Layer]]:
@@ -207,7 +205,7 @@ def main() -> None:
         path = args.out / f"view_{seed:05d}.npz"
         if path.exists():
             continue  # resumed
-        plate, _, layers = render_view(world, seed, args.layers)
+        plate, layers = render_view(world, seed, args.layers)
         save_view(path, plate, layers)
         if seed % 10 == 0:
             print(f"view {seed}: {len(layers)} layers", flush=True)

@@ -19,7 +19,7 @@ from librobot_vlm_ros.tabletop.labels import COLOURS, KINDS
 from librobot_vlm_ros.tabletop.layers import Bank
 from librobot_vlm_ros.tabletop.network import CELLS, IMAGE_SIZE
 
-__all__ = ["FrameStream", "Sample", "jitter", "parts"]
+__all__ = ["FrameStream", "Sample", "jitter", "kind_and_colour"]
 
 _COLOUR_NAMES = list(COLOURS)
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
@@ -38,7 +38,7 @@ class Sample:
     owner8: np.ndarray
 
 
-def parts(label: str) -> tuple[int, int]:
+def kind_and_colour(label: str) -> tuple[int, int]:
     """(kind, colour) as class numbers; kind from 1 (0 is background), colour -1 for plain kinds."""
     first, _, rest = label.partition(" ")
     if first in COLOURS:
@@ -106,7 +106,8 @@ def _relight(small: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         light = cv2.GaussianBlur(light, (3, 3), 0.6)
     if rng.random() < 0.2:
         quality = [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(55, 95))]
-        light = cv2.imdecode(cv2.imencode(".jpg", light, quality)[1], cv2.IMREAD_COLOR)
+        jpeg = cv2.imencode(".jpg", light, quality)[1]
+        return np.asarray(cv2.imdecode(jpeg, cv2.IMREAD_COLOR))
     return light
 
 

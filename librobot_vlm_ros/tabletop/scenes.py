@@ -1,13 +1,16 @@
 """Random tabletop scenes: seeded, repeatable, with ground truth from the segmentation mask.
 
 ``random_view`` draws what stays the same in a scene (camera, light, table, clutter, arm),
-``random_placement`` one object of it, ``render_scene`` a whole frame with its objects.
+``random_placement`` one object of it, ``render_scene`` a whole frame with its objects. Run as a
+program it keeps whole frames as files, for the last stage of training.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -23,12 +26,13 @@ from librobot_vlm_ros.tabletop.world import (
 )
 
 __all__ = [
-    "Placement", "Scene", "SceneObject", "View", "draw_labels", "draw_placements",
-    "random_placement",
-    "random_view", "render_placements", "render_scene", "render_scene_with_masks",
-    "set_stage", "visible_objects",
+    "FIRST_TRAINING_SEED", "Placement", "Scene", "SceneObject", "View", "draw_placements",
+    "random_placement", "random_view", "render_placements", "render_scene", "save_arrays",
+    "set_stage", "visible_objects", "write_frames",
 ]  # fmt: skip
 
+#: Training renders take their seeds from here on; evaluation and the shipped bag stay below.
+FIRST_TRAINING_SEED = 10_000_000
 MAX_OBJECTS = 6
 MIN_VISIBLE = 0.6  # share of an object's own pixels that must be seen, or the scene is drawn anew
 MIN_SIDE = 9  # pixels of the box's shorter side at 320x240
@@ -65,11 +69,10 @@ class Placement:
 
 @dataclass(frozen=True)
 class SceneObject:
-    """Ground truth: label, box (x_min, y_min, x_max, y_max) in pixels, visible share 0..1."""
+    """Ground truth: label and box (x_min, y_min, x_max, y_max) in pixels."""
 
     label: str
     box: tuple[float, float, float, float]
-    visible: float
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,6 @@ class Scene:
 
     rgb: np.ndarray
     objects: tuple[SceneObject, ...]
-    view: View
 
 
 def _uniform3(rng: np.random.Generator, low: float, high: float) -> tuple[float, float, float]:
@@ -208,7 +210,7 @@ def visible_objects(
         box = (float(xs.min()), float(ys.min()), float(xs.max() + 1), float(ys.max() + 1))
         if min(box[2] - box[0], box[3] - box[1]) < MIN_SIDE * scale:
             return None
-        found.append(SceneObject(label, box, len(xs) / own))
+        found.append(SceneObject(label, box))
     return tuple(sorted(found, key=lambda o: (o.box[0] + o.box[2], o.box[1] + o.box[3])))
 
 
@@ -245,7 +247,7 @@ def render_placements(
     if objects is None:
         return None
     by_label = {placement.label: mask for placement, mask in zip(placements, masks, strict=True)}
-    return Scene(full.rgb, objects, view), [by_label[item.label] for item in objects]
+    return Scene(full.rgb, objects), [by_label[item.label] for item in objects]
 
 
 def _touched(bodies: np.ndarray, body: int, crowd: set[int]) -> bool:
@@ -282,3 +284,46 @@ def render_scene_with_masks(world: World, seed: int) -> tuple[Scene, list[np.nda
         drawn = render_placements(world, view, placements) if placements else None
         if drawn is not None:
             return drawn
+
+
+def save_arrays(path: Path, arrays: dict[str, np.ndarray], *, compress: bool = False) -> None:
+    """Write arrays as .npz; the file appears whole or not at all."""
+    partial = path.with_suffix(".part")
+    with open(partial, "wb") as file:
+        (np.savez_compressed if compress else np.savez)(file, **arrays)  # type: ignore[arg-type]
+    partial.rename(path)
+
+
+def write_frames(out: Path, first: int, count: int) -> None:
+    """Render ``count`` scenes of seeds from ``first`` into ``frame_<seed>.npz``; resumable."""
+    out.mkdir(parents=True, exist_ok=True)
+    world = World()
+    for seed in range(first, first + count):
+        path = out / f"frame_{seed}.npz"
+        if path.exists():
+            continue
+        scene, masks = render_scene_with_masks(world, seed)
+        owner = np.full(scene.rgb.shape[:2], -1, np.int8)
+        for number, mask in enumerate(masks):
+            owner[mask] = number
+        arrays = {
+            "rgb": scene.rgb,
+            "owner": owner,
+            "boxes": np.array([item.box for item in scene.objects]),
+            "labels": np.array([item.label for item in scene.objects], dtype="U32"),
+        }
+        save_arrays(path, arrays, compress=True)
+
+
+def main() -> None:
+    """``python -m librobot_vlm_ros.tabletop.scenes --out DIR --frames N``."""
+    parser = argparse.ArgumentParser(description="Render full frames for training.")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--frames", type=int, default=2000)
+    parser.add_argument("--first", type=int, default=FIRST_TRAINING_SEED)
+    args = parser.parse_args()
+    write_frames(args.out, args.first, args.frames)
+
+
+if __name__ == "__main__":
+    main()

@@ -13,17 +13,25 @@ from typing import Any
 
 import numpy as np
 
-from librobot_vlm_ros.tabletop.labels import COLOURED_KINDS, LABELS, article
+from librobot_vlm_ros.tabletop.labels import COLOURED_KINDS, LABELS
 from librobot_vlm_ros.tabletop.network import (
     EOS,
     INSTRUCTIONS,
-    LOC_BINS,
     PAIRS,
     PROMPTS,
     build_tokenizer,
+    to_bin,
 )
+from librobot_vlm_ros.tabletop.samples import Sample
 
-__all__ = ["Question", "caption_of", "caption_question", "detect_question", "ground_question"]
+__all__ = [
+    "Question",
+    "caption_of",
+    "caption_question",
+    "detect_question",
+    "ground_question",
+    "questions_of",
+]
 
 
 @dataclass
@@ -45,7 +53,7 @@ class Question:
         """Append the four location tokens of a box in 0..1."""
         first = _loc_0()
         for value in box:
-            self.answer.append(first + min(LOC_BINS - 1, int(value * LOC_BINS)))
+            self.answer.append(first + to_bin(value, 1.0))
             self.place.append(float(value))
 
     def end(self) -> Question:
@@ -66,31 +74,27 @@ def _loc_0() -> int:
 
 
 @lru_cache(maxsize=4096)
-def _cached(text: str) -> tuple[int, ...]:
+def _tokens(text: str) -> tuple[int, ...]:
     return tuple(_tokenizer()(text, add_special_tokens=False).input_ids)
-
-
-def _tokens(text: str) -> list[int]:
-    return list(_cached(text))
 
 
 def caption_of(labels: Sequence[str]) -> str:
     """``"a red cube, a duck and a blue ball on the table"``: the objects, left to right."""
-    named = [article(label) for label in labels]
+    named = [f"a {label}" for label in labels]  # none starts with a vowel
     listed = ", ".join(named[:-1]) + " and " + named[-1] if len(named) > 1 else named[0]
     return f"{listed} on the table"
 
 
 def caption_question(labels: Sequence[str]) -> Question:
     """<CAPTION>."""
-    question = Question(_tokens(PROMPTS["caption"]))
+    question = Question([*_tokens(PROMPTS["caption"])])
     question.words(caption_of(labels))
     return question.end()
 
 
 def detect_question(labels: Sequence[str], boxes: np.ndarray) -> Question:
     """<OD>: every object with its box, left to right."""
-    question = Question(_tokens(PROMPTS["detect"]))
+    question = Question([*_tokens(PROMPTS["detect"])])
     for label, box in zip(labels, boxes, strict=True):
         question.words(label)
         question.box(box)
@@ -122,9 +126,22 @@ def ground_question(
     else:
         form = PAIRS[int(rng.integers(len(PAIRS)))]
     text = form.format(*(phrase for phrase, _ in phrases))
-    question = Question(_tokens(PROMPTS["ground"].format(input="")) + _tokens(text))
+    question = Question([*_tokens(PROMPTS["ground"].format(input="")), *_tokens(text)])
     for phrase, pick in phrases:
         if pick >= 0:
             question.words(phrase)
             question.box(boxes[pick])
     return question.end()
+
+
+def questions_of(sample: Sample, rng: np.random.Generator) -> list[Question]:
+    """Three questions on a frame: detection, a grounding, and a caption or another grounding."""
+    third = (
+        caption_question(sample.labels) if rng.random() < 0.6
+        else ground_question(sample.labels, sample.boxes, rng)
+    )  # fmt: skip
+    return [
+        detect_question(sample.labels, sample.boxes),
+        ground_question(sample.labels, sample.boxes, rng),
+        third,
+    ]

@@ -3,41 +3,208 @@
 Layouts are drawn, not rendered: each cell's channels are made from ground truth with noise, in
 the order that ``train_tower`` teaches the tower. What the tower leaves free is noise here, so
 that the projection learns to disregard it until both are trained together.
+
+A thousand free vectors for the location tokens would each have to be learnt on their own. Here the
+vector of bin k is a fixed smooth basis of k times a learnt matrix, so that what is learnt of one
+bin holds for its neighbours; after training the product is written out as plain rows of the
+embedding.
 """
 
 from __future__ import annotations
 
-import argparse
-import time
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from librobot_vlm_ros.tabletop.labels import LABELS
-from librobot_vlm_ros.tabletop.network import CELLS, QUIET_X, QUIET_Y, build_model
-from librobot_vlm_ros.tabletop.reader import Reader, cells_to_keep
-from librobot_vlm_ros.tabletop.samples import Sample
-from librobot_vlm_ros.tabletop.targets import (
-    Question,
-    caption_question,
-    detect_question,
-    ground_question,
+from librobot_vlm_ros.tabletop.network import (
+    BOS,
+    CELLS,
+    EOS,
+    LOC_BINS,
+    PAD,
+    QUIET_X,
+    QUIET_Y,
+    build_model,
+    build_tokenizer,
 )
-from librobot_vlm_ros.tabletop.train_tower import (
-    BOX,
-    COLOUR,
-    KIND,
-    average_gradients,
-    join_ranks,
-    optimizers,
-    owner_targets,
-    rate_at,
-    set_rate,
-)  # fmt: skip
+from librobot_vlm_ros.tabletop.samples import Sample
+from librobot_vlm_ros.tabletop.targets import Question, detect_question, questions_of
+from librobot_vlm_ros.tabletop.train_tower import BOX, COLOUR, KIND, owner_targets
+from librobot_vlm_ros.tabletop.training import TrainingRun, options
 
-__all__ = ["questions_of", "random_layout", "truth_features"]
+__all__ = ["TextTrainer", "cells_to_keep", "location_basis", "random_layout", "truth_features"]
+
+
+def location_basis() -> torch.Tensor:
+    """[1000, 26]: constant, linear, square, cosines and sines of falling wavelength, over the
+    bins.
+    """
+    at = (torch.arange(LOC_BINS) + 0.5) / LOC_BINS
+    parts = [torch.ones_like(at), at * 2 - 1, (at * 2 - 1) ** 2 * 1.5 - 0.5]
+    for wave in (2.0, 1.4, 1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.125, 0.09, 0.0625):
+        for shift in (0.0, math.pi / 2):
+            parts.append(torch.cos(2 * math.pi * at / wave + shift))
+    return torch.stack(parts, 1)
+
+
+def place_positions(embed: Any) -> None:
+    """Start the position embeddings with smooth codes of the cell, in the tower's quiet channels.
+
+    Left at random, they would drown in the channels they are added to, and no box could be read.
+    """
+    cells = torch.arange(embed.row_embeddings.num_embeddings, dtype=torch.float32)
+    codes = [
+        (cells - (CELLS - 1) / 2) / (CELLS / 3),
+        ((cells - (CELLS - 1) / 2) / (CELLS / 3)) ** 2 - 1,
+    ]
+    for wave in (2.0, 1.0, 0.6, 0.4, 0.28, 0.2):
+        for shift in (0.0, math.pi / 2):
+            codes.append(torch.cos(2 * math.pi * cells / (wave * CELLS) + shift))
+    code = torch.stack(codes[: QUIET_X.stop - QUIET_X.start], 1) * 2
+    half = embed.column_embeddings.embedding_dim
+    with torch.no_grad():
+        embed.column_embeddings.weight.zero_()[:, QUIET_X] = code
+        embed.row_embeddings.weight.zero_()[:, QUIET_Y.start - half : QUIET_Y.stop - half] = code
+
+
+class TextTrainer(nn.Module):  # type: ignore[misc]
+    """Projector, BART and the tied embedding of a Florence-2 module, trained with smooth
+    locations.
+    """
+
+    basis: torch.Tensor
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.projector = model.model.multi_modal_projector
+        self.text = model.model.language_model
+        self.first = int(build_tokenizer().convert_tokens_to_ids("<loc_0>"))
+        self.register_buffer("basis", location_basis())
+        width = self.text.config.d_model
+        self.loc_embed = nn.Parameter(torch.randn(self.basis.shape[1], width) * 0.03)
+        place_positions(self.projector.image_position_embed)
+        self.word_embed = nn.Parameter(torch.randn(self.first, width) * 0.04)
+
+    def table(self) -> torch.Tensor:
+        """The embedding [V, D] as it will be shipped."""
+        tail = self.word_embed.new_zeros(1, self.word_embed.shape[1])
+        return torch.cat([self.word_embed, self.basis @ self.loc_embed, tail])
+
+    def write_back(self) -> None:
+        """Write the table into the module, where ``lm_head`` is tied to it."""
+        with torch.no_grad():
+            self.text.shared.weight.copy_(self.table())
+
+    def forward(self, features: torch.Tensor, questions: list[list[Question]], spread: float,
+                noise: float = 0.0, keep: torch.Tensor | None = None,
+                ) -> tuple[torch.Tensor, dict[str, float]]:  # fmt: skip
+        """Loss and figures for features [B, D, C, C] and each frame's questions (as many for each).
+
+        ``spread`` is the width in bins of a location's target; ``noise`` that of the locations fed;
+        ``keep`` [B, K] the cells that are read (see :func:`cells_to_keep`), None for all.
+        """
+        each = len(questions[0])
+        flat = [question for frame in questions for question in frame]
+        image = self.projector(features)
+        if keep is not None:
+            image = self._only(image, keep)
+        image = image.repeat_interleave(each, 0)
+        table = self.table()
+        prompt, mask = _padded([[BOS, *q.prompt, EOS] for q in flat])
+        asked = F.embedding(prompt, table)
+        if keep is not None:  # the prompt stands where it stands behind all the cells
+            asked = asked + self._moved(CELLS * CELLS + 1, image.shape[1], asked.shape[1])
+        states = torch.cat([image, asked], 1)
+        seen = torch.cat([mask.new_ones(len(flat), image.shape[1]), mask], 1)
+        encoded = self.text.encoder(inputs_embeds=states, attention_mask=seen).last_hidden_state
+        answer, real = _padded([q.answer for q in flat])
+        place = _padded_places([q.place for q in flat])
+        fed = answer.clone()
+        if noise:
+            moved = fed + (torch.randn(fed.shape) * noise).round().long()
+            moved = moved.clamp(self.first, self.first + LOC_BINS - 1)
+            fed = torch.where(place >= 0, moved, fed)
+        fed = torch.cat([torch.full_like(fed[:, :1], EOS), fed[:, :-1]], 1)
+        decoded = self.text.decoder(
+            inputs_embeds=F.embedding(fed, table),
+            attention_mask=torch.cat([real[:, :1], real[:, :-1]], 1),
+            encoder_hidden_states=encoded, encoder_attention_mask=seen, use_cache=False,
+        ).last_hidden_state  # fmt: skip
+        on = real.bool()
+        logits = F.linear(decoded[on].float(), table)
+        return self._loss(logits, answer[on], place[on], spread)
+
+    def _moved(self, to: int, since: int, count: int) -> torch.Tensor:
+        """What to add to ``count`` tokens at ``since`` so that the encoder takes them to be at
+        ``to``.
+        """
+        positions = self.text.encoder.embed_positions
+        rows, offset = positions.weight, positions.offset
+        return rows[offset + to :][:count] - rows[offset + since :][:count]
+
+    def _only(self, image: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        positions = self.text.encoder.embed_positions
+        rows, offset = positions.weight, positions.offset
+        chosen = torch.gather(image, 1, (keep + 1)[..., None].expand(-1, -1, image.shape[2]))
+        places = rows[offset + 1 + keep] - rows[offset + 1 :][: keep.shape[1]]
+        return torch.cat([image[:, :1], chosen + places], 1)
+
+    def _loss(self, logits: torch.Tensor, answer: torch.Tensor, place: torch.Tensor,
+              spread: float) -> tuple[torch.Tensor, dict[str, float]]:  # fmt: skip
+        located = place >= 0
+        words = F.cross_entropy(logits[~located], answer[~located])
+        chances = logits[located].log_softmax(-1)[:, self.first : self.first + LOC_BINS]
+        bins = torch.arange(LOC_BINS) + 0.5
+        away = (bins[None] - place[located][:, None] * LOC_BINS) / spread
+        target = torch.softmax(-0.5 * away**2, -1)
+        places = (
+            -(target * chances).sum(-1).mean()
+            + (target * target.clamp(min=1e-12).log()).sum(-1).mean()
+        )
+        with torch.no_grad():
+            said = logits[located].argmax(-1) - self.first
+            error = (said - answer[located] + self.first).abs()
+            error = torch.where((said >= 0) & (said < LOC_BINS), error, LOC_BINS)
+            figures = {
+                "words": words.item(), "places": places.item(),
+                "word_ok": (logits[~located].argmax(-1) == answer[~located]).float().mean().item(),
+                "in15": (error <= 15).float().mean().item(),
+                "in7": (error <= 7).float().mean().item(),
+            }  # fmt: skip
+        share = located.float().mean()
+        return words * (1 - share) * 2 + places * share * 2, figures
+
+
+def cells_to_keep(owners: list[np.ndarray], rng: np.random.Generator, count: int) -> torch.Tensor:
+    """[B, count] cells in order: every cell with an object, and background drawn to fill.
+
+    Two thirds of a frame's cells are empty table; reading fewer of them makes the text model's
+    passes about three times cheaper. The last part of the training reads all.
+    """
+    rows = []
+    for owner in owners:
+        flat = owner.ravel()
+        rank = rng.random(flat.size) + (flat == -1) * 1.0
+        rows.append(np.sort(np.argpartition(rank, count)[:count]))
+    return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+
+def _padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    longest = max(len(row) for row in rows)
+    ids = torch.tensor([row + [PAD] * (longest - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    return ids, mask
+
+
+def _padded_places(rows: list[list[float]]) -> torch.Tensor:
+    longest = max(len(row) for row in rows)
+    return torch.tensor([row + [-1.0] * (longest - len(row)) for row in rows])
 
 
 def random_layout(rng: np.random.Generator) -> Sample:
@@ -59,12 +226,13 @@ def random_layout(rng: np.random.Generator) -> Sample:
     order = np.argsort(array[:, 0] + array[:, 2])
     array, labels = array[order], [labels[i] for i in order]
     at = (np.arange(CELLS) + 0.5) / CELLS
-    x, y = np.meshgrid(at, at)
+    columns, rows = np.meshgrid(at, at)
     owner = np.full((CELLS, CELLS), -1, np.int8)
     for number in rng.permutation(count):
         a, b, c, d = array[number]
-        reach = ((x - (a + c) / 2) / ((c - a) / 2)) ** 2 + ((y - (b + d) / 2) / ((d - b) / 2)) ** 2
-        owner[reach < rng.uniform(0.7, 1.1)] = number
+        across = (columns - (a + c) / 2) / ((c - a) / 2)
+        down = (rows - (b + d) / 2) / ((d - b) / 2)
+        owner[across**2 + down**2 < rng.uniform(0.7, 1.1)] = number
         row, column = int((b + d) / 2 * CELLS), int((a + c) / 2 * CELLS)
         owner[row, column] = number
     return Sample(np.zeros((0, 0, 3), np.uint8), tuple(labels), array, owner, owner)
@@ -82,11 +250,11 @@ def truth_features(samples: list[Sample], width: int, rng: np.random.Generator) 
         out[..., quiet] = rng.normal(0, 0.1, out[..., quiet].shape)
     for number, sample in enumerate(samples):
         kind, colour, ltrb = owner_targets(sample, sample.owner)
-        rows, columns = np.indices(kind.shape)
+        places = np.indices(kind.shape)
+        rows, columns = places[0], places[1]
         sure = rng.uniform(4, 9, kind.shape)
         out[number, rows, columns, KIND.start + kind] += sure
-        on = kind > 0
-        tinted = colour >= 0
+        on, tinted = kind > 0, colour >= 0
         cells = out[number]
         cells[tinted, COLOUR] = rng.normal(-1, 1, (int(tinted.sum()), COLOUR.stop - COLOUR.start))
         cells[rows[tinted], columns[tinted], COLOUR.start + colour[tinted]] += sure[tinted]
@@ -94,51 +262,27 @@ def truth_features(samples: list[Sample], width: int, rng: np.random.Generator) 
     return torch.from_numpy(out).permute(0, 3, 1, 2)
 
 
-def questions_of(sample: Sample, rng: np.random.Generator) -> list[Question]:
-    """Three questions on a frame: detection, a grounding, and a caption or another grounding."""
-    third = (
-        caption_question(sample.labels) if rng.random() < 0.6
-        else ground_question(sample.labels, sample.boxes, rng)
-    )  # fmt: skip
-    return [
-        detect_question(sample.labels, sample.boxes),
-        ground_question(sample.labels, sample.boxes, rng),
-        third,
-    ]
-
-
 def main() -> None:
     """``python -m librobot_vlm_ros.tabletop.train_text --out FILE --minutes M``."""
-    parser = argparse.ArgumentParser(description="Train the text model on ground-truth channels.")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--batch", type=int, default=6)
-    parser.add_argument("--rate", type=float, default=1.2e-3)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=1)
+    parser = options(
+        "Train the text model on ground-truth channels.", minutes=30, batch=6, rate=1.2e-3, seed=1
+    )
+    parser.add_argument("--out", type=Path, required=True, help="checkpoint, resumed if it exists")
     parser.add_argument("--alone", type=float, default=0.5, help="share of time on detection alone")
-    parser.add_argument("--bf16", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    rank, ranks = join_ranks()
     model = build_model(attention="eager")
     width = model.config.vision_config.embed_dim[-1]
-    reader = Reader(model)
-    optims = optimizers([reader], args.rate, decay=0.01)
-    spent, step = 0.0, 0
-    if args.out.exists():
-        state = torch.load(args.out, weights_only=True)
-        reader.load_state_dict(state["reader"])
-        for optim, saved in zip(optims, state["optims"], strict=True):
-            optim.load_state_dict(saved)
-        spent, step = state["spent"], state["step"]
-    rng = np.random.default_rng([args.seed, rank, step])
-    last, mean = time.monotonic(), dict[str, float]()
-    while spent < args.minutes * 60:
-        set_rate(optims, rate_at(spent, args.minutes * 60, args.rate, warm=0.05))
+    trainer = TextTrainer(model)
+    run = TrainingRun(
+        args, args.out, {"reader": trainer}, clip={"reader": 1.0}, decay=0.01, warm=0.05,
+        unit="scenes",
+    )  # fmt: skip
+    rng = np.random.default_rng([args.seed, run.rank, run.steps])
+    while not run.done:
         # Detection alone first: it has most boxes for one pass of the encoder, and what it teaches
         # of reading cells and writing locations holds for the other questions.
-        alone = spent < args.alone * args.minutes * 60
+        alone = run.share < args.alone
         layouts = [random_layout(rng) for _ in range(args.batch * (3 if alone else 1))]
         questions = [
             [detect_question(v.labels, v.boxes)] if alone else questions_of(v, rng) for v in layouts
@@ -146,33 +290,8 @@ def main() -> None:
         features = truth_features(layouts, width, rng)
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             keep = cells_to_keep([v.owner for v in layouts], rng, 60)
-            loss, figures = reader(features, questions, spread=4.0, noise=2.0, keep=keep)
-        for optim in optims:
-            optim.zero_grad()
-        loss.backward()
-        average_gradients([reader], ranks)
-        nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
-        for optim in optims:
-            optim.step()
-        step += 1
-        now = time.monotonic()
-        spent, last = spent + now - last, now
-        if ranks > 1:
-            clock = torch.tensor([spent], dtype=torch.float64)
-            torch.distributed.broadcast(clock, 0)
-            spent = clock.item()
-        mean = {k: 0.95 * mean.get(k, v) + 0.05 * v for k, v in figures.items()}
-        if step % 25 == 0 and rank == 0:
-            shown = "  ".join(f"{k} {v:.3f}" for k, v in mean.items())
-            print(
-                f"step {step}  {spent / 60:.1f} min  {step * args.batch * ranks} scenes  {shown}",
-                flush=True,
-            )
-        if rank == 0 and (step % 200 == 0 or spent >= args.minutes * 60):
-            save = {"reader": reader.state_dict(), "spent": spent, "step": step,
-                    "optims": [optim.state_dict() for optim in optims]}  # fmt: skip
-            torch.save(save, args.out.with_suffix(".part"))
-            args.out.with_suffix(".part").rename(args.out)
+            loss, figures = trainer(features, questions, spread=4.0, noise=2.0, keep=keep)
+        run.step(loss, figures, every=200)
 
 
 if __name__ == "__main__":

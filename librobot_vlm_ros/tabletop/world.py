@@ -108,7 +108,8 @@ class Rendering:
 def _mesh_vertices(path: str) -> np.ndarray:
     with open(path, encoding="utf-8", errors="replace") as lines:
         rows = [line.split()[1:4] for line in lines if line.startswith("v ")]
-    return np.array(rows, dtype=np.float64)
+    vertices: np.ndarray = np.array(rows, dtype=np.float64)
+    return vertices
 
 
 def rotation(euler: tuple[float, float, float]) -> np.ndarray:
@@ -165,7 +166,9 @@ def solid(
         facing = np.cross(corner[:, 1] - corner[:, 0], corner[:, 2] - corner[:, 0])
         inward = (facing * flat_normal[triangles - base].mean(1)).sum(1) < 0
         triangles[inward] = triangles[inward][:, ::-1]
-        vertices.append(flat), normals.append(flat_normal), faces.append(triangles)
+        vertices.append(flat)
+        normals.append(flat_normal)
+        faces.append(triangles)
         base += rows * columns
     return np.concatenate(vertices) * np.array(size), np.concatenate(normals), np.concatenate(faces)
 
@@ -214,10 +217,6 @@ class World:
         self.mat = self._box((0.5, 0.4, 0.001))
         self.arm: int | None = None
 
-    def close(self) -> None:
-        """Disconnect from the renderer."""
-        self._bullet.disconnect()
-
     def _box(self, half: tuple[float, float, float]) -> int:
         visual = self._bullet.createVisualShape(self._pb.GEOM_BOX, halfExtents=half)
         return int(self._bullet.createMultiBody(0, -1, visual, _HIDDEN))
@@ -257,7 +256,7 @@ class World:
             self.arm = None
         self._used.clear()
 
-    def _take(self, pool: str, create: Any) -> int:
+    def _next_body(self, pool: str, create: Any) -> int:
         index = self._used.get(pool, 0)
         bodies = self._pool.setdefault(pool, [])
         if index == len(bodies):
@@ -267,7 +266,7 @@ class World:
 
     def place(self, kind: str, colour: str | None, pose: Pose, tint: float = 1.0) -> int:
         """Stand an object on the table; returns its body number. ``tint`` scales its brightness."""
-        body = self._take(kind, lambda: self._create(kind))
+        body = self._next_body(kind, lambda: self._create(kind))
         low, _ = shape_extent(kind, pose.euler, self.data)
         position = (pose.x, pose.y, TABLE_TOP + 0.001 - float(low[2]))
         turn = self._bullet.getQuaternionFromEuler(pose.euler)
@@ -277,7 +276,7 @@ class World:
         self._bullet.changeVisualShape(body, -1, rgbaColor=rgba)
         return body
 
-    def take_back(self, kind: str, body: int) -> None:
+    def hide_last(self, kind: str, body: int) -> None:
         """Put the object placed last of its kind out of sight again."""
         self._bullet.resetBasePositionAndOrientation(body, _HIDDEN, (0, 0, 0, 1))
         self._used[kind] -= 1
@@ -291,7 +290,7 @@ class World:
         """
         key = "slab " + ",".join(f"{side:.3f}" for side in size)
         half = (size[0] / 2, size[1] / 2, size[2] / 2)
-        body = self._take(key, lambda: self._box(half))
+        body = self._next_body(key, lambda: self._box(half))
         turn = self._bullet.getQuaternionFromEuler((0, 0, yaw))
         self._bullet.resetBasePositionAndOrientation(
             body, (xy[0], xy[1], TABLE_TOP + 0.0015 + half[2]), turn

@@ -14,7 +14,7 @@ import pytest
 
 from librobot_vlm_ros.annotate import run as annotate_run
 from librobot_vlm_ros.annotate.job import open_bags
-from librobot_vlm_ros.annotate.pool import run_here
+from librobot_vlm_ros.annotate.workers import run_here
 from librobot_vlm_ros.bags import BagReader, BagWriter, shipped_bag
 from librobot_vlm_ros.bags.synthetic import START_NS, write_rectangle_bag
 from librobot_vlm_ros.cli.main import main
@@ -27,7 +27,7 @@ TASKS = ["--tasks", "caption", "ground", "--model", "fake"]
 #: Runs the command after `PATCH`, which may end the process at a chosen point.
 PROGRAM = """
 import os, resource, signal, sys
-from librobot_vlm_ros.cli import annotate_finish, annotate_journal, annotate_run
+from librobot_vlm_ros.annotate import journal as annotate_journal, run as annotate_run
 from librobot_vlm_ros.bags import BagWriter
 from librobot_vlm_ros.cli.main import main
 
@@ -374,7 +374,7 @@ def test_no_more_processes_than_segments_are_started(
 
     def instead(count: int, job: Any, instructions: Any, segments: Any, *told: Any) -> Any:
         asked.append(count)
-        with open_bags(job.bags, salvage=False) as readers:
+        with open_bags(job.options.bags, salvage=False) as readers:
             yield from run_here(job, readers, instructions, segments, *told)
 
     monkeypatch.setattr(annotate_run, "run_in_processes", instead)

@@ -14,7 +14,6 @@ from librobot_vlm_ros.bench.node_check.report import (
     single_summary,
     summary,
 )
-from librobot_vlm_ros.runtime.stats import percentile
 
 
 def figures_of(answers: list[Answer], **changes: Any) -> dict[str, Any]:
@@ -23,7 +22,6 @@ def figures_of(answers: list[Answer], **changes: Any) -> dict[str, Any]:
         "sent": 4,
         "received": {"a": 2, "b": 2},
         "cpu_share": 0.25,
-        "percentile": percentile,
     }
     return summary(answers, [Ask(0.1)], **{**values, **changes})
 
@@ -65,7 +63,7 @@ def single(model_s: float, ages: list[float]) -> list[Answer]:
 
 def test_overhead_is_the_age_less_the_time_of_the_model() -> None:
     idle = single(0.5, [0.501, 0.502, 0.51])
-    figures = single_summary(idle, single(0.2, [0.3, 0.25]), 0.2, percentile)
+    figures = single_summary(idle, single(0.2, [0.3, 0.25]), 0.2)
     assert (figures["overhead_p50_s"], figures["overhead_p99_s"]) == (0.002, 0.01)
     assert (figures["slow_age_p50_s"], figures["slow_age_p99_s"]) == (0.25, 0.3)
     assert (figures["overhead_results"], figures["slow_results"]) == (3, 2)
@@ -73,11 +71,11 @@ def test_overhead_is_the_age_less_the_time_of_the_model() -> None:
 
 
 def test_overhead_and_age_behind_a_slow_model_are_held_to_limits() -> None:
-    figures = single_summary(single(0.0, [0.0021]), single(0.2, [0.51]), 0.2, percentile)
+    figures = single_summary(single(0.0, [0.0021]), single(0.2, [0.51]), 0.2)
     found = misses(figures, single_limits(0.2, 10.0))
     assert [text.split()[0] for text in found] == ["overhead_p50_s", "slow_age_p99_s"]
 
 
 def test_no_results_are_a_miss() -> None:
-    figures = single_summary([], [], 0.2, percentile)
+    figures = single_summary([], [], 0.2)
     assert len(misses(figures, single_limits(0.2, 10.0))) == 2

@@ -129,7 +129,7 @@ def test_a_task_that_the_model_cannot_do_names_those_that_can(
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["png", "jpg", "webp"])
+@pytest.mark.parametrize("kind", ["png", "jpg", "webp", "tiff"])
 def test_pictures_are_turned_as_their_exif_says(
     tmp_path: Path, orientation: int, kind: str
 ) -> None:
@@ -138,8 +138,8 @@ def test_pictures_are_turned_as_their_exif_says(
     path = tmp_path / f"a.{kind}"
     exif = Image.Exif()
     exif[0x0112] = orientation
-    options = {"lossless": True} if kind == "webp" else {"quality": 100, "subsampling": 0}
-    Image.fromarray(CORNERS).save(path, exif=exif, **({} if kind == "png" else options))
+    options = {"webp": {"lossless": True}, "jpg": {"quality": 100, "subsampling": 0}}
+    Image.fromarray(CORNERS).save(path, exif=exif, **options.get(kind, {}))
     found = read_picture(path)
     expected = np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))
     assert found.shape == expected.shape

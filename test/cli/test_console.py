@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 from librobot_vlm_ros.console import Console, table
 
@@ -49,9 +50,32 @@ def test_progress_on_a_terminal_redraws_one_line() -> None:
     assert "3/3" in stream.getvalue()
 
 
+def test_a_table_on_a_terminal_shows_cells_as_they_are(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    stream = Terminal()
+    long = "a [bold]name[/bold] " * 20
+    Console(stream).table([(long, "1000")], header=("name", "n"), right="lr")
+    shown = re.sub(r"\x1b\[[\d;]*m", "", stream.getvalue()).splitlines()
+    assert shown[0].split() == ["name", "n"]
+    assert shown[2].startswith(long)  # neither cut off nor broken nor taken for markup
+    assert shown[2].split()[-1] == "1000"
+
+
+def test_lines_stand_above_the_bar_of_a_terminal() -> None:
+    stream = Terminal()
+    console = Console(stream)
+    with console.progress(2, "frames") as progress:
+        progress.step()
+        console.line("loaded")
+    console.line("done")
+    shown = re.sub(r"\x1b\[[?\d;]*[a-zA-Z]", "", stream.getvalue())
+    assert "\rloaded\n" in shown
+    assert shown.endswith("\ndone\n")
+
+
 def test_colours_only_where_they_are_wanted(monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.delenv("NO_COLOR", raising=False)
-    assert Console(Terminal()).paint("x", "1") == "\x1b[1mx\x1b[0m"
-    assert Console(io.StringIO()).paint("x", "1") == "x"
+    assert Console(Terminal()).paint("x", "bold") == "\x1b[1mx\x1b[0m"
+    assert Console(io.StringIO()).paint("x", "bold") == "x"
     monkeypatch.setenv("NO_COLOR", "1")
-    assert Console(Terminal()).paint("x", "1") == "x"
+    assert Console(Terminal()).paint("x", "bold") == "x"

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from librobot_vlm_ros import __version__
 from librobot_vlm_ros.bags.synthetic import write_rectangle_bag
@@ -133,8 +134,7 @@ def test_a_bag_that_is_cut_off_is_refused_with_its_code(tmp_path: Path, capsys: 
 def test_a_demo_of_a_model_without_weights_says_so_and_leaves_nothing(
     tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "no-hub"))
-    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "no-hub"))
     write_rectangle_bag(tmp_path / "bag", 1)
     words = ["demo", "--model", "florence-2-base", "--bag", str(tmp_path / "bag")]
     assert main([*words, "--out", str(tmp_path / "out")]) == 1
@@ -164,10 +164,11 @@ def test_a_defect_is_shown_with_its_traceback(
 
 @pytest.mark.parametrize("words", [["--help"], ["replay", "--help"], ["models"]])
 def test_nothing_heavy_is_imported_for_it(words: list[str]) -> None:
+    heavy = ("torch", "transformers", "rclpy", "rich")
     program = (
         "import sys\nfrom librobot_vlm_ros.cli.main import main\n"
         f"try:\n    main({words!r})\nexcept SystemExit:\n    pass\n"
-        "print('HEAVY', [m for m in ('torch', 'transformers', 'rclpy') if m in sys.modules])"
+        f"print('HEAVY', [name for name in {heavy} if name in sys.modules])"
     )
     ran = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True

@@ -11,7 +11,7 @@ import pytest
 
 from librobot_vlm_ros.cli.main import main
 from librobot_vlm_ros.models import list_vlms, model_info
-from librobot_vlm_ros.models.checkpoints.local_weights import shipped_folder
+from librobot_vlm_ros.models.checkpoints.hub import shipped_folder
 from librobot_vlm_ros.models.testing import conformance
 
 

@@ -12,7 +12,7 @@ from librobot_vlm_ros.client import signals
 
 @pytest.fixture(autouse=True)
 def caught() -> Iterator[None]:
-    undo = signals.catch()
+    undo = signals.install()
     yield
     undo()
 
@@ -36,16 +36,16 @@ def test_a_held_signal_is_raised_at_the_end_and_once(
     steps = []
 
     def work() -> None:
-        with signals.held():
+        with signals.delayed():
             signal.raise_signal(number)
-            with signals.held():
+            with signals.delayed():
                 steps.append("inner")
             steps.append("outer")
 
     with pytest.raises(error):
         work()
     assert steps == ["inner", "outer"]
-    with signals.held():
+    with signals.delayed():
         pass
 
 
@@ -54,7 +54,7 @@ def test_a_held_signal_is_raised_at_the_end_and_once(
 )
 def test_of_both_signals_sigterm_is_raised(numbers: tuple[int, int]) -> None:
     def work() -> None:
-        with signals.held():
+        with signals.delayed():
             for number in numbers:
                 signal.raise_signal(number)
 
@@ -64,7 +64,7 @@ def test_of_both_signals_sigterm_is_raised(numbers: tuple[int, int]) -> None:
 
 def test_an_error_of_held_code_gives_way_to_the_signal_and_stays_its_context() -> None:
     def work() -> None:
-        with signals.held():
+        with signals.delayed():
             signal.raise_signal(signal.SIGTERM)
             raise ValueError("mangled")
 
@@ -75,5 +75,5 @@ def test_an_error_of_held_code_gives_way_to_the_signal_and_stays_its_context() -
 
 def test_undone_the_handlers_are_those_of_before() -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    signals.catch()()
+    signals.install()()
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before

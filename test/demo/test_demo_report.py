@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from librobot_vlm_ros.demo.data import Answer, DemoRun
@@ -78,19 +79,29 @@ def test_the_report_shows_every_frame_caption_and_box(run: DemoRun, tmp_path: Pa
         assert words in page.text
 
 
+@pytest.mark.parametrize(
+    "evil",
+    [
+        "<script>alert(1)</script>",
+        """"/><script>alert('1')</script>""",
+        "'></title></svg><script>alert(1)</script>",
+        "{{ run }}{% raw %}<script>&lt;",
+    ],
+)
 def test_text_from_models_and_bags_is_not_taken_for_html(
-    run: DemoRun, tmp_path: Path, answer: Callable[..., Answer]
+    run: DemoRun, tmp_path: Path, answer: Callable[..., Answer], evil: str
 ) -> None:
-    evil = "<script>alert(1)</script>"
     run.frames[0].answers["caption"] = answer("caption", 1000, evil)
     box = (1.0, 1.0, 9.0, 9.0)
     run.frames[0].answers["detect"] = answer("detect", 1000, regions=[(evil, box, 0.5)])
     run.questions = [answer("ground", 1000, prompt=evil), answer("detect", 1000, error=evil)]
     run.instructions = [(1, evil)]
     run.failures = [evil]
+    run.frames[1].answers["ground"] = answer("ground", 1001, prompt=evil, error=evil)
+    run.model, run.bag, run.image_topic = evil, Path(evil.replace("/", "")), evil
     page = page_of(run, tmp_path / "report.html")
     assert "script" not in page.tags
-    assert page.text.count(evil) >= 6
+    assert page.text.count(evil) >= 11
 
 
 def test_a_run_without_results_still_gives_a_report(run: DemoRun, tmp_path: Path) -> None:

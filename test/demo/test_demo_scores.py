@@ -9,11 +9,27 @@ import pytest
 
 from librobot_vlm_ros.demo.data import Answer, DemoRun
 from librobot_vlm_ros.demo.scores import (
-    SUMMARY_KEYS,
     answer_is_right,
     missed_objects,
     summarize,
     vocabulary,
+)
+
+#: Exactly the keys of summary.json.
+SUMMARY_KEYS = (
+    "frames",
+    "results",
+    "precision",
+    "recall",
+    "mean_iou",
+    "caption_exact",
+    "grounding_hit",
+    "stamps_equal",
+    "queries_ok",
+    "frame_age_p50_s",
+    "frame_age_p99_s",
+    "model",
+    "wall_s",
 )
 
 
@@ -50,9 +66,9 @@ def test_a_missing_answer_counts_as_wrong(run: DemoRun) -> None:
 
 
 def test_a_result_of_no_frame_that_was_sent_spoils_the_stamps(run: DemoRun) -> None:
-    run.strangers = 1
+    run.unmatched = 1
     assert summarize(run, 1.0)["stamps_equal"] is False
-    run.strangers, run.results = 0, []
+    run.unmatched, run.results = 0, []
     assert summarize(run, 1.0)["stamps_equal"] is False
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 from librobot_vlm_ros.cli.main import main
 from librobot_vlm_ros.doctor import model as doctor_model
@@ -20,7 +21,7 @@ from librobot_vlm_ros.doctor.child_process import ask_python, last_words
 from librobot_vlm_ros.doctor.finding import Finding, found_by
 from librobot_vlm_ros.doctor.model import MINIMUM, ModelDoctor
 from librobot_vlm_ros.models import model_info
-from librobot_vlm_ros.models.checkpoints import local_weights as weights_here
+from librobot_vlm_ros.models.checkpoints.hub import weights_present
 from librobot_vlm_ros.ros import dds as transport
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,7 +59,7 @@ def doctor(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ModelDoctor]:
             made.asked = asked  # type: ignore[attr-defined]
             return (list(probed), why) if asked.get("probe") else (facts, why)
 
-        monkeypatch.setattr(doctor_model, "ask_probe", ask)
+        monkeypatch.setattr(doctor_model, "ask_torch", ask)
         made = ModelDoctor(model_info(name), weights, "auto", dtype)
         return made
 
@@ -100,7 +101,7 @@ def test_what_is_missing_or_broken_ends_nothing(tmp_path: Path) -> None:
         (tmp_path / f"{name}.py").write_text(text)
     path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-m", "librobot_vlm_ros.cli.main", "doctor", "--json"],
+        [sys.executable, "-m", "librobot_vlm_ros.cli", "doctor", "--json"],
         env={**os.environ, "PYTHONPATH": path},
         cwd=tmp_path,
         capture_output=True,
@@ -256,7 +257,7 @@ def test_an_index_of_shards_that_is_none_is_told(
 def test_weights_that_are_not_here_are_told_with_the_command(
     doctor: Callable[..., ModelDoctor], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
 
     def weights(name: str = "florence-2-base", source: str = "") -> Finding:
@@ -275,11 +276,12 @@ def test_weights_that_are_not_here_are_told_with_the_command(
     assert "weights:=" in weights().fix
     snapshot = tmp_path / "hub" / "models--microsoft--Florence-2-base" / "snapshots" / "x"
     snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
     (snapshot / "model.safetensors").write_bytes(b"x")
     assert weights().status == "problem"  # another revision than the pinned one
     snapshot.rename(snapshot.with_name(str(base.pinned_revision)))
     assert weights().status == "ok"
-    assert weights_here.weights_present(base)
+    assert weights_present(base)
     refs = snapshot.parents[1] / "refs"
     refs.mkdir()
     (refs / "trial").write_text(str(base.pinned_revision))
@@ -345,15 +347,13 @@ def test_too_little_shared_memory_is_told_with_the_flag_for_containers(
 def test_people_see_lines_with_the_fix_below(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from librobot_vlm_ros.cli import doctor as command
-
     rows = [Finding("a", "ok", "fine"), Finding("b", "problem", "bad", "mend it")]
-    monkeypatch.setattr(command, "_checks", lambda info, args: [("x", lambda: rows)])
+    monkeypatch.setattr("librobot_vlm_ros.doctor.examine", lambda *_, **__: rows)
     assert main(["doctor"]) == 1
     shown = capsys.readouterr()
     assert shown.out == "ok      a: fine\nPROBLEM b: bad\n        -> mend it\n"
     assert "1 problem, 0 warnings" in shown.err
-    monkeypatch.setattr(command, "_checks", lambda info, args: [("x", lambda: rows[:1])])
+    monkeypatch.setattr("librobot_vlm_ros.doctor.examine", lambda *_, **__: rows[:1])
     assert main(["doctor"]) == 0
     assert main(["doctor", "--model", "no-such"]) == 1
     assert "UNKNOWN_MODEL(300)" in capsys.readouterr().err

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from librobot_vlm_ros.core import Region
 from librobot_vlm_ros.evaluation.metrics import (
+    AveragePrecision,
+    average_precision,
     caption_exact,
     detection_scores,
     grounding_hit,
@@ -157,3 +159,43 @@ def test_a_caption_is_exact_when_nothing_is_missing_or_invented():
     assert not caption_exact(caption, ["duck", "red cube", "box"], VOCABULARY)
     assert caption_exact("an empty table", [], VOCABULARY)
     assert named_objects("anything", []) == frozenset()
+
+
+def scored(label, score, *box):
+    return Region(label, score, *box)
+
+
+def test_average_precision_of_a_ranking_worked_out_by_hand():
+    """Right, wrong, right (at IoU 0.8): precision 1 up to recall 1/2, then 2/3, read at the 101
+    recalls 0, 0.01 ... 1, of which 51 are within the first half.
+    """
+    truth = [region("duck", 0, 0, 10, 10), region("duck", 50, 0, 60, 10)]
+    found = [
+        scored("duck", 0.9, 0, 0, 10, 10),
+        scored("duck", 0.8, 100, 100, 110, 110),
+        scored("duck", 0.7, 50, 0, 60, 8),
+    ]
+    both, first = (51 + 50 * 2 / 3) / 101, 51 / 101
+    scores = average_precision([(found, truth)])
+    assert scores.ap50 == pytest.approx(both)
+    assert scores.ap75 == pytest.approx(both)
+    assert scores.ap == pytest.approx((7 * both + 3 * first) / 10)  # 0.50 to 0.80 and above
+
+
+def test_average_precision_ranks_over_frames_and_averages_over_labels():
+    duck, mug = region("duck", 0, 0, 10, 10), region("mug", 20, 0, 30, 10)
+    good, bad = scored("duck", 0.6, *duck.box), scored("duck", 0.9, 40, 40, 50, 50)
+    frames = [([good], [duck, mug]), ([bad, scored("ball", 0.9, 0, 0, 5, 5)], [])]
+    # The duck comes behind a worse box of another frame; the mug is not found; balls count nowhere.
+    assert average_precision(frames).ap50 == pytest.approx((0.5 + 0.0) / 2)
+    best = [([scored("duck", 0.1, *duck.box), scored("mug", 0.2, *mug.box)], [duck, mug])]
+    assert average_precision(best) == AveragePrecision(1.0, 1.0, 1.0)
+
+
+def test_average_precision_with_nothing_to_find_or_nothing_found():
+    duck = scored("duck", 0.5, 0, 0, 10, 10)
+    assert average_precision([([], [])]).ap == 1.0
+    assert average_precision([([duck], [])]).ap == 0.0
+    assert average_precision([([], [duck])]).ap == 0.0
+    with pytest.raises(ValueError, match="score of 'duck' in frame 0"):
+        average_precision([([region("duck", 0, 0, 1, 1)], [duck])])

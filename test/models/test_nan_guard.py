@@ -13,7 +13,7 @@ from torch import nn
 
 from librobot_vlm_ros.core import ErrorCode, GenerationParams, InferenceError, ModelAnswer
 from librobot_vlm_ros.models import AbstractVLM, create_vlm
-from librobot_vlm_ros.models.placement import move
+from librobot_vlm_ros.models.placement import move_module
 
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"num_beams": 1},
@@ -102,7 +102,7 @@ def test_rotary_frequencies_stay_in_full_precision(moved: str) -> None:
     dtype = "bfloat16" if moved == "made in" else "float32"
     vlm = create_vlm("llava-v1.5-7b", config=config, device="cpu", dtype=dtype)
     if moved == "gone to":  # as from float16 on a GPU
-        move(vlm.module, dtype=torch.bfloat16)
+        move_module(vlm.module, dtype=torch.bfloat16)
     rotary = vlm.language_model.rotary_emb
     exact = 1e4 ** -(torch.arange(0, 32, 2) / 32)
     assert vlm.dtype == "bfloat16"

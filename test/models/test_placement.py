@@ -7,7 +7,7 @@ import torch
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
 from librobot_vlm_ros.models import create_vlm
-from librobot_vlm_ros.models.placement import place
+from librobot_vlm_ros.models.placement import resolve_placement
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_no_gpu")
 def test_auto_without_a_gpu() -> None:
-    found = place()
+    found = resolve_placement()
     assert (str(found.device), found.dtype, found.attention) == ("cpu", torch.float32, "sdpa")
 
 
@@ -25,18 +25,18 @@ def test_auto_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    found = place()
+    found = resolve_placement()
     assert (str(found.device), found.dtype, found.attention) == ("cuda:0", torch.float16, "sdpa")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "flash_attn")
-    assert place().attention == "flash_attention_2"
-    assert place(dtype="float32").attention == "sdpa"
+    assert resolve_placement().attention == "flash_attention_2"
+    assert resolve_placement(dtype="float32").attention == "sdpa"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert place().attention == "sdpa"
+    assert resolve_placement().attention == "sdpa"
 
 
 @pytest.mark.parametrize("name", ["float16", "fp16", "half", "torch.float16", torch.float16])
 def test_names_of_a_dtype(name: object) -> None:
-    assert place("cpu", name).dtype == torch.float16
+    assert resolve_placement("cpu", name).dtype == torch.float16
 
 
 @pytest.mark.usefixtures("_no_gpu")
@@ -66,7 +66,7 @@ def test_bfloat16_on_a_gpu_without_it_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old One")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     with pytest.raises(ModelError, match="Old One") as caught:
-        place("cuda", "bfloat16")
+        resolve_placement("cuda", "bfloat16")
     assert caught.value.code == ErrorCode.DTYPE_UNSUPPORTED
 
 

@@ -14,10 +14,9 @@ import pytest
 CONFTEST = Path(__file__).resolve().parents[1] / "conftest.py"
 
 HOLD = """
-import sys, time
-sys.path.insert(0, {folder!r})
+import time
 from pathlib import Path
-from conftest import claimed_domain
+from librobot_vlm_ros.client.ros_domain import claimed_domain
 with claimed_domain(Path({locks!r}), [5, 6]) as domain:
     print(domain, flush=True)
     time.sleep(60)
@@ -25,7 +24,7 @@ with claimed_domain(Path({locks!r}), [5, 6]) as domain:
 
 
 def test_two_runs_get_different_domains_and_a_dead_one_gives_its_own_back(tmp_path: Path) -> None:
-    script = HOLD.format(folder=str(CONFTEST.parent), locks=str(tmp_path))
+    script = HOLD.format(locks=str(tmp_path))
     runs = [
         subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
         for _ in range(2)

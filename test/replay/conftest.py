@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 RESULT_TOPICS = ("/vlm/caption", "/vlm/grounding", "/vlm/embedding")
-
-
-@pytest.fixture
-def session(ros_env: dict[str, str]) -> Iterator[Any]:
-    """An rclpy node of this process on the tests' domain."""
-    from librobot_vlm_ros.client.session import Session
-
-    with Session("replay_tests") as session:
-        yield session
 
 
 @pytest.fixture
@@ -50,25 +41,23 @@ def start_node(
 
 
 @pytest.fixture
-def lock_step(session: Any) -> Callable[..., tuple[Any, list[Any]]]:
+def lock_step(ros_env: dict[str, str]) -> Callable[..., tuple[Any, list[Any]]]:
     """`lock_step(bag, remap={...}, **options)`: the report of a replay, and the results."""
     from librobot_vlm_ros.bags import BagReader
+    from librobot_vlm_ros.client.session import Session
     from librobot_vlm_ros.replay.lock_step import NodeLink
-    from librobot_vlm_ros.replay.player import Player
-    from librobot_vlm_ros.replay.publishers import PlayOptions
+    from librobot_vlm_ros.replay.player import Player, PlayOptions
 
     def replay(bag: Path, **options: Any) -> tuple[Any, list[Any]]:
         results: list[Any] = []
-        link = NodeLink(session, on_result=results.append)
-        link.connect()
         given = {"rate": None, "discovery_s": 10.0, "remap": {"/instruction": "/vlm/instruction"}}
-        with BagReader(bag) as reader:
+        with BagReader(bag) as reader, Session("lock_step_tests") as session:
+            link = NodeLink(session)
+            link.on_result = results.append
+            link.connect()
             player = Player(session, reader, PlayOptions(**{**given, **options}), link=link)
             player.open()
-            report = player.play()
-            player.close()
-        link.close()
-        return report, results
+            return player.play(), results
 
     return replay
 

@@ -15,9 +15,11 @@ import pytest
 
 from librobot_vlm_ros.bags import BagReader, read_truth
 from librobot_vlm_ros.bags.synthetic import write_rectangle_bag
-from librobot_vlm_ros.demo.scores import SUMMARY_KEYS
+from librobot_vlm_ros.demo.data import DemoRun
+from librobot_vlm_ros.demo.scores import summarize
 
 FRAMES = 8
+SUMMARY_KEYS = tuple(summarize(DemoRun("", Path(), ""), 0.0))
 
 
 @pytest.fixture

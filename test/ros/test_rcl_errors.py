@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from librobot_vlm_ros.core import ErrorCode
-from librobot_vlm_ros.ros.rcl_errors import known_refusal
+from librobot_vlm_ros.ros.rcl_errors import coded_rcl_error
 
 NO_SUBSCRIPTION = "Failed to create subscription: invalid allocator, at subscription.c:261"
 NO_CLIENT = "failed to create client: create_client() failed to create response DataReader"
@@ -42,7 +42,7 @@ NO_LOG = "Failed to configure logging: Failed to create log directory: /root/.ro
 def test_what_keeps_a_node_from_starting_is_said_with_what_to_do(
     text: str, code: ErrorCode, said: str
 ) -> None:
-    known = known_refusal(RuntimeError(text))
+    known = coded_rcl_error(RuntimeError(text))
     assert known is not None
     assert known.code == code
     assert said in str(known)
@@ -52,20 +52,20 @@ def test_what_keeps_a_node_from_starting_is_said_with_what_to_do(
 @pytest.mark.parametrize("text", [NO_SUBSCRIPTION, NO_CLIENT, NO_SERVICE, NO_PUBLISHER])
 def test_what_the_policy_forbids_is_a_permission(text: str, monkeypatch: Any) -> None:
     monkeypatch.setenv("ROS_SECURITY_ENABLE", "true")
-    known = known_refusal(RuntimeError(text), "/side/image")
+    known = coded_rcl_error(RuntimeError(text), "/side/image")
     assert known is not None
     assert known.code == ErrorCode.PERMISSION_DENIED
     assert "/side/image" in known.message
     assert "policy" in known.hint
     monkeypatch.delenv("ROS_SECURITY_ENABLE")
-    assert known_refusal(RuntimeError(text)) is None
+    assert coded_rcl_error(RuntimeError(text)) is None
 
 
 REFUSING = f"""
 import os, sys
 from rclpy.impl.implementation_singleton import rclpy_implementation
 from rclpy.node import Node
-from librobot_vlm_ros.ros import vlm_node
+from librobot_vlm_ros.ros import main
 
 subscribe = Node.create_subscription
 
@@ -76,7 +76,7 @@ def create_subscription(self, kind, topic, *words, **options):
     return subscribe(self, kind, topic, *words, **options)
 
 Node.create_subscription = create_subscription
-sys.exit(vlm_node.main())
+sys.exit(main.main())
 """
 CAMERAS = ["front=/refused/front", "side=/refused/side"]
 

@@ -26,12 +26,40 @@ PATIENCE_S = (
 )
 
 
+class TestedEngine(Engine):
+    """An engine that a test can wait for, and that looks at the test's clock when told."""
+
+    def drain(self, timeout_s: float) -> bool:
+        """Wait until all is done: frames in lock-step, requests, runs, loads. False when time is
+        up.
+        """
+        shared = self._shared
+        with shared.lock:
+            return shared.idle.wait_for(
+                lambda: (
+                    not (
+                        shared.busy
+                        or shared.queue
+                        or shared.scheduler._in_order
+                        or shared.load
+                        or shared.next_load
+                    )
+                ),
+                timeout_s,
+            )
+
+    def poke(self) -> None:
+        """Look at the clock again."""
+        with self._shared.lock:
+            self._shared.wake_all()
+
+
 class Clock:
     """Steady nanoseconds that only `advance` moves; engines made with it are told."""
 
     def __init__(self) -> None:
         self.ns = 1_000_000_000_000
-        self.engines: list[Engine] = []
+        self.engines: list[TestedEngine] = []
 
     def __call__(self) -> int:
         return self.ns
@@ -205,9 +233,9 @@ def ask(make_frame: Callable[..., Frame]) -> Callable[..., InferenceRequest]:
 @pytest.fixture
 def make_engine(
     clock: Clock, backend: ScriptBackend, results: Results
-) -> Iterator[Callable[..., Engine]]:
+) -> Iterator[Callable[..., TestedEngine]]:
     """Engines on the test's clock and model, with one camera "front"; ended after the test."""
-    engines: list[Engine] = []
+    engines: list[TestedEngine] = []
 
     def make(
         *,
@@ -215,14 +243,14 @@ def make_engine(
         start: bool = True,
         cameras: Sequence[str] = ("front",),
         **options: Any,
-    ) -> Engine:
+    ) -> TestedEngine:
         factory = options.pop("factory", lambda name, *, should_cancel, **kw: backend)
         settings = {
             key: options.pop(key)
             for key in list(options)
             if key in EngineConfig.__dataclass_fields__
         }
-        engine = Engine(
+        engine = TestedEngine(
             factory,
             config=EngineConfig(**settings),
             on_result=results,

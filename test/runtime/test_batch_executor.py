@@ -9,46 +9,46 @@ import pytest
 
 from librobot_vlm_ros.core import ErrorCode, InferenceError, ModelAnswer, RequestError
 from librobot_vlm_ros.runtime.batch_executor import run_batch
-from librobot_vlm_ros.runtime.requests import Ticket
+from librobot_vlm_ros.runtime.pending_request import PendingRequest
 
 
 @pytest.fixture
-def tickets(ask):
-    return [Ticket(ask("a")), Ticket(ask("b")), Ticket(ask("c"))]
+def requests(ask):
+    return [PendingRequest(ask("a")), PendingRequest(ask("b")), PendingRequest(ask("c"))]
 
 
 def codes(run):
     return ["ok" if isinstance(one, ModelAnswer) else one.code.name for one in run.outcomes]
 
 
-def test_answers_come_in_order(backend, tickets):
+def test_answers_come_in_order(backend, requests):
     backend.answer = lambda request: ModelAnswer(text=request.request_id)
-    run = run_batch(backend, tickets)
+    run = run_batch(backend, requests)
     assert [answer.text for answer in run.outcomes] == ["a", "b", "c"]
     assert run.served
     assert run.failure is None
 
 
-def test_one_request_that_fails_leaves_the_others_alone(backend, tickets):
+def test_one_request_that_fails_leaves_the_others_alone(backend, requests):
     def answer(request):
         if request.request_id == "b":
             raise InferenceError(ErrorCode.NAN_LOGITS, "nan")
         return ModelAnswer()
 
     backend.answer = answer
-    run = run_batch(backend, tickets)
+    run = run_batch(backend, requests)
     assert codes(run) == ["ok", "NAN_LOGITS", "ok"]
     assert run.failure is None
 
 
-def test_an_exception_becomes_the_error_of_all_requests(backend, tickets):
+def test_an_exception_becomes_the_error_of_all_requests(backend, requests):
     backend.answer = lambda request: 1 / 0
-    run = run_batch(backend, tickets)
+    run = run_batch(backend, requests)
     assert codes(run) == ["INTERNAL"] * 3
     assert "ZeroDivisionError" in str(run.failure)
 
 
-def test_what_is_no_exception_becomes_one_too(backend, tickets):
+def test_what_is_no_exception_becomes_one_too(backend, requests):
     class Panic(BaseException):
         """As the bindings of Rust libraries raise it."""
 
@@ -56,24 +56,24 @@ def test_what_is_no_exception_becomes_one_too(backend, tickets):
         raise Panic("called `Result::unwrap()` on an `Err` value")
 
     backend.answer = break_off
-    run = run_batch(backend, tickets)
+    run = run_batch(backend, requests)
     assert codes(run) == ["INTERNAL"] * 3
     assert "unwrap()" in str(run.failure)
 
 
 @pytest.mark.parametrize("answers", [[], [ModelAnswer()] * 4, ["text", "text", "text"], None])
-def test_a_backend_that_breaks_its_word_gives_coded_errors(backend, tickets, answers):
+def test_a_backend_that_breaks_its_word_gives_coded_errors(backend, requests, answers):
     backend.run = lambda batch, *, on_token=None, should_stop=None: answers
-    assert codes(run_batch(backend, tickets)) == ["INTERNAL"] * 3
+    assert codes(run_batch(backend, requests)) == ["INTERNAL"] * 3
 
 
-def test_a_batch_out_of_memory_is_run_again_one_by_one(backend, tickets):
+def test_a_batch_out_of_memory_is_run_again_one_by_one(backend, requests):
     def no_room_for_two(batch):
         if len(batch) > 1:
             raise MemoryError("CUDA out of memory")
 
     backend.before_run = no_room_for_two
-    run = run_batch(backend, tickets)
+    run = run_batch(backend, requests)
     assert codes(run) == ["ok"] * 3
     assert run.ran_out_of_memory
     assert backend.caches_freed == 1
@@ -85,15 +85,15 @@ def test_out_of_memory_alone_is_an_error_and_frees_caches(backend, ask):
         raise MemoryError
 
     backend.before_run = no_room
-    run = run_batch(backend, [Ticket(ask())])
+    run = run_batch(backend, [PendingRequest(ask())])
     assert codes(run) == ["OUT_OF_MEMORY"]
     assert run.failure is not None
     assert backend.caches_freed == 1
     backend.before_run = lambda batch: None
-    assert codes(run_batch(backend, [Ticket(ask())])) == ["ok"]
+    assert codes(run_batch(backend, [PendingRequest(ask())])) == ["ok"]
 
 
-def test_a_backend_that_fails_to_free_its_caches_still_answers(backend, tickets):
+def test_a_backend_that_fails_to_free_its_caches_still_answers(backend, requests):
     backend.free_caches = lambda: 1 / 0
 
     def no_room_for_two(batch):
@@ -101,10 +101,10 @@ def test_a_backend_that_fails_to_free_its_caches_still_answers(backend, tickets)
             raise MemoryError
 
     backend.before_run = no_room_for_two
-    assert codes(run_batch(backend, tickets)) == ["ok"] * 3
+    assert codes(run_batch(backend, requests)) == ["ok"] * 3
 
 
-def test_only_the_requests_that_ran_out_of_memory_are_run_again(backend, tickets):
+def test_only_the_requests_that_ran_out_of_memory_are_run_again(backend, requests):
     seen = []
 
     def answer(request):
@@ -114,14 +114,14 @@ def test_only_the_requests_that_ran_out_of_memory_are_run_again(backend, tickets
         return ModelAnswer()
 
     backend.answer = answer
-    assert codes(run_batch(backend, tickets)) == ["ok"] * 3
+    assert codes(run_batch(backend, requests)) == ["ok"] * 3
     assert seen == ["a", "b", "c", "b"]
 
 
 def test_a_request_that_has_streamed_text_is_not_run_twice(backend, ask):
     texts = []
-    streaming = Ticket(ask("s"), on_text=texts.append)
-    plain = Ticket(ask("p"))
+    streaming = PendingRequest(ask("s"), on_text=texts.append)
+    plain = PendingRequest(ask("p"))
     backend.tokens = ["a", "b"]
 
     def full(request):
@@ -140,9 +140,9 @@ def test_tokens_go_to_the_request_they_belong_to(backend, ask):
     run_batch(
         backend,
         [
-            Ticket(ask("x"), on_text=heard["x"].append),
-            Ticket(ask()),
-            Ticket(ask("y"), on_text=heard["y"].append),
+            PendingRequest(ask("x"), on_text=heard["x"].append),
+            PendingRequest(ask()),
+            PendingRequest(ask("y"), on_text=heard["y"].append),
         ],
     )
     assert heard == {"x": ["to", "ken"], "y": ["to", "ken"]}
@@ -156,18 +156,18 @@ def test_a_listener_that_fails_is_not_called_again_and_the_answer_still_comes(ba
         raise ValueError("gone")
 
     backend.tokens = ["a", "b", "c"]
-    assert codes(run_batch(backend, [Ticket(ask("r"), on_text=listen)])) == ["ok"]
+    assert codes(run_batch(backend, [PendingRequest(ask("r"), on_text=listen)])) == ["ok"]
     assert heard == ["a"]
     assert "on_token of request 'r' failed" in caplog.text
 
 
 def test_an_ended_request_hears_no_token_and_is_told_to_stop(backend, ask):
     heard = []
-    ticket = Ticket(ask(), on_text=heard.append)
-    ticket.ended = True
+    pending = PendingRequest(ask(), on_text=heard.append)
+    pending.finished = True
     backend.tokens = ["a"]
     backend.hold()
-    assert codes(run_batch(backend, [ticket])) == ["CANCELLED"]
+    assert codes(run_batch(backend, [pending])) == ["CANCELLED"]
     assert heard == []
 
 
@@ -183,7 +183,7 @@ def test_errors_do_not_keep_what_the_model_held(backend, ask):
         raise RuntimeError("broken")
 
     backend.before_run = fail
-    run = run_batch(backend, [Ticket(ask())])
+    run = run_batch(backend, [PendingRequest(ask())])
     gc.collect()
     assert run.failure is not None
     assert watched[0]() is None
@@ -194,4 +194,4 @@ def test_errors_of_the_request_do_not_speak_against_the_model(backend, ask):
         raise RequestError(ErrorCode.BAD_PARAMETER, "no")
 
     backend.answer = refuse
-    assert run_batch(backend, [Ticket(ask())]).failure is None
+    assert run_batch(backend, [PendingRequest(ask())]).failure is None

@@ -6,7 +6,7 @@ import pytest
 
 from librobot_vlm_ros.core import GenerationParams
 from librobot_vlm_ros.runtime.batching import BatchPlanner, companions
-from librobot_vlm_ros.runtime.requests import Ticket
+from librobot_vlm_ros.runtime.pending_request import PendingRequest
 
 
 def run(planner, seconds_of, rounds, clock, most=4, kind="caption"):
@@ -72,16 +72,16 @@ def test_kinds_of_work_are_measured_apart_and_not_remembered_without_bound(clock
 
 
 @pytest.fixture
-def tickets(ask):
-    def make(*requests):
-        return [Ticket(ask(**fields)) for fields in requests]
+def requests(ask):
+    def make(*asked):
+        return [PendingRequest(ask(**fields)) for fields in asked]
 
     return make
 
 
-def test_all_requests_on_one_frame_go_together(tickets, make_frame):
+def test_all_requests_on_one_frame_go_together(requests, make_frame):
     frame = make_frame()
-    waiting = tickets(
+    waiting = requests(
         {"frame": frame},
         {"task": "detect"},
         {"frame": frame, "task": "answer", "prompt": "what?"},
@@ -89,21 +89,21 @@ def test_all_requests_on_one_frame_go_together(tickets, make_frame):
     assert companions(waiting, frames=1, most=8) == [waiting[0], waiting[2]]
 
 
-def test_requests_of_one_kind_go_together_as_far_as_frames_may(tickets):
-    waiting = tickets({}, {"task": "detect"}, {}, {})
+def test_requests_of_one_kind_go_together_as_far_as_frames_may(requests):
+    waiting = requests({}, {"task": "detect"}, {}, {})
     assert companions(waiting, frames=1, most=8) == [waiting[0]]
     assert companions(waiting, frames=2, most=8) == [waiting[0], waiting[2]]
     assert companions(waiting, frames=8, most=8) == [waiting[0], waiting[2], waiting[3]]
 
 
-def test_requests_that_decode_differently_do_not_share_a_batch(tickets):
-    waiting = tickets({}, {"params": GenerationParams(num_beams=3)})
+def test_requests_that_decode_differently_do_not_share_a_batch(requests):
+    waiting = requests({}, {"params": GenerationParams(num_beams=3)})
     assert companions(waiting, frames=8, most=8) == [waiting[0]]
 
 
-def test_no_batch_is_larger_than_allowed_and_the_oldest_is_always_in_it(tickets, make_frame):
+def test_no_batch_is_larger_than_allowed_and_the_oldest_is_always_in_it(requests, make_frame):
     frame = make_frame()
-    waiting = tickets(*[{"frame": frame} for _ in range(5)])
+    waiting = requests(*[{"frame": frame} for _ in range(5)])
     assert companions(waiting, frames=1, most=3) == waiting[:3]
     assert companions([], frames=1, most=3) == []
 

@@ -9,7 +9,14 @@ import weakref
 import pytest
 
 from librobot_vlm_ros.core import ErrorCode, InferenceError, ModelError, VlmError
-from librobot_vlm_ros.runtime import CameraConfig, Engine, EngineConfig, EngineState, StandingTask
+from librobot_vlm_ros.runtime import (
+    CameraConfig,
+    Engine,
+    EngineConfig,
+    EngineState,
+    StandingTask,
+    model_thread,
+)
 
 SOON = 10.0
 
@@ -28,6 +35,8 @@ class Door:
 
     def __init__(self, script, deaf=False):
         self.script = script
+        self.free_bytes = 10**9  # as every model that it makes tells
+        self.alive_when_making = []
         self.deaf = deaf
         self.entered = threading.Semaphore(0)
         self.open = threading.Event()
@@ -39,10 +48,13 @@ class Door:
         while not self.open.wait(0.002):
             if should_cancel() and not self.deaf:
                 raise ModelError(ErrorCode.LOAD_CANCELLED, "stopped between two files")
+        self.alive_when_making.append([one.name for one in self.made if not one.closed])
         if name in self.failing:
             raise self.failing[name]
-        self.made.append(self.script(name))
-        return self.made[-1]
+        backend = self.script(name)
+        backend.free_memory = lambda: self.free_bytes
+        self.made.append(backend)
+        return backend
 
     def wait_entered(self):
         assert self.entered.acquire(timeout=SOON)
@@ -68,11 +80,9 @@ def test_the_states_of_a_life(make_engine, backend):
     assert engine.state == EngineState.RUNNING
     assert engine.pause(SOON)
     assert engine.state == EngineState.PAUSED
-    engine.unload().result(SOON)
-    assert engine.state == EngineState.UNLOADED
-    assert backend.closed
     assert engine.stop(SOON)
     assert engine.state == EngineState.STOPPED
+    assert backend.closed
 
 
 def test_three_threads_while_it_lives_and_none_afterwards(make_engine):
@@ -82,14 +92,6 @@ def test_three_threads_while_it_lives_and_none_afterwards(make_engine):
     assert engine.stop(SOON)
     assert engine_threads() == before
     assert engine.stop(SOON)  # again is fine
-
-
-def test_a_with_block_ends_the_threads(backend):
-    before = engine_threads()
-    with Engine(lambda name, *, should_cancel, **kw: backend) as engine:
-        engine.load("script").result(SOON)
-    assert engine_threads() == before
-    assert backend.closed
 
 
 def test_starting_without_a_model_says_what_to_do(make_engine):
@@ -115,7 +117,6 @@ def test_after_stop_everything_is_refused_with_a_code(make_engine, ask, make_fra
         engine.start()
     with pytest.raises(VlmError, match="SHUTTING_DOWN"):
         engine.load("script").result(SOON)
-    engine.unload().result(SOON)
 
 
 def test_while_not_running_requests_and_frames_are_refused(make_engine, ask, make_frame):
@@ -132,10 +133,8 @@ def test_hundreds_of_transitions_leave_threads_and_answers_as_they_were(make_eng
         assert engine.pause(SOON)
         engine.start()
     for _ in range(5):
-        engine.unload().result(SOON)
-        with pytest.raises(ModelError):
-            engine.start()
         engine.load("script").result(SOON)
+        assert engine.pause(SOON)
         engine.start()
     assert engine_threads() == before
     assert code(engine.submit(ask())) == ErrorCode.OK
@@ -264,12 +263,6 @@ def test_loading_shows_in_the_state_and_a_second_load_is_busy(make_engine, door)
     assert first.result(SOON).model == "a"
 
 
-def test_loading_over_a_loaded_model_is_refused_with_the_way_to_do_it(make_engine):
-    engine = make_engine()
-    with pytest.raises(VlmError, match=r"INVALID_TRANSITION.*Switch, or unload first"):
-        engine.load("script").result(SOON)
-
-
 @pytest.mark.parametrize("deaf", [False, True])
 def test_a_cancelled_load_ends_at_once_and_its_model_is_thrown_away(make_engine, door, deaf):
     door.deaf = deaf
@@ -301,18 +294,6 @@ def test_only_the_load_that_is_meant_is_cancelled(make_engine, door):
     assert second.done()
 
 
-def test_unloading_while_loading_gives_the_load_up(make_engine, door):
-    engine = make_engine(load=False, factory=door)
-    loading = engine.load("a")
-    door.wait_entered()
-    unloading = engine.unload()
-    with pytest.raises(ModelError, match="LOAD_CANCELLED"):
-        loading.result(SOON)
-    unloading.result(SOON)
-    assert engine.state == EngineState.UNLOADED
-    assert door.made == []
-
-
 def test_stopping_while_loading_ends_all(make_engine, door):
     engine = make_engine(load=False, factory=door)
     loading = engine.load("a")
@@ -320,15 +301,6 @@ def test_stopping_while_loading_ends_all(make_engine, door):
     assert engine.stop(SOON)
     with pytest.raises(VlmError, match="SHUTTING_DOWN"):
         loading.result(SOON)
-
-
-def test_loading_right_after_asking_to_unload_is_fine(make_engine, ask):
-    engine = make_engine()
-    unloading = engine.unload()
-    loading = engine.load("script")
-    unloading.result(SOON)
-    assert loading.result(SOON).model == "script"
-    engine.start()
 
 
 def test_options_reach_the_factory(make_engine, backend):
@@ -350,7 +322,7 @@ def test_options_reach_the_factory(make_engine, backend):
 def two(make_engine, door):
     """A running engine with model "a" and room for another beside it."""
     door.open.set()
-    engine = make_engine(load=False, factory=door, free_memory=lambda: 10**9)
+    engine = make_engine(load=False, factory=door)
     engine.load("a").result(SOON)
     door.wait_entered()
     engine.start()
@@ -359,12 +331,13 @@ def two(make_engine, door):
 
 def test_switching_keeps_running_and_loses_no_request(two, door, ask):
     door.open.clear()
-    switching = two.switch("b")
+    switching = two.load("b")
     door.wait_entered()
     assert two.state == EngineState.LOADING
     waiting = two.submit(ask())
     door.open.set()
-    assert switching.result(SOON).beside
+    switching.result(SOON)
+    assert door.alive_when_making == [[], ["a"]]
     assert two.state == EngineState.RUNNING
     assert waiting.result(SOON).info.model == "b"
     assert [one.closed for one in door.made] == [True, False]
@@ -372,7 +345,7 @@ def test_switching_keeps_running_and_loses_no_request(two, door, ask):
 
 def test_deadlines_hold_while_a_model_is_being_switched(two, door, ask, clock):
     door.open.clear()
-    two.switch("b")
+    two.load("b")
     door.wait_entered()
     waiting = two.submit(ask(deadline_ns=clock.ns + 1_000_000_000))
     clock.advance(1.0)
@@ -381,9 +354,11 @@ def test_deadlines_hold_while_a_model_is_being_switched(two, door, ask, clock):
 
 def test_a_failed_switch_goes_on_with_the_old_model(two, door, ask):
     door.failing["b"] = ModelError(ErrorCode.SHAPE_MISMATCH, "other shape")
-    for beside in (True, False):
+    for free_bytes in (10**9, 0):
+        door.made[-1].free_memory = lambda: free_bytes  # noqa: B023
         with pytest.raises(ModelError, match="SHAPE_MISMATCH"):
-            two.switch("b", beside=beside).result(SOON)
+            two.load("b").result(SOON)
+        assert door.made[0].closed is (free_bytes == 0)
         assert two.state == EngineState.RUNNING
         assert two.submit(ask()).result(SOON).info.model == "a"
 
@@ -392,7 +367,7 @@ def test_a_failed_switch_goes_on_with_the_old_model(two, door, ask):
 def test_a_cancelled_switch_goes_on_with_the_old_model(two, door, ask, deaf):
     door.open.clear()
     door.deaf = deaf
-    switching = two.switch("b")
+    switching = two.load("b")
     door.wait_entered()
     assert two.cancel_load()
     with pytest.raises(ModelError, match="LOAD_CANCELLED"):
@@ -404,20 +379,13 @@ def test_a_cancelled_switch_goes_on_with_the_old_model(two, door, ask, deaf):
 
 def test_pausing_while_switching_leaves_the_new_model_paused(two, door):
     door.open.clear()
-    switching = two.switch("b")
+    switching = two.load("b")
     door.wait_entered()
     assert two.pause(SOON)  # needs not wait for the loader
     door.open.set()
     switching.result(SOON)
     assert two.state == EngineState.PAUSED
     assert two.stats().model == "b"
-
-
-def test_a_switch_without_a_model_is_a_load(make_engine, door):
-    door.open.set()
-    engine = make_engine(load=False, factory=door)
-    assert not engine.switch("a").result(SOON).beside
-    assert engine.state == EngineState.PAUSED
 
 
 def test_when_switching_loses_both_models_the_node_is_told(make_engine, door):
@@ -430,11 +398,12 @@ def test_when_switching_loses_both_models_the_node_is_told(make_engine, door):
         ready.set()
 
     engine = make_engine(load=False, factory=door, on_fatal=on_fatal)
+    door.free_bytes = 0
     engine.load("a").result(SOON)
     engine.start()
     door.failing = dict.fromkeys("ab", ModelError(ErrorCode.WEIGHTS_NOT_FOUND, "disk is gone"))
     with pytest.raises(ModelError):
-        engine.switch("b", beside=False).result(SOON)
+        engine.load("b").result(SOON)
     assert ready.wait(SOON)
     assert told == [ErrorCode.WEIGHTS_NOT_FOUND]
     assert engine.state == EngineState.UNLOADED
@@ -449,7 +418,7 @@ def test_after_a_switch_the_tasks_of_the_new_model_run(two, door, make_frame, re
     reader = script("b")
     reader.tasks = frozenset({"ocr"})
     door.script = lambda name: reader
-    two.switch("b").result(SOON)
+    two.load("b").result(SOON)
     assert [name for name, _ in two.stats().idle_tasks] == ["caption"]
     two.offer(make_frame())
     assert results.wait(1)[0].info.task == "ocr"
@@ -466,7 +435,7 @@ def test_models_that_fail_again_and_again_are_reported_once_and_paused(make_engi
         told.append(error.code)
         ready.set()
 
-    engine = make_engine(on_fatal=on_fatal, fatal_after=3, queue_size=8)
+    engine = make_engine(on_fatal=on_fatal, queue_size=8)
 
     def fail(batch):
         raise MemoryError
@@ -477,16 +446,16 @@ def test_models_that_fail_again_and_again_are_reported_once_and_paused(make_engi
     assert ready.wait(SOON)
     assert told == [ErrorCode.OUT_OF_MEMORY]
     assert engine.state == EngineState.PAUSED
-    assert engine.stats().consecutive_failures == 3
+    assert engine._shared.meter.consecutive_failures == 3
     backend.before_run = lambda batch: None
-    engine.unload().result(SOON)
     engine.load("script").result(SOON)
     engine.start()
     assert code(engine.submit(ask())) == ErrorCode.OK
 
 
-def test_requests_behind_a_fatal_failure_are_answered(make_engine, backend, ask):
-    engine = make_engine(fatal_after=1)
+def test_requests_behind_a_fatal_failure_are_answered(make_engine, backend, ask, monkeypatch):
+    monkeypatch.setattr(model_thread, "FATAL_AFTER", 1)
+    engine = make_engine()
     backend.hold()
     first = engine.submit(ask("first"))
     backend.wait_entered()
@@ -501,9 +470,10 @@ def test_requests_behind_a_fatal_failure_are_answered(make_engine, backend, ask)
     assert code(second) == ErrorCode.NOT_ACTIVE
 
 
-def test_a_success_between_failures_starts_the_count_anew(make_engine, backend, ask):
+def test_a_success_between_failures_starts_the_count_anew(make_engine, backend, ask, monkeypatch):
+    monkeypatch.setattr(model_thread, "FATAL_AFTER", 2)
     told = []
-    engine = make_engine(on_fatal=told.append, fatal_after=2)
+    engine = make_engine(on_fatal=told.append)
     good = backend.answer
 
     def fail(request):
@@ -518,9 +488,10 @@ def test_a_success_between_failures_starts_the_count_anew(make_engine, backend, 
     assert told == []
 
 
-def test_bad_requests_are_not_the_models_fault(make_engine, backend, ask):
+def test_bad_requests_are_not_the_models_fault(make_engine, backend, ask, monkeypatch):
+    monkeypatch.setattr(model_thread, "FATAL_AFTER", 1)
     told = []
-    engine = make_engine(on_fatal=told.append, fatal_after=1)
+    engine = make_engine(on_fatal=told.append)
     assert code(engine.submit(ask(task="ocr"))) == ErrorCode.TASK_NOT_SUPPORTED
     assert engine.state == EngineState.RUNNING
     assert told == []
@@ -558,20 +529,22 @@ def test_a_defect_of_the_engine_itself_is_an_answer_and_not_the_end(
     assert engine.stats().in_flight == 0
 
 
-def test_memory_is_let_go_when_the_model_is_unloaded(make_engine, make_frame, backend, results):
-    engine = make_engine()
+def test_memory_is_let_go_when_the_engine_is_stopped(make_frame, backend, results, clock):
+    engine = Engine(lambda name, *, should_cancel, **kw: backend, on_result=results, clock=clock)
+    engine.set_cameras([CameraConfig("front", timeout_s=0.0)])
+    engine.load("script").result(SOON)
+    engine.start()
     engine.set_standing_tasks([StandingTask("caption")])
     frame = make_frame()
     watched = weakref.ref(frame)
     engine.offer(frame)
     results.wait(1)
-    engine.unload().result(SOON)
-    del frame
+    assert engine.stop(SOON)
+    del frame, engine
     results.all.clear()
     backend.batches.clear()
     gc.collect()
     assert watched() is None
-    assert engine.stats().memory_bytes == 0
 
 
 def test_an_engine_needs_sensible_limits():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-
 import numpy as np
 import pytest
 
@@ -24,50 +22,6 @@ def test_nothing_is_dropped_however_slow_the_model(make_engine, make_frame, resu
     stats = engine.stats()
     assert sum(stats.dropped.values()) == 0
     assert (stats.frames_received, stats.frames_processed) == (50, 50)
-
-
-def test_a_full_queue_holds_the_one_who_offers_until_there_is_room(
-    make_engine, make_frame, backend, results
-):
-    engine = make_engine(lock_step=True, lock_step_queue=2)
-    engine.set_standing_tasks([StandingTask("caption")])
-    backend.hold()
-    engine.offer(make_frame())
-    backend.wait_entered()
-    engine.offer(make_frame())
-    engine.offer(make_frame())
-    taken = []
-    begun, offered = threading.Event(), threading.Event()
-
-    def offer():
-        begun.set()
-        taken.append(engine.offer(make_frame()))
-        offered.set()
-
-    thread = threading.Thread(target=offer)
-    thread.start()
-    assert begun.wait(SOON)
-    assert not offered.wait(0.05)
-    backend.release()
-    thread.join(SOON)
-    assert taken == [True]
-    results.wait(4)
-
-
-def test_pausing_lets_the_one_go_who_waits_to_offer(make_engine, make_frame, backend):
-    engine = make_engine(lock_step=True, lock_step_queue=1)
-    engine.set_standing_tasks([StandingTask("caption")])
-    backend.hold()
-    engine.offer(make_frame())
-    backend.wait_entered()
-    engine.offer(make_frame())
-    taken = []
-    thread = threading.Thread(target=lambda: taken.append(engine.offer(make_frame())))
-    thread.start()
-    assert engine.pause(SOON)
-    thread.join(SOON)
-    assert taken == [False]
-    assert engine.stats().dropped["not_active"] == 2
 
 
 def test_two_replays_with_instructions_between_the_frames_are_identical(

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from librobot_vlm_ros.core import ErrorCode, InferenceError, ModelAnswer
-from librobot_vlm_ros.runtime import StandingTask
+from librobot_vlm_ros.runtime import StandingTask, batching
 
 SOON = 10.0
 
@@ -65,7 +65,7 @@ def test_an_answer_carries_its_provenance_and_the_frames_own_header(
 def test_everything_of_the_model_happens_on_one_thread(make_engine, backend, ask):
     engine = make_engine()
     engine.submit(ask()).result(SOON)
-    engine.unload().result(SOON)
+    assert engine.stop(SOON)
     assert backend.closed
     assert backend.threads == {"vlm-model"}
 
@@ -233,17 +233,6 @@ def test_requests_on_one_frame_share_a_batch(held, backend, ask, make_frame):
     assert [len(batch) for batch in backend.batches] == [1, 2]
 
 
-def test_a_frame_that_grew_too_old_while_it_waited_is_refused(held, backend, ask, clock):
-    engine, running = held
-    stale = engine.submit(ask("stale"), max_frame_age_s=1.0)
-    any_age = engine.submit(ask("any"))
-    clock.advance(2.0)
-    backend.release()
-    assert code(stale) == ErrorCode.FRAME_TOO_OLD
-    assert code(any_age) == ErrorCode.OK
-    assert code(running) == ErrorCode.OK
-
-
 def test_requests_go_before_standing_tasks(make_engine, backend, ask, make_frame, results):
     engine = make_engine()
     engine.set_standing_tasks([StandingTask("detect")])
@@ -258,9 +247,10 @@ def test_requests_go_before_standing_tasks(make_engine, backend, ask, make_frame
 
 
 def test_a_flood_of_requests_does_not_starve_standing_tasks(
-    make_engine, backend, ask, make_frame, results
+    make_engine, backend, ask, make_frame, results, monkeypatch
 ):
-    engine = make_engine(queue_size=20, requests_before_standing=3, batch_cameras=False)
+    monkeypatch.setattr(batching, "REQUESTS_BEFORE_STANDING", 3)
+    engine = make_engine(queue_size=20)
     engine.set_standing_tasks([StandingTask("detect")])
     backend.hold()
     engine.submit(ask("r0"))

@@ -8,13 +8,7 @@ from collections import Counter
 import pytest
 
 from librobot_vlm_ros.core import ErrorCode, RequestError
-from librobot_vlm_ros.runtime import (
-    CameraConfig,
-    DropReason,
-    StandingTask,
-    frame_age_s,
-    with_age,
-)
+from librobot_vlm_ros.runtime import CameraConfig, DropReason, StandingTask, with_age
 
 SOON = 10.0
 
@@ -86,16 +80,6 @@ def test_where_a_batch_is_as_fast_as_one_frame_cameras_are_batched(
     assert max(len(batch) for batch in backend.batches) > 1
 
 
-def test_cameras_are_not_batched_where_that_is_turned_off(watch, backend, make_frame, results):
-    cameras = ("left", "right")
-    engine = watch(StandingTask("caption"), cameras=cameras, batch_cameras=False)
-    for number in range(15):
-        for camera in cameras:
-            engine.offer(make_frame(camera))
-        results.wait(2 * (number + 1))
-    assert {len(batch) for batch in backend.batches} == {1}
-
-
 def test_more_tasks_than_a_batch_holds_all_run(watch, backend, make_frame, results):
     engine = watch(
         *(StandingTask("caption", name=f"c{number}") for number in range(5)), max_batch=2
@@ -150,7 +134,7 @@ def test_frames_of_undeclared_cameras_are_refused_and_counted(watch, make_frame)
 
 def test_images_that_never_became_frames_are_counted(watch):
     engine = watch()
-    engine.count_drop("front")
+    engine.count_drop("front", DropReason.BAD_IMAGE)
     engine.count_drop("front", DropReason.TOO_OLD)
     camera = engine.stats().cameras["front"]
     assert (camera.received, camera.dropped) == (2, {"bad_image": 1, "too_old": 1})
@@ -187,34 +171,20 @@ def test_wrong_tasks_are_refused_and_the_old_ones_stay(watch, make_frame, result
     assert results.wait(1)[0].info.task == "caption"
 
 
-def test_a_region_outside_the_image_is_an_error_result_of_that_task_only(
-    watch, make_frame, results
-):
-    engine = watch(
-        StandingTask("region_caption", region=(900, 900, 950, 950)), StandingTask("caption")
-    )
-    frame = make_frame()
-    engine.offer(frame)
-    got = {result.info.task: result for result in results.wait(2)}
-    assert got["region_caption"].error.code == ErrorCode.BAD_REGION
-    assert got["region_caption"].frame_header is frame.header
-    assert got["caption"].ok
-
-
 def test_latest_and_history_serve_queries(watch, backend, make_frame, clock):
     engine = watch(max_frame_age_s=1.0)
     backend.hold()
     frames = [make_frame() for _ in range(3)]
     for frame in frames:
         engine.offer(frame)
-    assert engine.latest() is frames[2]
+    assert engine.latest("front", max_age_s=1.0) is frames[2]
     assert engine.frame_at("front", 200_000_000) is frames[1]
     clock.advance(1.5)
     with pytest.raises(RequestError, match="FRAME_TOO_OLD"):
-        engine.latest("front")
+        engine.latest("front", max_age_s=1.0)
     assert engine.latest("front", max_age_s=2.0) is frames[2]
     with pytest.raises(RequestError, match="UNKNOWN_CAMERA"):
-        engine.latest("attic")
+        engine.latest("attic", max_age_s=1.0)
 
 
 def test_a_listener_that_fails_is_logged_counted_and_asked_again(
@@ -249,7 +219,6 @@ def test_age_is_taken_when_the_result_is_published(watch, make_frame, results, c
     assert result.info.age_s == pytest.approx(0.1)
     clock.advance(0.2)
     assert with_age(result, frame, engine.now_ns()).info.age_s == pytest.approx(0.3)
-    assert frame_age_s(frame, frame.received_ns - 5) == 0.0
 
 
 def test_stats_tell_ages_times_and_cameras(watch, make_frame, results, clock):
@@ -329,7 +298,7 @@ def test_a_camera_that_sends_only_bad_images_is_not_silent(make_engine, clock):
     engine.set_cameras([CameraConfig("front", timeout_s=1.0)])
     for _ in range(5):
         clock.advance(0.9)
-        engine.count_drop("front")
+        engine.count_drop("front", DropReason.BAD_IMAGE)
     assert events.all == []
 
 
@@ -342,13 +311,11 @@ def test_limits_change_while_frames_come(watch, make_frame, clock):
     assert engine.config.queue_size == 3
 
 
-@pytest.mark.parametrize(
-    "changes", [{"queue_size": 0}, {"lock_step": True}, {"colour": "red"}, {"max_frame_age_s": -1}]
-)
+@pytest.mark.parametrize("changes", [{"queue_size": 0}, {"max_frame_age_s": -1}])
 def test_wrong_limits_are_refused_and_change_nothing(watch, changes):
     engine = watch()
     before = engine.config
     with pytest.raises(RequestError) as caught:
-        engine.reconfigure(**changes)
+        engine.reconfigure(**{"queue_size": 8, "max_frame_age_s": 1.0, **changes})
     assert caught.value.code == ErrorCode.BAD_PARAMETER
     assert engine.config == before

@@ -85,7 +85,7 @@ def test_the_frame_that_will_be_the_newest_when_the_model_is_done_is_prepared(
         last = make_frame()
         engine.offer(last)
     assert preparing.wait(1) == [last]
-    assert preparing.threads == {"vlm-ahead"}
+    assert preparing.threads == {"vlm-prefetch"}
     backend.release()
     results.wait(2)
     assert backend.batches[1][0].frame is last
@@ -179,12 +179,6 @@ def test_nothing_is_prepared_while_the_model_has_nothing_to_do(
     assert preparing.stays(0)
 
 
-def test_it_can_be_turned_off(busy, ask, preparing):
-    engine = busy(prepare_ahead=False)
-    engine.submit(ask())
-    assert preparing.stays(0)
-
-
 def test_what_cannot_be_prepared_is_asked_of_the_model_all_the_same(busy, ask, preparing, backend):
     engine, preparing.failing = busy(), True
     future = engine.submit(ask())
@@ -202,11 +196,12 @@ def test_a_model_is_not_freed_while_it_prepares_a_frame(busy, ask, preparing, ba
     engine.submit(ask())
     preparing.wait(1)
     backend.release()
-    gone = engine.unload()
+    gone = threading.Thread(target=engine.stop, args=(SOON,))
+    gone.start()
     time.sleep(0.05)
     assert not backend.closed
     preparing.go.set()
-    gone.result(SOON)
+    gone.join(SOON)
     assert backend.closed
 
 
@@ -249,5 +244,5 @@ def test_the_engine_tells_the_input_size_of_the_model_that_is_loaded(
     monkeypatch.setattr(backend, "input_size", lambda w, h: (w // 2, h // 2), raising=False)
     engine = make_engine()
     assert engine.input_size(640, 480) == (320, 240)
-    engine.unload().result(SOON)
+    assert engine.stop(SOON)
     assert engine.input_size(640, 480) is None

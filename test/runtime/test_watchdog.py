@@ -24,8 +24,8 @@ def test_a_camera_is_stale_after_its_timeout_and_said_once(dog, clock):
     assert dog.check(clock.ns) == [CameraEvent("front", stale=True, silent_s=1.0)]
     clock.advance(5.0)
     assert dog.check(clock.ns) == []
-    assert dog.is_stale("front")
-    assert dog.silent_s("front", clock.ns) == 6.0
+    assert dog.cameras["front"].stale
+    assert dog.cameras["front"].silent_s(clock.ns) == 6.0
 
 
 def test_a_camera_that_comes_back_is_said_with_its_silence(dog, clock):
@@ -33,7 +33,7 @@ def test_a_camera_that_comes_back_is_said_with_its_silence(dog, clock):
     dog.check(clock.ns)
     assert dog.heard("front", clock.ns) == CameraEvent("front", stale=False, silent_s=3.0)
     assert dog.heard("front", clock.ns) is None
-    assert not dog.is_stale("front")
+    assert not dog.cameras["front"].stale
 
 
 def test_it_knows_when_to_look_next(dog, clock):
@@ -61,7 +61,7 @@ def test_while_paused_nothing_is_stale_and_after_it_each_camera_has_its_full_tim
     clock.advance(2.0)
     dog.check(clock.ns)
     dog.pause()
-    assert not dog.is_stale("front")
+    assert not dog.cameras["front"].stale
     clock.advance(100.0)
     assert dog.check(clock.ns) == []
     dog.start(clock.ns)

@@ -12,10 +12,14 @@ pytest.importorskip("torch")
 from librobot_vlm_ros.tabletop.labels import KINDS
 from librobot_vlm_ros.tabletop.layers import Layer, compose, load_view, save_view
 from librobot_vlm_ros.tabletop.network import CELLS, IMAGE_SIZE
-from librobot_vlm_ros.tabletop.reader import cells_to_keep, location_basis
-from librobot_vlm_ros.tabletop.samples import jitter, parts
+from librobot_vlm_ros.tabletop.samples import jitter, kind_and_colour
 from librobot_vlm_ros.tabletop.scenes import visible_objects
-from librobot_vlm_ros.tabletop.train_text import random_layout, truth_features
+from librobot_vlm_ros.tabletop.train_text import (
+    cells_to_keep,
+    location_basis,
+    random_layout,
+    truth_features,
+)
 from librobot_vlm_ros.tabletop.train_tower import KIND, owner_targets
 
 
@@ -86,9 +90,9 @@ def test_every_object_owns_a_cell_and_its_target_is_its_own_box() -> None:
         for number in np.unique(layout.owner[layout.owner >= 0]):
             row, column = (int(i[0]) for i in np.nonzero(layout.owner == number))
             assert (kind[row, column], colour[row, column]) == (
-                parts(layout.labels[number])[0],
-                parts(layout.labels[number])[1] if " " in layout.labels[number] and
-                parts(layout.labels[number])[1] >= 0 else -100,
+                kind_and_colour(layout.labels[number])[0],
+                kind_and_colour(layout.labels[number])[1] if " " in layout.labels[number] and
+                kind_and_colour(layout.labels[number])[1] >= 0 else -100,
             )  # fmt: skip
             centre = (np.array([column, row]) + 0.5) / CELLS
             left_top = centre - ltrb[row, column, :2] / CELLS

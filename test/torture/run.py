@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from suite import ROWS, Findings
 
-# In the order of the table in the README.
+# In the order of the table in docs/reliability.md.
 for _name in (
     "rows_images",
     "rows_prompts",
@@ -62,7 +62,7 @@ def run(name: str, found: Findings) -> dict[str, object]:
 
 
 def keep(entries: list[dict[str, object]], file: Path) -> None:
-    """Put rows into the committed results, from which the README's table is made."""
+    """Put rows into the committed results, from which the table of docs/reliability.md is made."""
     kept = json.loads(file.read_text("utf-8"))["rows"] if file.is_file() else []
     rows = {entry["name"]: entry for entry in [*kept, *entries]}
     for entry in rows.values():

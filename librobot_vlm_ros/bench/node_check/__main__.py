@@ -29,12 +29,17 @@ from librobot_vlm_ros.bench.node_check.report import (
     single_summary,
     summary,
 )
-from librobot_vlm_ros.bench.node_check.robot import NODE, Robot, camera_process, said, say
-from librobot_vlm_ros.cli.argument_types import positive
+from librobot_vlm_ros.bench.node_check.robot import (
+    NODE,
+    Robot,
+    camera_process,
+    images_sent,
+    start_sending,
+)
+from librobot_vlm_ros.cli.arguments import positive
 from librobot_vlm_ros.client.node_process import NodeProcess
 from librobot_vlm_ros.client.ros_domain import isolated_ros
 from librobot_vlm_ros.client.session import Session
-from librobot_vlm_ros.runtime.stats import percentile
 
 __all__ = ["check", "main"]
 
@@ -99,7 +104,6 @@ def check(
         sent=run.sent,
         received=run.received,
         cpu_share=run.cpu_share,
-        percentile=percentile,
     )
     figures["seconds"] = seconds
     figures["limits"] = limits(latency_s, rate_hz)
@@ -108,7 +112,7 @@ def check(
         single = _Load(names[:1], single_s, rate_hz, 0.0, 0.0, reliable, counted=False)
         idle = _measure(single, out / "node-overhead.log")
         slow = _measure(dataclasses.replace(single, latency_s=slow_s), out / "node-slow.log")
-        figures |= single_summary(idle.answers, slow.answers, slow_s, percentile)
+        figures |= single_summary(idle.answers, slow.answers, slow_s)
         figures["limits"] |= single_limits(slow_s, rate_hz)
     figures["misses"] = misses(figures, figures["limits"])
     (out / "summary.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
@@ -165,11 +169,11 @@ def _measure(load: _Load, log: Path) -> _Run:
         started = time.monotonic()
         answers_from = len(robot.answers)
         for camera in running:
-            say(camera, load.seconds)
+            start_sending(camera, load.seconds)
         asks = robot.ask(started + load.seconds, load.query_period_s)
         wall_s = time.monotonic() - started
         cpu_s = _cpu_s(process.pid) - cpu_before
-        sent = sum(said(camera) for camera in running)
+        sent = sum(images_sent(camera) for camera in running)
         if load.counted:
             robot.settle()
         received = {name: count - before[name] for name, count in robot.received().items()}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from librobot_vlm_ros.runtime.stats import percentile
 
 __all__ = [
     "SLOWER",
@@ -68,7 +70,6 @@ def summary(
     sent: int,
     received: Mapping[str, int],
     cpu_share: float,
-    percentile: Callable[[Iterable[float], float], float],
 ) -> dict[str, Any]:
     """All figures; times in seconds, `cpu_share` in parts of one core. NaN becomes None."""
     counts = Counter(dict.fromkeys(names, 0))
@@ -105,7 +106,6 @@ def single_summary(
     idle: Sequence[Answer],
     slow: Sequence[Answer],
     slow_s: float,
-    percentile: Callable[[Iterable[float], float], float],
 ) -> dict[str, Any]:
     """Figures of the runs with one camera: `idle`, of a model that takes no time, and `slow`, of
     one that takes `slow_s` seconds.

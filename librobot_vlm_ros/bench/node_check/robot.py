@@ -14,7 +14,7 @@ from librobot_vlm_ros.bench.node_check.report import Answer, Ask
 from librobot_vlm_ros.client.session import Session
 from librobot_vlm_ros.core import EngineError, ErrorCode
 
-__all__ = ["NODE", "Robot", "camera_process", "said", "say"]
+__all__ = ["NODE", "Robot", "camera_process", "images_sent", "start_sending"]
 
 NODE = "/vlm"
 _WARM_UP_S = 2.0
@@ -50,10 +50,10 @@ class Robot:
         while time.monotonic() < until_s:
             self.answers.clear()
             for camera in cameras:
-                say(camera, _WARM_UP_S)
+                start_sending(camera, _WARM_UP_S)
             self._session.spin_until(lambda: False, time.monotonic() + _WARM_UP_S)
             for camera in cameras:
-                said(camera)
+                images_sent(camera)
             self.settle()
             heard = {answer.camera for answer in self.answers}
             if heard == set(self._names) and set(self._received) == heard:
@@ -136,14 +136,14 @@ def camera_process(topic: str, rate_hz: float, reliable: bool) -> Iterator[subpr
             process.communicate()
 
 
-def say(camera: subprocess.Popen[str], seconds: float) -> None:
+def start_sending(camera: subprocess.Popen[str], seconds: float) -> None:
     """Let a camera send for so long."""
     assert camera.stdin is not None
     camera.stdin.write(f"{seconds}\n")
     camera.stdin.flush()
 
 
-def said(camera: subprocess.Popen[str]) -> int:
+def images_sent(camera: subprocess.Popen[str]) -> int:
     """How many images it sent, once it is done."""
     assert camera.stdout is not None
     line = camera.stdout.readline()

@@ -4,21 +4,17 @@ decoded.
 
 from __future__ import annotations
 
-import functools
-import importlib
 import re
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from librobot_vlm_ros.core.errors import ErrorCode, ImageError, ModelError, as_vlm_error
 from librobot_vlm_ros.core.images import jpeg, png
-from librobot_vlm_ros.core.images.buffers import as_bytes_array, check_size
 from librobot_vlm_ros.core.images.converter import sixteen_to_eight
-from librobot_vlm_ros.core.images.depth import depth_to_rgb8
 from librobot_vlm_ros.core.images.encodings import ENCODINGS, is_known_encoding
+from librobot_vlm_ros.core.images.raw import as_bytes_array, check_size, depth_to_rgb8
 from librobot_vlm_ros.core.limits import DEFAULT_LIMITS, Limits
 from librobot_vlm_ros.core.logtext import shortened
 
@@ -61,20 +57,8 @@ _SIGNATURES = (
 )
 
 
-@dataclass(frozen=True)
-class CompressedHeader:
-    """What a JPEG or PNG says about itself, read without decoding it."""
-
-    kind: Literal["JPEG", "PNG"]
-    width: int
-    height: int
-    channels: int
-    """As stored: 1 gray or palette, 2 gray and alpha, 3 colour, 4 colour and alpha (PNG) or CMYK
-    (JPEG).
-    """
-    bits: int
-    """Bits per channel."""
-    structure: jpeg.JpegHeader | png.PngHeader
+CompressedHeader = jpeg.JpegHeader | png.PngHeader
+"""What a file says about itself: `kind`, `width`, `height`, `channels`, `bits` per channel."""
 
 
 def _named_format(text: object) -> tuple[str | None, str]:
@@ -130,10 +114,7 @@ def read_compressed_header(
     an empty one or one with a pixel encoding only says nothing about it. Raises as
     `decode_compressed` does.
     """
-    return _read_header(as_bytes_array(data), format, limits)
-
-
-def _read_header(flat: npt.NDArray[np.uint8], text: object, limits: Limits) -> CompressedHeader:
+    flat = as_bytes_array(data)
     if flat.size == 0:
         raise ImageError(ErrorCode.BAD_DATA_LENGTH, "compressed image has no data")
     if flat.size > limits.max_compressed_bytes:
@@ -141,9 +122,8 @@ def _read_header(flat: npt.NDArray[np.uint8], text: object, limits: Limits) -> C
             ErrorCode.IMAGE_TOO_LARGE,
             f"compressed image has {flat.size} bytes, allowed are {limits.max_compressed_bytes}",
         )
-    named, _ = _named_format(text)
-    view = flat.data
-    kind = _kind_of(view)
+    named, _ = _named_format(format)
+    kind = _kind_of(flat.data)
     if kind not in _READ:
         raise ImageError(
             ErrorCode.UNSUPPORTED_ENCODING, f"compressed image is {kind}, expected JPEG or PNG"
@@ -154,15 +134,8 @@ def _read_header(flat: npt.NDArray[np.uint8], text: object, limits: Limits) -> C
             f"format says {named}, but the data is {kind}",
             f"Set the message's format to '{kind.lower()}'.",
         )
-    header: CompressedHeader
-    if kind == "JPEG":
-        frame = jpeg.read_jpeg_header(view)
-        header = CompressedHeader("JPEG", frame.width, frame.height, frame.components, 8, frame)
-    else:
-        chunk = png.read_png_header(view)
-        header = CompressedHeader(
-            "PNG", chunk.width, chunk.height, chunk.channels, chunk.bits, chunk
-        )
+    read = jpeg.read_jpeg_header if kind == "JPEG" else png.read_png_header
+    header = read(flat.data)
     check_size(header.width, header.height, limits)
     return header
 
@@ -208,7 +181,7 @@ def decode_compressed(
     CORRUPT_COMPRESSED, NON_FINITE_DEPTH; `InferenceError` (OUT_OF_MEMORY). Nothing else.
     """
     flat = as_bytes_array(data)
-    header = _read_header(flat, format, limits)
+    header = read_compressed_header(flat, format=format, limits=limits)
     source = ENCODINGS.get(_named_format(format)[1])
     is_depth = source is not None and source.kind == "depth"
     if is_depth and not allow_depth:
@@ -217,11 +190,10 @@ def decode_compressed(
             f"format '{shortened(format)}' is a depth image, expected colour or gray",
             "Connect the camera's colour topic, or set allow_depth to take depth as grey.",
         )
-    view = flat.data
-    if isinstance(header.structure, jpeg.JpegHeader):
-        jpeg.check_jpeg_structure(view, header.structure)
+    if isinstance(header, jpeg.JpegHeader):
+        jpeg.check_jpeg_structure(flat.data, header)
     else:
-        flat = np.frombuffer(png.checked_picture(view, header.structure), dtype=np.uint8)
+        flat = np.frombuffer(png.checked_picture(flat.data, header), dtype=np.uint8)
     _refuse_bomb(header, flat.size, limits)
     try:
         pixels = _decode(flat, header, _reduction(header, at_least), depth=is_depth)
@@ -231,17 +203,17 @@ def decode_compressed(
     return pixels
 
 
-@functools.lru_cache(maxsize=1)
 def _opencv() -> Any:
     """Imported when the first picture is decoded: most of the package works without it."""
     try:
-        return importlib.import_module("cv2")
+        import cv2
     except ImportError as exc:
         raise ModelError(
             ErrorCode.MISSING_DEPENDENCY,
             f"OpenCV cannot be imported ({exc}), it is needed to decode JPEG and PNG",
             "Install it: 'apt install python3-opencv' or 'pip install opencv-python-headless'.",
         ) from exc
+    return cv2
 
 
 def _reduction(header: CompressedHeader, at_least: tuple[int, int] | None) -> int:

@@ -26,7 +26,7 @@ from librobot_vlm_ros.core.errors import ErrorCode, ImageError, ModelError, as_v
 from librobot_vlm_ros.core.images.encodings import Encoding
 from librobot_vlm_ros.core.logtext import escape_for_log
 
-__all__ = ["check_converter", "converter_name", "sixteen_to_eight", "to_rgb8"]
+__all__ = ["check_converter", "sixteen_to_eight", "to_rgb8"]
 
 _logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ _PROBE_TIMEOUT_S = 60.0
 
 @functools.lru_cache(maxsize=1)
 def _converter() -> tuple[str, _Convert]:
-    """The one place that decides who converts.
+    """Name and function of who converts: "cv_bridge" or "rosbags-image".
 
     A cv_bridge that is installed and does not work is said in the log.
     """
@@ -106,14 +106,6 @@ def check_converter(convert: _Convert) -> None:
     pixel = np.array([[[1, 2, 3]]], np.uint8)
     if np.asarray(convert(_message(pixel, "bgr8"), "rgb8")).tolist() != [[[3, 2, 1]]]:
         raise RuntimeError("a bgr8 pixel did not come back as rgb8")
-
-
-def converter_name() -> str:
-    """ "cv_bridge" or "rosbags-image". Also warms up: the first call imports it.
-
-    Raises `ModelError` (MISSING_DEPENDENCY) where there is none.
-    """
-    return _converter()[0]
 
 
 def _message(packed: npt.NDArray[Any], encoding: str) -> SimpleNamespace:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import ClassVar
 
 from librobot_vlm_ros.core.errors import ErrorCode, ImageError
 
@@ -36,9 +37,11 @@ _NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 class JpegHeader:
     """What the frame header of a JPEG says."""
 
+    kind: ClassVar[str] = "JPEG"
+    bits: ClassVar[int] = 8
     width: int
     height: int
-    components: int
+    channels: int
     """1 gray, 3 colour, 4 CMYK."""
     process: int
     """Second byte of the start-of-frame marker: 0xC0 baseline, 0xC2 progressive."""

@@ -1,24 +1,19 @@
-"""Pictures from files: turned as their EXIF says, checked before they are decoded."""
+"""Picture files to pixels: checked before they are decoded, turned upright by their EXIF."""
 
 from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from librobot_vlm_ros.core import (
-    DEFAULT_LIMITS,
-    ErrorCode,
-    ImageError,
-    Limits,
-    as_vlm_error,
-    decode_compressed,
-)
+from librobot_vlm_ros.core.errors import ErrorCode, ImageError, as_vlm_error
 from librobot_vlm_ros.core.files import kind_of
-from librobot_vlm_ros.core.images.buffers import check_size
+from librobot_vlm_ros.core.images.compressed import decode_compressed
+from librobot_vlm_ros.core.images.converter import sixteen_to_eight
+from librobot_vlm_ros.core.images.raw import check_size
+from librobot_vlm_ros.core.limits import DEFAULT_LIMITS, Limits
 
 __all__ = ["FORMATS", "read_picture"]
 
@@ -44,8 +39,8 @@ def read_picture(path: Path, limits: Limits = DEFAULT_LIMITS) -> npt.NDArray[np.
     data = _read(path, limits.max_compressed_bytes)
     try:
         if data.startswith((_JPEG, _PNG)):
-            return _turned(decode_compressed(data, limits=limits), _orientation(data))
-        return _by_pillow(path, data, limits)
+            return _upright(decode_compressed(data, limits=limits), data)
+        return _by_pillow(data, limits)
     except ImageError as error:
         raise ImageError(error.code, f"{path}: {error.message}", error.hint) from error
 
@@ -70,19 +65,17 @@ def _read(path: Path, most: int) -> bytes:
     return data
 
 
-def _by_pillow(path: Path, data: bytes, limits: Limits) -> npt.NDArray[np.uint8]:
-    from PIL import Image, UnidentifiedImageError
+def _by_pillow(data: bytes, limits: Limits) -> npt.NDArray[np.uint8]:
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             check_size(picture.width, picture.height, limits)  # before anything is decoded
+            ImageOps.exif_transpose(picture, in_place=True)
             if picture.mode in _MODES_16_BIT:
-                values = np.asarray(picture, dtype=np.uint16)
-                grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
-                pixels = np.repeat(grey[..., None], 3, axis=2)
-            else:
-                pixels = np.asarray(picture.convert("RGB"))
-            return _turned(pixels, int(picture.getexif().get(_ORIENTATION, 1)))
+                grey = sixteen_to_eight(np.asarray(picture, dtype=np.uint16))
+                return np.repeat(grey[..., None], 3, axis=2)
+            return np.asarray(picture.convert("RGB"))
     except ImageError:
         raise
     except MemoryError as error:
@@ -101,26 +94,17 @@ def _by_pillow(path: Path, data: bytes, limits: Limits) -> npt.NDArray[np.uint8]
         ) from error
 
 
-def _orientation(data: bytes) -> int:
-    """1 to 8; a file whose EXIF is damaged is still a picture, and taken as it lies."""
-    from PIL import Image
+def _upright(pixels: npt.NDArray[np.uint8], data: bytes) -> npt.NDArray[np.uint8]:
+    """`pixels` of the file turned as its EXIF says; where that is damaged they stay as they lie."""
+    from PIL import Image, ImageOps
 
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-            return int(picture.getexif().get(_ORIENTATION, 1))
-    except Exception:
-        return 1
-
-
-def _turned(pixels: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.uint8]:
-    turns: dict[int, Any] = {
-        2: lambda p: p[:, ::-1],
-        3: lambda p: p[::-1, ::-1],
-        4: lambda p: p[::-1],
-        5: lambda p: p.transpose(1, 0, 2),
-        6: lambda p: p.transpose(1, 0, 2)[:, ::-1],
-        7: lambda p: p.transpose(1, 0, 2)[::-1, ::-1],
-        8: lambda p: p.transpose(1, 0, 2)[::-1],
-    }
-    turn = turns.get(orientation)
-    return pixels if turn is None else np.ascontiguousarray(turn(pixels))
+        with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+            orientation = file.getexif().get(_ORIENTATION, 1)
+    except Exception:  # each of Pillow's formats has errors of its own
+        return pixels
+    if orientation == 1:
+        return pixels
+    picture = Image.fromarray(pixels)
+    picture.getexif()[_ORIENTATION] = orientation
+    return np.asarray(ImageOps.exif_transpose(picture))

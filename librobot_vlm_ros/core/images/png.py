@@ -5,8 +5,10 @@ All chunks are there, their checksums are right, and the end chunk is reached.
 
 from __future__ import annotations
 
+import struct
 import zlib
 from dataclasses import dataclass
+from typing import ClassVar
 
 from librobot_vlm_ros.core.errors import ErrorCode, ImageError
 
@@ -28,6 +30,7 @@ _PICTURE = frozenset(
 class PngHeader:
     """What the header chunk of a PNG says."""
 
+    kind: ClassVar[str] = "PNG"
     width: int
     height: int
     bits: int
@@ -53,21 +56,23 @@ def read_png_header(data: memoryview) -> PngHeader:
     """Size and kind of the PNG that `data` (flat, uint8) starts with. Raises `ImageError`
     (CORRUPT_COMPRESSED).
     """
-    start = len(SIGNATURE)
     if len(data) < _HEADER_END:
         raise _corrupt("ends in its header")
-    if bytes(data[start : start + 8]) != b"\x00\x00\x00\x0dIHDR":
+    chunk = data[len(SIGNATURE) : _HEADER_END]
+    if bytes(chunk[:8]) != b"\x00\x00\x00\x0dIHDR":
         raise _corrupt("does not start with a header chunk")
-    _check_sum(data, start + 4, _HEADER_END - 4)
-    width, height = (int.from_bytes(data[at : at + 4], "big") for at in (start + 8, start + 12))
-    bits, colour, compression, filtering, interlace = data[start + 16 : start + 21]
+    _verify_checksum(chunk)
+    width, height, bits, colour, compression, filtering, interlace = struct.unpack_from(
+        ">IIBBBBB", chunk, 8
+    )
     if bits not in _DEPTHS.get(colour, ()) or compression or filtering or interlace > 1:
         raise _corrupt("has a header chunk with impossible values")
     return PngHeader(width, height, bits, _CHANNELS[colour])
 
 
-def _check_sum(data: memoryview, start: int, end: int) -> None:
-    if zlib.crc32(data[start:end]) != int.from_bytes(data[end : end + 4], "big"):
+def _verify_checksum(chunk: memoryview) -> None:
+    """`chunk`: length, kind, content and checksum."""
+    if zlib.crc32(chunk[4:-4]) != int.from_bytes(chunk[-4:], "big"):
         raise _corrupt("has a chunk with a wrong checksum")
 
 
@@ -75,41 +80,34 @@ def checked_picture(data: memoryview, header: PngHeader) -> memoryview | bytes:
     """Follows the chunks to the end chunk, checking every checksum; bytes after that are ignored.
 
     Gives the chunks that a picture is made of, which is `data` itself where there are no others.
-    Others are left to nobody: libpng writes the names of colour profiles to the terminal as they
-    are. Raises `ImageError` (CORRUPT_COMPRESSED).
+    Others are left out: libpng prints the names of colour profiles to the terminal as they are.
+    Raises `ImageError` (CORRUPT_COMPRESSED).
     """
-    position, coded_bytes, others = _HEADER_END, 0, False
-    sums: list[tuple[int, int]] = []  # checked at the end: a file cut off is found without them
+    chunks: list[tuple[bytes, memoryview]] = []
+    position = _HEADER_END
     # Real chunks are kilobytes: a file of countless empty ones only wants to keep us busy.
     for _ in range(1000 + len(data) // 1024):
         if position + 12 > len(data):
             raise _corrupt("is cut off: its end chunk is missing")
-        length = int.from_bytes(data[position : position + 4], "big")
-        kind = bytes(data[position + 4 : position + 8])
-        end = position + 8 + length
-        if end + 4 > len(data):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        end = position + 12 + length
+        if end > len(data):
             raise _corrupt("is cut off in the middle of a chunk")
-        sums.append((position + 4, end))
+        chunks.append((kind, data[position:end]))
         if kind == b"IEND":
             break
-        if kind == b"IDAT":
-            coded_bytes += length
-        others = others or kind not in _PICTURE
-        position = end + 4
+        position = end
     else:
         raise _corrupt("has too many chunks")
-    for start, end in sums:
-        _check_sum(data, start, end)
+    for _, chunk in chunks:  # only now: a file that is cut off is found without them
+        _verify_checksum(chunk)
+    coded_bytes = sum(len(chunk) - 12 for kind, chunk in chunks if kind == b"IDAT")
     if (coded_bytes + 1) * _MAX_DEFLATE_RATIO < header.minimum_raw_bytes:
         raise _corrupt(
             f"has {coded_bytes} bytes of picture data, too few for "
             f"{header.width}x{header.height} pixels"
         )
-    if not others:
+    picture = [chunk for kind, chunk in chunks if kind in _PICTURE]
+    if len(picture) == len(chunks):
         return data
-    kept = [
-        data[start - 4 : end + 4]
-        for start, end in sums
-        if bytes(data[start : start + 4]) in _PICTURE
-    ]
-    return b"".join([data[:_HEADER_END], *kept])
+    return b"".join([data[:_HEADER_END], *picture])

@@ -4,32 +4,21 @@ needed.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from librobot_vlm_ros.core.errors import ErrorCode, ImageError, as_vlm_error
-from librobot_vlm_ros.core.images.buffers import as_bytes_array, check_size, unsigned
-from librobot_vlm_ros.core.images.compressed import (
-    CompressedHeader,
-    decode_compressed,
-    read_compressed_header,
-)
-from librobot_vlm_ros.core.images.converter import converter_name, to_rgb8
-from librobot_vlm_ros.core.images.depth import depth_to_rgb8
+from librobot_vlm_ros.core.images.converter import to_rgb8
 from librobot_vlm_ros.core.images.encodings import Encoding, get_encoding
 from librobot_vlm_ros.core.limits import DEFAULT_LIMITS, Limits
 
-__all__ = [
-    "CompressedHeader",
-    "converter_name",
-    "decode_compressed",
-    "decode_image",
-    "read_compressed_header",
-]
+__all__ = ["as_bytes_array", "check_size", "decode_image", "depth_to_rgb8"]
 
 _MIN_BAYER_SIDE = 3  # OpenCV's demosaicing gives black below that, without an error
+_UINT32_MAX = 2**32 - 1
 
 
 def decode_image(
@@ -57,7 +46,7 @@ def decode_image(
     below 3x3), EMPTY_IMAGE, IMAGE_TOO_LARGE, UNKNOWN_ENCODING, UNSUPPORTED_ENCODING, BAD_STEP,
     BAD_DATA_LENGTH, NON_FINITE_DEPTH; `InferenceError` (OUT_OF_MEMORY). Nothing else.
     """
-    rows, columns = unsigned("height", height), unsigned("width", width)
+    rows, columns = _unsigned("height", height), _unsigned("width", width)
     check_size(columns, rows, limits)
     layout = get_encoding(encoding)
     if layout.kind == "depth" and not allow_depth:
@@ -66,7 +55,7 @@ def decode_image(
             f"encoding '{layout.name}' is a depth image, expected a colour or gray image",
             "Connect the camera's colour topic, or set allow_depth to take depth as grey.",
         )
-    row_bytes = unsigned("step", step)
+    row_bytes = _unsigned("step", step)
     _check_layout(layout, columns, rows, row_bytes)
     if not isinstance(is_bigendian, (bool, int, np.bool_, np.integer)):
         raise ImageError(
@@ -136,3 +125,102 @@ def _decode(
     if layout.kind == "depth":
         return depth_to_rgb8(native)
     return to_rgb8(np.ascontiguousarray(native), layout)
+
+
+def depth_to_rgb8(depth: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """Depth [H, W] (uint16 millimetres or float32 metres) as gray RGB uint8 [H, W, 3].
+
+    The nearest reading of the image becomes 1, the farthest 255, linearly; pixels without a reading
+    (REP 118: 0, NaN; also infinite and negative ones) become 0. When all readings are equal they
+    become 255.
+
+    Raises `ImageError` (NON_FINITE_DEPTH) when no pixel has a reading.
+    """
+    valid = (depth > 0) & (depth < np.inf)  # NaN is neither
+    if not valid.any():
+        raise ImageError(
+            ErrorCode.NON_FINITE_DEPTH,
+            "no pixel of the depth image has a reading, all are 0, NaN, infinite or negative",
+            "Check the sensor and its range.",
+        )
+    readings = depth[valid].astype(np.float64)
+    nearest = readings.min()
+    span = readings.max() - nearest
+    gray = np.zeros(depth.shape, np.uint8)
+    if span == 0:
+        gray[valid] = 255
+    else:
+        readings -= nearest
+        readings *= 254.0 / span
+        gray[valid] = np.rint(readings).astype(np.uint8) + 1
+    return np.repeat(gray[..., None], 3, axis=2)
+
+
+# -- fields of a message as they come, made safe to calculate with --------------------------------
+
+
+def _unsigned(name: str, value: object) -> int:
+    """`value` as an int from 0 to 2**32 - 1, as in the message definition; BAD_IMAGE otherwise.
+
+    A value out of range is not printed: turning a huge int into text can itself fail.
+    """
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type]
+    except Exception:  # whatever a foreign __index__ raises
+        raise ImageError(
+            ErrorCode.BAD_IMAGE, f"{name} is of type {type(value).__name__}, expected an integer"
+        ) from None
+    if number < 0:
+        raise ImageError(ErrorCode.BAD_IMAGE, f"{name} is negative, expected 0 to 2**32 - 1")
+    if number > _UINT32_MAX:
+        raise ImageError(
+            ErrorCode.IMAGE_TOO_LARGE, f"{name} is beyond 2**32 - 1, more than the message can hold"
+        )
+    return number
+
+
+def check_size(width: int, height: int, limits: Limits) -> None:
+    """Refuses an image without pixels (EMPTY_IMAGE) or beyond the limits (IMAGE_TOO_LARGE)."""
+    if width == 0 or height == 0:
+        raise ImageError(
+            ErrorCode.EMPTY_IMAGE, f"image is {width}x{height} pixels, expected at least 1x1"
+        )
+    if max(width, height) > limits.max_side or width * height > limits.max_pixels:
+        raise ImageError(
+            ErrorCode.IMAGE_TOO_LARGE,
+            f"image is {width}x{height} pixels, allowed are {limits.max_pixels} pixels "
+            f"and {limits.max_side} a side",
+            "Publish smaller images.",
+        )
+
+
+def as_bytes_array(data: object) -> npt.NDArray[np.uint8]:
+    """`data` as a flat uint8 array over the same memory, read-only: no copy.
+
+    Takes bytes, bytearray, memoryview, array.array('B') and numpy uint8 arrays (C-contiguous).
+    BAD_IMAGE for anything else; a list of ints is refused because converting one takes longer than
+    a frame.
+    """
+    try:
+        view = memoryview(data)  # type: ignore[arg-type]
+    except (TypeError, ValueError, BufferError):
+        raise ImageError(
+            ErrorCode.BAD_IMAGE,
+            f"image data is of type {type(data).__name__}, expected bytes or a uint8 array",
+        ) from None
+    try:
+        if view.format not in ("B", "c", "<B", ">B", "@B") or not view.c_contiguous:
+            raise ImageError(
+                ErrorCode.BAD_IMAGE,
+                f"image data has items of format {view.format!r}"
+                f"{'' if view.c_contiguous else ', not contiguous'}, expected contiguous uint8",
+            )
+        flat: npt.NDArray[np.uint8] = (
+            np.frombuffer(view, np.uint8) if view.nbytes else np.empty(0, np.uint8)
+        )
+    except (TypeError, ValueError, BufferError):
+        raise ImageError(ErrorCode.BAD_IMAGE, "image data cannot be read as bytes") from None
+    flat.flags.writeable = False
+    return flat

@@ -1,8 +1,7 @@
-"""What is known of the newest frames: pixels ready for the model, and its vision features.
+"""Pixels and vision features of the newest frames, shared by all tasks and questions about them.
 
-Several tasks and questions about one frame share them. A frame is recognised by being the same
-object, not by its number: numbers start again after a restart, and an image that comes with a
-request has none.
+A frame is recognised by being the same object, not by its number: numbers start again after a
+restart, and an image that comes with a request has none.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from librobot_vlm_ros.core import Frame
 
-__all__ = ["FrameCache", "FrameEntry", "ImageFeatures", "joined", "vectors_of"]
+__all__ = ["FrameCache", "FrameEntry", "ImageFeatures", "concat_features", "pad_features"]
 
 
 @dataclass
 class FrameEntry:
     """One frame; `pixels` and `features` are filled in by the model.
 
-    Features belong to the model's thread alone; pixels may be made ahead by another.
+    Features belong to the model's thread alone; pixels may be prefetched by another.
     """
 
     frame: Frame
@@ -34,8 +33,8 @@ class FrameEntry:
     features: ImageFeatures | None = None
     #: The dtype of the features that a request has asked for before.
     asked: Any = None
-    #: Making its pixels began before a request asked for them, and none has asked since.
-    ahead: bool = False
+    #: Its pixels were begun before a request asked for them, and none has asked since.
+    prefetched: bool = False
     _making: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def has_features(self, dtype: Any) -> bool:
@@ -50,10 +49,10 @@ class FrameEntry:
             return self.pixels
 
     def prepare(self, make: Callable[[Any], Any]) -> None:
-        """`ready` ahead of any request; nothing where there is something already."""
+        """`ready` before any request; nothing where there is something already."""
         with self._making:
             if self.features is None and self.pixels is None:
-                self.ahead = True  # from here on a request at least waits less long
+                self.prefetched = True  # from here on a request at least waits less long
                 self.pixels = make(self.frame.pixels)
 
 
@@ -67,32 +66,30 @@ class FrameCache:
         #: Requests that share the features of their frame, and those that had them computed.
         self.hits = 0
         self.misses = 0
-        #: Frames whose pixels had been made ahead when the first request came.
-        self.ahead = 0
+        #: Frames whose pixels had been prefetched when the first request came.
+        self.prefetched = 0
 
     def entry(self, frame: Frame, dtype: Any) -> FrameEntry:
         """The frame's entry for a request that wants features in `dtype`; counts it."""
-        found = self.held(frame)
-        if found.asked == dtype:
+        entry = self.lookup(frame)
+        if entry.asked == dtype:
             self.hits += 1
         else:
             self.misses += 1
-        found.asked = dtype
-        self.ahead += found.ahead
-        found.ahead = False
-        return found
+        entry.asked = dtype
+        self.prefetched += entry.prefetched
+        entry.prefetched = False
+        return entry
 
-    def held(self, frame: Frame) -> FrameEntry:
-        """The same, counting nothing."""
+    def lookup(self, frame: Frame) -> FrameEntry:
+        """The frame's entry, made where there is none; counts nothing."""
         with self._lock:
             # The entry keeps its frame alive, so no other object can come by the same id.
-            found = self._entries.pop(id(frame), None)
-            if found is None:
-                found = FrameEntry(frame)
-            self._entries[id(frame)] = found
+            entry = self._entries.setdefault(id(frame), FrameEntry(frame))
+            self._entries.move_to_end(id(frame))
             while len(self._entries) > self._capacity:
                 self._entries.popitem(last=False)
-            return found
+            return entry
 
     def clear(self) -> None:
         """Forget all frames, as when the weights change."""
@@ -111,13 +108,13 @@ class ImageFeatures:
     vectors: Tensor
     #: Vectors of each image, in order; their sum is N.
     counts: tuple[int, ...]
-    #: What the family needs to number the places of each image, such as its grid.
+    #: What the family needs for the position_ids of each image, such as its grid.
     shapes: tuple[Any, ...] = ()
-    #: [N, D] each: added to the image's places behind the first layers of the language model.
+    #: [N, D] each: added to the image's positions behind the first layers of the language model.
     deep: tuple[Tensor, ...] = ()
 
 
-def joined(parts: Sequence[ImageFeatures]) -> ImageFeatures:
+def concat_features(parts: Sequence[ImageFeatures]) -> ImageFeatures:
     """Several images as one row."""
     if len(parts) == 1:
         return parts[0]
@@ -129,6 +126,6 @@ def joined(parts: Sequence[ImageFeatures]) -> ImageFeatures:
     )
 
 
-def vectors_of(rows: Sequence[ImageFeatures]) -> Tensor:
+def pad_features(rows: Sequence[ImageFeatures]) -> Tensor:
     """[B, N, D], rows of fewer vectors padded with zeros at the end."""
     return pad_sequence([row.vectors for row in rows], batch_first=True)

@@ -1,7 +1,7 @@
 """Keys and values of what stands before a question: the system's words and the frame.
 
-In a model that reads in order they are the same for every question about a frame. They are kept
-with the frame's entry and go with it; a question that comes later reads its own words only.
+In a decoder-only model they are the same for every question about a frame. They are kept with the
+frame's entry and go with it; the prefill of a later question is then its own words only.
 """
 
 from __future__ import annotations
@@ -17,18 +17,14 @@ from torch import Tensor
 
 from librobot_vlm_ros.models.cache.image_features import FrameEntry
 
-__all__ = ["Prefix", "PrefixCache", "joined_prefixes", "prefix_of"]
-
-#: Keys and values by layer, each [kv heads, P, D].
-Layers = tuple[tuple[Tensor, Tensor], ...]
+__all__ = ["Prefix", "PrefixCache", "copy_prefix", "stack_prefixes"]
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """A beginning of P places that has been read."""
+    """Keys and values by layer, each [kv heads, P, D], of the first P positions of a prompt."""
 
-    layers: Layers
-    length: int
+    layers: tuple[tuple[Tensor, Tensor], ...]
 
     @property
     def nbytes(self) -> int:
@@ -36,19 +32,20 @@ class Prefix:
         return sum(part.nbytes for layer in self.layers for part in layer)
 
 
-def prefix_of(cache: Any, row: int, begin: int, length: int) -> Prefix:
-    """`length` places of a row of transformers' cache, from place `begin` on, copied."""
-    layers = tuple(
-        (
-            layer.keys[row, :, begin : begin + length].clone(),
-            layer.values[row, :, begin : begin + length].clone(),
+def copy_prefix(cache: Any, row: int, start: int, length: int) -> Prefix:
+    """`length` positions of a row of transformers' cache, from `start` on, copied."""
+    return Prefix(
+        tuple(
+            (
+                layer.keys[row, :, start : start + length].clone(),
+                layer.values[row, :, start : start + length].clone(),
+            )
+            for layer in cache.layers
         )
-        for layer in cache.layers
     )
-    return Prefix(layers, length)
 
 
-def joined_prefixes(rows: Sequence[Prefix]) -> tuple[tuple[Tensor, Tensor], ...]:
+def stack_prefixes(rows: Sequence[Prefix]) -> tuple[tuple[Tensor, Tensor], ...]:
     """Prefixes of one length as a batch: keys and values [rows, kv heads, P, D] by layer."""
     if all(row is rows[0] for row in rows):
         return tuple(
@@ -66,16 +63,19 @@ class PrefixCache:
 
     def __init__(self, limit_bytes: int = 512 * 2**20) -> None:
         self._limit = limit_bytes
-        self._held: OrderedDict[tuple[int, tuple[int, ...]], tuple[Any, Any, Prefix]] = (
-            OrderedDict()
-        )
+        #: By id of the frame's entry and token ids: weak references to the entry and to the
+        #: features that were read, and what was read.
+        self._held: OrderedDict[tuple[int, tuple[int, ...]], tuple[Any, Any, Prefix]]
+        self._held = OrderedDict()
         self.hits = 0
 
     def get(self, frame: FrameEntry, words: tuple[int, ...]) -> Prefix | None:
         """What was read of these words and this frame's features, as they are now."""
         key = id(frame), words
-        entry, features, prefix = self._held.get(key, (lambda: None, None, None))
-        if prefix is None or entry() is not frame or features() is not frame.features:
+        if key not in self._held:
+            return None
+        entry, features, prefix = self._held[key]
+        if entry() is not frame or features() is not frame.features:
             return None
         self._held.move_to_end(key)
         self.hits += 1

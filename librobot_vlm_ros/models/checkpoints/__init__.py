@@ -1,1 +1,1 @@
-"""Checkpoints: found, checked, read, converted."""
+"""Checkpoints: find, check, read and convert them."""

@@ -1,22 +1,20 @@
-"""The sha256 of a checkpoint's weights, and the check against those that are allowed."""
+"""The sha256 of a checkpoint's weights, and the check against the allowed ones."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
+from librobot_vlm_ros.models.checkpoints.loading import find_layout
 from librobot_vlm_ros.models.checkpoints.progress import LoggedProgress
 from librobot_vlm_ros.models.checkpoints.shards import read_config, weight_files
-from librobot_vlm_ros.models.families.llava.checkpoint import tower_folder
-from librobot_vlm_ros.models.families.llava.configuration import is_original
-from librobot_vlm_ros.models.families.paligemma.masks import find_mask_decoder
 
 __all__ = ["check_sha256", "weights_sha256"]
 
 _CHUNK = 8 << 20
-_TOWER = "vision_tower"
 
 
 def weights_sha256(folder: str | Path, should_cancel: Callable[[], bool] | None = None) -> str:
@@ -26,15 +24,15 @@ def weights_sha256(folder: str | Path, should_cancel: Callable[[], bool] | None 
     One file (``model.safetensors``): its own sha256, as ``sha256sum`` and the hub's pages give it.
     Shards: the sha256 of their lines ``name:sha256``, sorted by name, each ended by a newline;
     files of a tower are named ``vision_tower/name``.
-    Raises ModelError WEIGHTS_NOT_FOUND, LOAD_CANCELLED.
+    Raises ModelError WEIGHTS_NOT_FOUND, BAD_CONFIG, LOAD_CANCELLED.
     """
     root = Path(folder).expanduser()
     named = {path.name: path for path in weight_files(root)}
-    tower, masks = _tower_of(root), find_mask_decoder(root)
-    if tower is not None:
-        named |= {f"{_TOWER}/{path.name}": path for path in weight_files(tower)}
-    if masks is not None:
-        named[masks.name] = masks
+    if (root / "config.json").is_file():
+        config, layout = read_config(root), None
+        with contextlib.suppress(ModelError):  # of no known layout: it will not be loaded
+            layout = find_layout(config)
+        named |= layout.companions(config, root) if layout is not None else {}
     total = sum(path.stat().st_size for path in named.values())
     progress = LoggedProgress(f"sha256 of {root.name}")
     done = 0
@@ -54,14 +52,6 @@ def weights_sha256(folder: str | Path, should_cancel: Callable[[], bool] | None 
         return next(iter(digests.values()))
     lines = "".join(f"{name}:{digest}\n" for name, digest in sorted(digests.items()))
     return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def _tower_of(root: Path) -> Path | None:
-    """The folder that a LLaVA's tower is loaded from; None where the shards hold it."""
-    config = read_config(root) if (root / "config.json").is_file() else {}
-    if is_original(config):
-        return tower_folder(config, root)
-    return root / _TOWER if (root / _TOWER).is_dir() else None
 
 
 def check_sha256(

@@ -1,8 +1,8 @@
-"""A checkpoint of any known layout written anew in transformers' native layout, and proven equal.
+"""Rewrite a checkpoint of any known layout in transformers' native layout, and prove it equal.
 
 The new folder loads here (`create_vlm(name, pretrained=folder)`) and with transformers' own
-`from_pretrained`. It is written beside its place and renamed when it has been loaded back and every
-tensor of it was found equal, so that what stands under the name asked for is whole.
+`from_pretrained`. It is written beside its place and renamed once it has been loaded back and every
+tensor was found equal: what stands under the name asked for is whole.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def _write(
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    options = {"device": "cpu", "dtype": dtype, "attention": "eager"}
+    options: dict[str, Any] = {"device": "cpu", "dtype": dtype, "attention": "eager"}
     vlm = create_vlm(info.name, pretrained=str(folder), **options)
     if adapter is not None:
         vlm.load_adapter(adapter)

@@ -1,28 +1,49 @@
-"""Where weights come from: a local folder, the hub at a pinned revision, or the package itself."""
+"""Where weights come from: the package itself, a local folder, or the hub at a pinned revision.
+
+What is on this machine is found without a network and without torch. A client may ask for the list
+of models again and again: names of files are plain strings on that way, because `pathlib` interns
+the parts of each path, and parts that come and go fill CPython's table of such strings until it is
+made anew, larger by megabytes.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import hashlib
+import json
 import logging
+import os
 import re
 import socket
+import sys
 import urllib.parse
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
 from librobot_vlm_ros.core import ErrorCode, ModelError, as_vlm_error
 from librobot_vlm_ros.models.backend import ModelInfo
-from librobot_vlm_ros.models.checkpoints.local_weights import is_hub_id
 from librobot_vlm_ros.models.checkpoints.progress import bars_to_log
-from librobot_vlm_ros.models.checkpoints.shards import weight_files
 
-__all__ = ["Weights", "find_weights", "folder_digest", "in_hub_cache"]
+__all__ = [
+    "Weights",
+    "downloaded",
+    "find_weights",
+    "folder_digest",
+    "hub_cache",
+    "in_hub_cache",
+    "is_hub_id",
+    "shipped_folder",
+    "weights_present",
+]
 
 _log = logging.getLogger(__name__)
 
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_SHIPPED = Path(__file__).parent / "shipped"
+_SHIPPED = os.path.join(os.path.dirname(__file__), "shipped")
+#: The hub's client makes a path of it.
+_CONFIG = sys.intern("config.json")
 #: Everything a model needs, and no code.
 _FILES = ["*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"]
 #: Folders of a repository hold other formats of the same weights (onnx, original, ...).
@@ -30,6 +51,74 @@ _NOT_NEEDED = ["*/*"]
 #: Seconds to wait for the hub to take a connection.
 _CONNECT_S = 5.0
 _DIGEST_BYTES = 1 << 20
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether `text` is "owner/name" or "owner/name@revision"."""
+    return _HUB_ID.fullmatch(text) is not None
+
+
+def shipped_folder() -> Path:
+    """Where the weights lie that come with the package, a folder for each model."""
+    return Path(_SHIPPED)
+
+
+def hub_cache() -> Path | None:
+    """Where huggingface_hub keeps downloads; None where it is not installed."""
+    try:
+        from huggingface_hub import constants
+    except ImportError:
+        return None
+    return Path(constants.HF_HUB_CACHE)
+
+
+def in_hub_cache(folder: Path) -> bool:
+    """Whether a folder came from the hub: what its files say was written by others."""
+    cache = hub_cache()
+    return cache is not None and cache.resolve() in folder.resolve().parents
+
+
+def weights_present(info: ModelInfo) -> bool:
+    """True when loading `info` with its default weights needs no download."""
+    if info.shipped_folder is not None:
+        return _has_weights(os.path.join(_SHIPPED, info.shipped_folder))
+    if info.default_pretrained is None:
+        return not info.requires  # a model without weights, such as the fake one
+    return _snapshot(info.default_pretrained, info.pinned_revision) is not None
+
+
+def downloaded(hub_id: str, revision: str | None = None) -> Path | None:
+    """The snapshot of a hub id in the cache that has all its weights, at `revision` or "main"."""
+    found = _snapshot(hub_id, revision)
+    return None if found is None else Path(found)
+
+
+def _snapshot(hub_id: str, revision: str | None) -> str | None:
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return None
+    # Not snapshot_download(local_files_only=True): newer clients ask the hub for other things then.
+    with contextlib.suppress(ValueError):  # no id that the client takes
+        found = try_to_load_from_cache(hub_id, _CONFIG, revision=revision)
+        if isinstance(found, str) and _has_weights(os.path.dirname(found)):
+            return os.path.dirname(found)
+    return None
+
+
+def _has_weights(folder: str) -> bool:
+    """Whether a folder holds weights; where an index names them, all of them."""
+    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        path = os.path.join(folder, index)
+        if not os.path.isfile(path):
+            continue
+        try:
+            with open(path, encoding="utf-8") as file:
+                names = set(json.load(file)["weight_map"].values())
+            return all(os.path.isfile(os.path.join(folder, name)) for name in names)
+        except (LookupError, OSError, RecursionError, TypeError, ValueError):  # it is cut off
+            return False
+    return any(glob.glob(pattern, root_dir=folder) for pattern in ("*.safetensors", "*.bin"))
 
 
 @dataclass(frozen=True)
@@ -51,7 +140,7 @@ def find_weights(info: ModelInfo, pretrained: str | None, revision: str | None =
     cannot be written (`as_vlm_error` makes it DISK_FULL or PERMISSION_DENIED).
     """
     if pretrained is None and info.shipped_folder is not None:
-        folder = _SHIPPED / info.shipped_folder
+        folder = shipped_folder() / info.shipped_folder
         if not folder.is_dir():
             raise _not_found(info, f"the package was installed without {folder}", None)
         return Weights(folder, folder_digest(folder))
@@ -90,13 +179,6 @@ def folder_digest(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def in_hub_cache(folder: Path) -> bool:
-    """Whether a folder came from the hub: what its files say was written by others."""
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE).resolve() in folder.resolve().parents
-
-
 def _from_hub(info: ModelInfo, hub_id: str, revision: str | None) -> Weights:
     """A commit that was downloaded before needs no network, and none is asked for."""
     from huggingface_hub import constants
@@ -104,7 +186,9 @@ def _from_hub(info: ModelInfo, hub_id: str, revision: str | None) -> Weights:
     _log.info("weights of %s: %s at %s", info.name, hub_id, revision or "main")
     folder = None
     if constants.HF_HUB_OFFLINE or _COMMIT.fullmatch(revision or ""):
-        folder = _downloaded(hub_id, revision)
+        folder = downloaded(hub_id, revision)
+        if folder is not None and not any(folder.glob("tokenizer*")):
+            folder = None  # half a download
     if folder is None and constants.HF_HUB_OFFLINE:
         raise _not_found(info, f"{hub_id} is not downloaded and HF_HUB_OFFLINE is set", hub_id)
     if folder is None:
@@ -120,26 +204,12 @@ def _from_hub(info: ModelInfo, hub_id: str, revision: str | None) -> Weights:
     return Weights(folder, folder.name)
 
 
-def _downloaded(hub_id: str, revision: str | None) -> Path | None:
-    """The snapshot in the local cache, None when it is not there or not whole."""
-    from huggingface_hub import try_to_load_from_cache
-
-    # Not snapshot_download(local_files_only=True): newer clients ask the hub for other things then.
-    config = try_to_load_from_cache(hub_id, "config.json", revision=revision)
-    if not isinstance(config, str):
-        return None
-    folder = Path(config).parent
-    try:
-        weight_files(folder)
-    except ModelError:
-        return None
-    return folder if any(folder.glob("tokenizer*")) else None
-
-
 def _reach(endpoint: str) -> None:
     """Raises OSError at once without a network; the hub's library would try for half a minute."""
+    from urllib.request import getproxies
+
     url = urllib.parse.urlsplit(endpoint)
-    if url.hostname and not urllib.request.getproxies():  # a proxy may know ways that we don't
+    if url.hostname and not getproxies():  # a proxy may know ways that we don't
         port = url.port or (80 if url.scheme == "http" else 443)
         socket.create_connection((url.hostname, port), timeout=_CONNECT_S).close()
 

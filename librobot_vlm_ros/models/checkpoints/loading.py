@@ -1,4 +1,4 @@
-"""Checkpoint folders to models: whatever layout they are in, checked as they are read.
+"""Load a checkpoint folder of any known layout into a transformers model, checked as it is read.
 
 A `CheckpointLayout` says how to recognise a folder by its config.json, which transformers model it
 becomes, and what each of its keys is called there. Loading goes tensor by tensor: each is
@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
 from librobot_vlm_ros.models.catalog import CATALOG
+from librobot_vlm_ros.models.checkpoints.key_mapping import Convert
 from librobot_vlm_ros.models.checkpoints.progress import LoggedProgress
 from librobot_vlm_ros.models.checkpoints.shards import iterate_tensors, read_config, weight_files
 from librobot_vlm_ros.models.checkpoints.size_limits import refuse_oversized
 from librobot_vlm_ros.models.configuration import check_integer
-from librobot_vlm_ros.models.placement import Placement, dtype_name, move, place
+from librobot_vlm_ros.models.placement import Placement, dtype_name, move_module, resolve_placement
 
 __all__ = [
     "CheckpointLayout",
@@ -33,14 +34,12 @@ __all__ = [
     "build_empty",
     "build_random",
     "expect_rank",
+    "find_layout",
     "load_module",
     "register_layout",
 ]
 
 _log = logging.getLogger(__name__)
-
-#: Gives (native key, tensor) for each that a checkpoint tensor becomes; nothing means dropped.
-Convert = Callable[[str, Tensor], Iterable[tuple[str, Tensor]]]
 
 #: transformers switches initialisation off for the whole process while a model is built empty.
 _build_lock = threading.Lock()
@@ -82,6 +81,9 @@ class CheckpointLayout:
     matches: Callable[[Mapping[str, Any]], bool]
     #: (config.json, folder) -> plan. Raises ModelError BAD_CONFIG.
     plan: Callable[[dict[str, Any], Path], LoadPlan]
+    #: (config.json, folder) -> files of weights that are loaded beside the folder's own, by names
+    #: that their place does not change. Raises ModelError where one is missing.
+    companions: Callable[[dict[str, Any], Path], Mapping[str, Path]] = lambda config, folder: {}
 
 
 _layouts: dict[str, CheckpointLayout] = {}
@@ -120,7 +122,7 @@ def load_module(
     WEIGHTS_NOT_FOUND, BAD_CONFIG, WEIGHTS_CORRUPT, UNSAFE_CHECKPOINT, SHAPE_MISMATCH, KEY_MISMATCH,
     NAN_WEIGHTS, DTYPE_UNSUPPORTED, LOAD_CANCELLED, and what `placement.place` raises.
     """
-    where = place(device, dtype, attention)
+    where = resolve_placement(device, dtype, attention)
     root = Path(folder).expanduser()
     config = read_config(root)
     layout = find_layout(config)
@@ -177,7 +179,7 @@ def build_random(plan: LoadPlan, where: Placement) -> Any:
     """The planned model with random weights, in eval mode."""
     with _build_lock:
         module = _construct(plan, where)
-    move(module, device=where.device, dtype=where.dtype)
+    move_module(module, device=where.device, dtype=where.dtype)
     return module.eval()
 
 
@@ -210,9 +212,7 @@ def _fill(
     should_cancel: Callable[[], bool],
 ) -> None:
     """Copy every tensor to its place. Raises when a key is strange or a parameter stays empty."""
-    targets = dict(module.named_parameters(remove_duplicate=False))
-    persistent = module.state_dict(keep_vars=True)
-    targets.update((name, value) for name, value in persistent.items() if name not in targets)
+    targets = module.state_dict(keep_vars=True)
     filled: dict[int, str] = {}  # parameter -> the name that filled it
     strange: list[str] = []
     files = list(files)

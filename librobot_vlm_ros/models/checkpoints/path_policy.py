@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from librobot_vlm_ros.core import BagError, ErrorCode, RequestError, shortened
-from librobot_vlm_ros.models.checkpoints.local_weights import hub_cache, is_hub_id, shipped_folder
+from librobot_vlm_ros.models.checkpoints.hub import hub_cache, is_hub_id, shipped_folder
 
 __all__ = [
     "allowed_folders",
@@ -54,7 +54,7 @@ def open_to_clients(named: Sequence[str], weights_at_start: str) -> tuple[Path, 
     """
     if named:
         return allowed_folders(named)
-    folders = [shipped_folder().resolve(), hub_cache().resolve()]
+    folders = [folder.resolve() for folder in (shipped_folder(), hub_cache()) if folder is not None]
     given = _resolved(weights_at_start) if weights_at_start else None
     if given is not None and given.is_dir():
         # A folder right below / (or the home itself) must not open everything beside it.

@@ -1,4 +1,4 @@
-"""How far a long job is, said in the log: a line every few seconds with MB and percent.
+"""Progress of a long job in the log: a line every few seconds with MB and percent.
 
 The node's log shows it, and so do the commands of `librobot-vlm` (they print the log's lines).
 """
@@ -60,7 +60,7 @@ def bars_to_log(what: str) -> Iterator[type[Any] | None]:
     progress = LoggedProgress(what)
     bars: list[Any] = []
 
-    class Bar(tqdm):  # type: ignore[type-arg]
+    class Bar(tqdm):  # type: ignore[misc]  # untyped
         def __init__(self, *args: Any, **options: Any) -> None:
             options.pop("name", None)  # the client's own bars have it, tqdm's don't
             super().__init__(*args, **{**options, "disable": False})
@@ -71,7 +71,7 @@ def bars_to_log(what: str) -> Iterator[type[Any] | None]:
             return True
 
         def update(self, n: float | None = 1) -> bool | None:
-            shown = super().update(n)
+            shown: bool | None = super().update(n)
             if bars:
                 done = max(bar.n for bar in bars)
                 progress.at(int(done), int(max(bar.total or 0 for bar in bars)))

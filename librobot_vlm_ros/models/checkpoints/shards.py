@@ -1,7 +1,10 @@
-"""Reading a checkpoint folder tensor by tensor, without holding more than one at a time.
+"""Reading the files of a checkpoint folder, which others wrote, tensor by tensor.
 
-safetensors files are preferred; a pickle checkpoint is loaded with weights-only unpickling, which
-runs no code from the file, or refused. An index file decides which shards there are.
+No more than one tensor is held at a time. safetensors files are preferred; a pickle checkpoint is
+loaded with weights-only unpickling, which runs no code from the file, or refused. An index file
+decides which shards there are. What a file is, and what it claims of its own sizes, is looked at
+before a library is given the file: a download that failed leaves something else under the file's
+name, and a few kilobytes must not become gigabytes of memory.
 """
 
 from __future__ import annotations
@@ -11,7 +14,10 @@ import json
 import math
 import os
 import pickle
+import pickletools
+import struct
 import warnings
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,15 +27,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from librobot_vlm_ros.core import ErrorCode, ModelError, as_vlm_error
-from librobot_vlm_ros.models.checkpoints.file_checks import (
-    check_pickle,
-    check_safetensors,
-    check_tensors,
-    corrupt,
-)
 from librobot_vlm_ros.models.checkpoints.size_limits import refuse_endless
+from librobot_vlm_ros.models.placement import dtype_name
 
 __all__ = [
+    "check_archive",
     "iterate_tensors",
     "read_config",
     "read_json",
@@ -46,6 +48,17 @@ _MAPPED_SHARE = 1 / 32
 _PICKLES = (".bin", ".pt", ".pth")
 #: Levels of a JSON file, and characters of a foreign name in an error.
 _MOST_LEVELS, _SHOWN = 64, 100
+_AGAIN = "download or copy it again"
+_LFS = b"version https://git-lfs"
+_ZIP = b"PK\x03\x04"
+_HEAD_BYTES = 1 << 20
+#: Operations of a pickle that tell it from bytes that happen to begin like one.
+_OPERATIONS = 16
+#: A hundred thousand tensors need less.
+_HEADER_BYTES = 32 << 20
+#: Sizes are 64-bit integers in torch.
+_LARGEST = 2**63 - 1
+#: Names of the kinds of numbers in a safetensors file.
 _SAFETENSORS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -79,7 +92,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a checkpoint folder.
 
     Raises ModelError WEIGHTS_NOT_FOUND when folder or file is missing, BAD_CONFIG when unreadable
-    or asking for more than any model has (see `proportions.refuse_endless`).
+    or asking for more than any model has (see `size_limits.refuse_endless`).
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -99,9 +112,9 @@ def weight_files(folder: Path) -> list[Path]:
     Raises ModelError WEIGHTS_NOT_FOUND, or WEIGHTS_CORRUPT for an index that names no files of
     this folder.
     """
-    for index, single in zip(_INDEXES, _SINGLES, strict=True):
-        if (folder / index).is_file():
-            return [folder / name for name in _names_in_index(folder / index)]
+    if (index := _index(folder)) is not None:
+        return [folder / name for name in _names_in_index(index)]
+    for single in _SINGLES:
         if (folder / single).is_file():
             return [folder / single]
     others = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
@@ -122,9 +135,11 @@ def iterate_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     Raises ModelError WEIGHTS_CORRUPT or UNSAFE_CHECKPOINT.
     """
     if path.suffix in _PICKLES:
-        yield from _iterate_pickle(path)
+        state = _read_pickle(path, "cpu")
+        for key in list(state):
+            yield key, state.pop(key)
         return
-    check_safetensors(path)
+    _check_safetensors(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             keys = sorted(file.keys(), key=lambda key: -math.prod(file.get_slice(key).get_shape()))
@@ -149,8 +164,8 @@ def tensor_kinds(path: Path) -> dict[str, tuple[str, int]]:
     """
     if path.suffix in _PICKLES:
         tensors = _read_pickle(path, "meta")
-        return {key: (_name(value.dtype), value.numel()) for key, value in tensors.items()}
-    check_safetensors(path)
+        return {key: (dtype_name(value.dtype), value.numel()) for key, value in tensors.items()}
+    _check_safetensors(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  no mapping
@@ -168,30 +183,33 @@ def tensor_names(folder: Path) -> list[str]:
     Raises ModelError as `weight_files` and `tensor_kinds` do.
     """
     files = weight_files(folder)
-    for index, single in zip(_INDEXES, _SINGLES, strict=True):
-        if (folder / index).is_file():
-            return list(_weight_map(folder / index))
-        if (folder / single).is_file():
-            break
+    if (index := _index(folder)) is not None:
+        return list(_weight_map(index))
     return [key for path in files for key in tensor_kinds(path)]
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _index(folder: Path) -> Path | None:
+    """The index of the folder's shards; None where there is none, or a single file before it."""
+    for index, single in zip(_INDEXES, _SINGLES, strict=True):
+        if (folder / index).is_file():
+            return folder / index
+        if (folder / single).is_file():
+            return None
+    return None
 
 
 def _cut_off(path: Path, error: Exception) -> ModelError:
-    return corrupt(path, f"is not a whole safetensors file: {error}")
+    return _corrupt(path, f"is not a whole safetensors file: {error}")
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     shards = read_json(index, ErrorCode.WEIGHTS_CORRUPT).get("weight_map")
     if not isinstance(shards, dict) or not shards:
-        raise corrupt(index, "holds no weight_map")
+        raise _corrupt(index, "holds no weight_map")
     for name in shards.values():
         # A shard lies beside its index; anything else would read files that nobody named.
         if not isinstance(name, str) or Path(name).name != name:
-            raise corrupt(index, f"names a file elsewhere: {str(name)[:_SHOWN]!r}")
+            raise _corrupt(index, f"names a file elsewhere: {str(name)[:_SHOWN]!r}")
     return shards
 
 
@@ -208,15 +226,9 @@ def _names_in_index(index: Path) -> list[str]:
     return names
 
 
-def _iterate_pickle(path: Path) -> Iterator[tuple[str, Tensor]]:
-    state = _read_pickle(path, "cpu")
-    for key in list(state):
-        yield key, state.pop(key)
-
-
 def _read_pickle(path: Path, device: str) -> dict[str, Tensor]:
     """Every tensor by its name, on "cpu" or, without values, on "meta"."""
-    check_pickle(path)
+    _check_pickle(path)
     try:
         with warnings.catch_warnings():  # it warns of odd pickles, and then refuses them
             warnings.simplefilter("ignore")
@@ -232,7 +244,129 @@ def _read_pickle(path: Path, device: str) -> dict[str, Tensor]:
             raise  # the disk or its permissions; EINVAL is how a cut zip file shows itself
         if as_vlm_error(error).code == ErrorCode.OUT_OF_MEMORY:
             raise
-        raise corrupt(path, f"is not a whole checkpoint: {error}") from error
+        raise _corrupt(path, f"is not a whole checkpoint: {error}") from error
     if not isinstance(state, dict):
-        raise corrupt(path, "holds no table of tensors")
-    return check_tensors(path, state, device)
+        raise _corrupt(path, "holds no table of tensors")
+    return _check_tensors(path, state, device)
+
+
+def _corrupt(path: Path, what: str, hint: str = _AGAIN) -> ModelError:
+    """The error for a file of weights that is damaged."""
+    return ModelError(ErrorCode.WEIGHTS_CORRUPT, f"{path.name} {what}", hint)
+
+
+def _check_safetensors(path: Path) -> None:
+    """Raises ModelError WEIGHTS_CORRUPT for what is no safetensors file, or states a tensor twice.
+
+    What the library checks itself is left to it.
+    """
+    _refuse_other(path)
+    with path.open("rb") as file:
+        length = file.read(8)
+        (size,) = struct.unpack("<Q", length) if len(length) == 8 else (0,)
+        if size > min(_HEADER_BYTES, path.stat().st_size):
+            raise _corrupt(path, f"is not a whole safetensors file: its header has {size} bytes")
+        header = file.read(size)
+    try:
+        table = json.loads(header, object_pairs_hook=_once)
+        shapes = [entry["shape"] for key, entry in table.items() if key != "__metadata__"]
+        largest = max((side for shape in shapes for side in shape), default=0)
+        if largest > _LARGEST:
+            raise ValueError(f"a tensor has {largest} rows")
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise _corrupt(path, f"is not a whole safetensors file: {error}") from error
+
+
+def check_archive(path: Path) -> bool:
+    """Whether a file is a zip archive; False means a pickle.
+
+    Raises ModelError WEIGHTS_CORRUPT for anything else.
+    """
+    head = _refuse_other(path)
+    if not head.startswith(_ZIP) and not _is_pickle(head):
+        raise _corrupt(path, "is no whole file of weights: neither an archive nor a pickle")
+    return head.startswith(_ZIP)
+
+
+def _check_pickle(path: Path) -> None:
+    """Raises ModelError WEIGHTS_CORRUPT for what torch.save did not write, before it is opened.
+
+    Pickles of any kind pass: whether they hold code is found out by whoever unpickles them.
+    """
+    if not check_archive(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            claimed = sum(entry.file_size for entry in archive.infolist())
+    except (NotImplementedError, ValueError, zipfile.BadZipFile) as error:
+        raise _corrupt(path, f"is not a whole checkpoint: {error}") from error
+    # torch.save compresses nothing.
+    if claimed > path.stat().st_size:
+        raise _corrupt(path, f"would unpack to {claimed} bytes, more than it has itself")
+
+
+def _check_tensors(path: Path, state: dict[Any, Any], device: str) -> dict[str, Tensor]:
+    """The tensors of an unpickled table, of plain kinds all of them.
+
+    Raises ModelError WEIGHTS_CORRUPT, or DTYPE_UNSUPPORTED for quantised ones.
+    """
+    strange = next((key for key in state if not isinstance(key, str)), "")
+    if strange != "":
+        raise _corrupt(path, f"names a tensor {strange!r}, expected a string")
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    for key, value in tensors.items():
+        if value.is_quantized:
+            raise ModelError(
+                ErrorCode.DTYPE_UNSUPPORTED,
+                f"{path.name}: {key} is quantised ({value.dtype})",
+                "take the model's unquantised weights",
+            )
+        if value.is_nested or value.layout is not torch.strided:
+            raise _corrupt(path, f"holds {key} as a sparse or nested tensor, expected a dense one")
+        if value.device.type != device:
+            raise _corrupt(path, f"holds {key} without its values")
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise _corrupt(path, f"holds {list(value.shape)} of {key}, and values for less")
+    return tensors
+
+
+def _refuse_other(path: Path) -> bytes:
+    """Refuse what a download that failed leaves, and say what it looks like; else its begin."""
+    with path.open("rb") as file:
+        head = file.read(_HEAD_BYTES)
+    text = head.lstrip().lower()
+    if head.startswith(_LFS):
+        looks, way = "a git-lfs pointer", "fetch the file itself: git lfs pull"
+    elif text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        looks, way = "a web page", _AGAIN
+    elif head and len(head) < 200 and head.isascii() and b" " in head and _prints(head):
+        looks, way = f"the message {head.decode('ascii').strip()!r}", _AGAIN
+    else:
+        return head
+    raise _corrupt(path, f"holds no weights: it is {looks}", way)
+
+
+def _prints(head: bytes) -> bool:
+    return head.decode("ascii").strip().isprintable()
+
+
+def _is_pickle(head: bytes) -> bool:
+    """Whether these first bytes are a whole pickle, or operations of one that says so itself."""
+    declared = head.startswith(b"\x80")
+    try:
+        for number, (operation, _, _) in enumerate(pickletools.genops(head)):
+            if operation.name == "STOP" or (declared and number == _OPERATIONS):
+                return True
+    except Exception:  # whatever bytes of another kind make its decoders raise
+        return False
+    return False
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON whose names must differ."""
+    table: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in table:
+            raise ValueError(f"its header states {name!r} twice")
+        table[name] = value
+    return table

@@ -1,7 +1,7 @@
-"""Whether what a configuration asks for can be built at all, found out before it is.
+"""Refuse a config.json that asks for more layers or memory than there can be, before building it.
 
-A config.json is written by others: one that asks for a billion layers would be built until memory
-ends, with nobody able to stop it.
+Others write these files: one that asks for a billion layers would be built until memory ends, and
+nobody could stop it.
 """
 
 from __future__ import annotations

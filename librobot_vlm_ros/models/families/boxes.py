@@ -6,20 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from librobot_vlm_ros.core import Region
+from librobot_vlm_ros.models.generation.constraints.box_syntax import MOST_BLANKS, SCALE
 
 __all__ = ["BLANKS", "MOST_BLANKS", "NUMBER", "RADII", "SCALE", "region_of"]
-
-#: What stands for the whole width or height, and 1 % of it for each of a box's coordinates.
-SCALE = 1000
-RADII = (SCALE / 100,) * 4
-
-#: Blanks that may stand in a row within a box: a model that finds no way on must not write them
-#: until its answer is cut off.
-MOST_BLANKS = 64
 
 #: Patterns of the boxes that are written as text: blanks, and a number (a group) between blanks.
 BLANKS = rf"\s{{0,{MOST_BLANKS}}}"
 NUMBER = rf"{BLANKS}(\d{{1,5}}(?:\.\d{{1,6}})?){BLANKS}"
+
+#: 1 % of the whole width or height, for each of a box's coordinates.
+RADII = (SCALE / 100,) * 4
 
 
 def region_of(

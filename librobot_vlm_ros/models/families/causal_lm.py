@@ -19,26 +19,25 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from librobot_vlm_ros.core import ErrorCode, GenerationParams, ImageError, RequestError
-from librobot_vlm_ros.models.cache.image_features import ImageFeatures, joined
+from librobot_vlm_ros.models.cache.image_features import ImageFeatures, concat_features
 from librobot_vlm_ros.models.checkpoints.loading import LoadPlan, build_random
 from librobot_vlm_ros.models.families.input_ids import IGNORED, token_rows
 from librobot_vlm_ros.models.families.preprocess import as_pixels, normalise, to_views
 from librobot_vlm_ros.models.generation.causal_decoder import (
-    Asked,
     CausalDecoder,
-    deep_inputs,
-    embed_row,
-    pad_places,
+    PromptBatch,
+    deepstack_inputs,
+    merge_embeddings,
+    merge_order,
+    pad_position_ids,
     pad_rows,
-    read_behind,
-    weave,
+    prefix_prefill,
 )
-from librobot_vlm_ros.models.generation.config import GenerationConfig, Grammar
-from librobot_vlm_ros.models.generation.constraints.box_syntax import Notation
-from librobot_vlm_ros.models.generation.constraints.token_grammar import notation_grammar
+from librobot_vlm_ros.models.generation.config import GenerationConfig, TokenConstraint
+from librobot_vlm_ros.models.generation.constraints.box_syntax import BoxSyntax
+from librobot_vlm_ros.models.generation.constraints.syntax_constraint import syntax_constraint
 from librobot_vlm_ros.models.generation.decoder import Decoder
-from librobot_vlm_ros.models.generation.fast.llama import LlamaStep
-from librobot_vlm_ros.models.generation.fast.step_decoders import CausalStepDecoder
+from librobot_vlm_ros.models.generation.fast.llama import FastCausalDecoder, FastLlama
 from librobot_vlm_ros.models.placement import Placement
 from librobot_vlm_ros.models.processor import Box, Processor, Size
 from librobot_vlm_ros.models.vlm import AbstractVLM, Parts, Prefixes
@@ -50,7 +49,7 @@ class CausalProcessor(Processor):
     """The processor of a decoder-only family."""
 
     #: How the family writes boxes as text; None where it has tokens for them, or writes none.
-    notation: ClassVar[Notation | None] = None
+    box_syntax: ClassVar[BoxSyntax | None] = None
     #: Whether every image is brought to images.height x images.width.
     one_size: ClassVar[bool] = True
 
@@ -109,11 +108,11 @@ class CausalProcessor(Processor):
             coordinates=self.coordinates(),
         )
 
-    def constraint(self, task: str) -> Grammar | None:
+    def constraint(self, task: str) -> TokenConstraint | None:
         """Whole boxes, where the family writes them as text."""
-        if self.notation is None or not self.writes_regions(task):
+        if self.box_syntax is None or not self.writes_regions(task):
             return None
-        return notation_grammar(self.tokenizer, self.notation, self.ends())
+        return syntax_constraint(self.tokenizer, self.box_syntax, self.ends())
 
     def save(self, folder: Path) -> None:
         """See `Processor`."""
@@ -205,10 +204,10 @@ class CausalLM(AbstractVLM):
         return [ImageFeatures(vectors, (len(vectors),), (None,)) for vectors in self.see(pixels)]
 
     def merge_order(self, row: Sequence[int], counts: Sequence[int]) -> list[int]:
-        """Where each place of a row with its images merged comes from (see `weave`)."""
+        """Where each place of a row with its images merged comes from (see `merge_order`)."""
         text = self.config.text_config
         begin = None if self.image_leads else getattr(text, "bos_token_id", None)
-        return weave(row, counts, self.config.image_token_id, begin)
+        return merge_order(row, counts, self.config.image_token_id, begin)
 
     def position_ids(self, order: Sequence[int], features: ImageFeatures | None) -> Tensor | None:
         """Positions of a row's places, int64 [T, A] on A axes; None counts 0, 1, 2 ...
@@ -263,7 +262,7 @@ class CausalLM(AbstractVLM):
         if not self.processor.one_size:
             rows = self._prepared_rows(images)
             found = iter(self.image_features([image for row in rows for image in row]))
-            return [joined([next(found) for _ in row]) for row in rows]
+            return [concat_features([next(found) for _ in row]) for row in rows]
         settings = self.processor.images
         views = to_views(self._fitted(images), settings, self.torch_device, self.torch_dtype)
         height, width = views.shape[-2:]
@@ -276,7 +275,8 @@ class CausalLM(AbstractVLM):
             )
         features = self.see(views.flatten(0, 1)).unflatten(0, views.shape[:2])
         return [
-            joined([ImageFeatures(view, (len(view),), (None,)) for view in row]) for row in features
+            concat_features([ImageFeatures(view, (len(view),), (None,)) for view in row])
+            for row in features
         ]
 
     def _prepared_rows(self, images: Any) -> list[list[Any]]:
@@ -342,18 +342,18 @@ class CausalLM(AbstractVLM):
         vectors, orders = self._merged(features, prompts)
         history = torch.zeros((len(prompts), 0), dtype=torch.int64, device=self.torch_device)
         length = max(map(len, vectors)) + new_tokens
-        pool = self.generator.steps(LlamaStep, self.language_model, self.module.lm_head, length)
+        pool = self.generator.steps(FastLlama, self.language_model, self.module.lm_head, length)
         positions = self._positions(orders, features)
         # A module that is not plain may have adapters that come and go: nothing of it is kept.
         if prefixes is None or pool is None or self.prefix_attention:
-            deep = deep_inputs(orders, features, "left", self.torch_device)
-            decoder = self._read(vectors, places=positions, extra=deep)
+            deep = deepstack_inputs(orders, features, "left", self.torch_device)
+            decoder = self._read(vectors, position_ids=positions, extra=deep)
         else:
             assert features is not None
             cache, frames = prefixes
-            asked = Asked(vectors, orders, prompts, features, frames, positions)
-            decoder = read_behind(cache, asked, self._read)
-        return decoder if pool is None else CausalStepDecoder(pool, decoder), history
+            asked = PromptBatch(vectors, orders, prompts, features, frames, positions)
+            decoder = prefix_prefill(cache, asked, self._read)
+        return decoder if pool is None else FastCausalDecoder(pool, decoder), history
 
     def encode_text(self, text: Any) -> Tensor:
         """The language model's last states of words alone, [B, T, D], padded at the end."""
@@ -406,7 +406,7 @@ class CausalLM(AbstractVLM):
     def _merged(
         self, features: Sequence[ImageFeatures] | None, rows: Sequence[Sequence[int]]
     ) -> tuple[list[Tensor], list[list[int]]]:
-        """Vectors [T, D] of each row, and where each comes from (see `weave`)."""
+        """Vectors [T, D] of each row, and where each comes from (see `merge_order`)."""
         if features is not None and len(features) != len(rows):
             raise RequestError(
                 ErrorCode.BAD_PARAMETER, f"{len(features)} images for {len(rows)} prompts"
@@ -422,7 +422,7 @@ class CausalLM(AbstractVLM):
                 ErrorCode.EMPTY_PROMPT, "there is a row with neither words nor an image"
             )
         vectors = [
-            embed_row(table, row, order, None if one is None else one.vectors)
+            merge_embeddings(table, row, order, None if one is None else one.vectors)
             for row, order, one in zip(rows, orders, found, strict=True)
         ]
         return vectors, orders
@@ -445,10 +445,10 @@ class CausalLM(AbstractVLM):
         """Last states [B, T, D], padded at the end, and where each place comes from."""
         vectors, orders = self._merged(features, rows)
         inputs, mask = pad_rows(vectors, "right")
-        types: dict[str, Any] = deep_inputs(orders, features, "right", mask.device)
+        types: dict[str, Any] = deepstack_inputs(orders, features, "right", mask.device)
         positions = self._positions(orders, features)
         if positions is not None:
-            types["position_ids"] = pad_places(positions, "right")
+            types["position_ids"] = pad_position_ids(positions, "right")
         if self.prefix_attention:
             # 0 is read as a whole, 1 in order: from the first label on, or a model would see it.
             kinds = torch.zeros_like(mask)
@@ -464,8 +464,8 @@ class CausalLM(AbstractVLM):
             self.reader,
             self.module.lm_head,
             vectors,
-            first_place=self.first_position,
-            prefix=self.prefix_attention,
+            first_position=self.first_position,
+            prefix_attention=self.prefix_attention,
             **options,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,13 +22,14 @@ __all__ = [
     "CLIP_MEAN",
     "CLIP_STD",
     "EXACT",
-    "ImageSettings",
     "RESIZE",
+    "ImageSettings",
     "Resizing",
     "ahead_of",
     "as_pixels",
     "channels",
     "deviations",
+    "image_rows",
     "image_settings",
     "normalise",
     "resize",
@@ -49,7 +50,7 @@ _streams = threading.local()
 
 @dataclass(frozen=True)
 class Resizing:
-    """How images change their size, and where."""
+    """How images are resized, and where."""
 
     fast: bool = False
     device: torch.device = _CPU
@@ -61,7 +62,7 @@ EXACT = Resizing()
 def resizing(
     how: str, device: torch.device, resample: Image.Resampling = Image.Resampling.BICUBIC
 ) -> Resizing:
-    """What the option `resize` means for a model on `device` whose images take that filter.
+    """What the option `resize` means for a model on `device` that resizes by that filter.
 
     `auto` is `fast` on CUDA, where the pixels are needed anyway, and `exact` elsewhere. Raises
     RequestError BAD_PARAMETER, also for `fast` with a filter that only Pillow has.
@@ -90,9 +91,10 @@ def resize(
     resample: Image.Resampling = Image.Resampling.BICUBIC,
     how: Resizing = EXACT,
 ) -> Any:
-    """uint8 [H, W, 3] to [height, width, 3]: an array, or a tensor on `how.device` where that is
-    CUDA. Proportions are not kept. Of `fast` the channels lie one after the other in memory, as the
-    model takes them.
+    """uint8 [H, W, 3] to [height, width, 3], proportions not kept.
+
+    An array, or a tensor on `how.device` where that is CUDA. `fast` leaves the channels one after
+    the other in memory, as the model takes them.
     """
     mode = _MODES[resample] if how.fast else None
     if mode is not None and how.device.type == "cuda":
@@ -108,8 +110,7 @@ def resize(
 def on_device(pixels: Tensor, height: int, width: int, mode: str) -> Tensor:
     """uint8 [H, W, 3] to uint8 [height, width, 3] in float32 on the tensor's own device.
 
-    Rounded between the passes, and halves up, as Pillow does it: without that every fifth value
-    differs by one.
+    Rounded between the passes, halves up, as Pillow does: else every fifth value differs by one.
     """
     planes = pixels.permute(2, 0, 1)[None].to(torch.float32)
     rows, columns = pixels.shape[:2]
@@ -123,14 +124,14 @@ def on_device(pixels: Tensor, height: int, width: int, mode: str) -> Tensor:
 
 
 def _rows_first(size: Sequence[int], height: int, width: int) -> bool:
-    """Whether Pillow takes the rows first, because that spares work."""
+    """Whether Pillow resizes the rows first, because that spares work."""
     return height < size[0] and width > size[1]
 
 
 @contextmanager
 def ahead_of(device: torch.device) -> Iterator[None]:
-    """For work beside the model's own thread: on CUDA it runs on a stream of the calling thread,
-    and is done when the block ends.
+    """For prefetching: on CUDA the block runs on a stream of the calling thread, beside the model's
+    own, and is done when it ends.
     """
     if device.type != "cuda":
         yield
@@ -152,15 +153,19 @@ def _vectorised(
     if _rows_first(pixels.shape, height, width):  # left to itself, it takes the columns first
         image = interpolate(image, (height, pixels.shape[1]), mode=mode, antialias=True)
     image = interpolate(image, (height, width), mode=mode, antialias=True)
-    return image[0].permute(1, 2, 0).numpy()
+    resized: npt.NDArray[np.uint8] = image[0].permute(1, 2, 0).numpy()
+    return resized
 
 
 def writable(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """The same bytes as ones that may be written, for torch, which warns of others. Do not write.
+    """The same bytes, marked writable: torch warns of others. Do not write to them.
 
     A frame's pixels are read-only, and copying them takes a sixth of the time of resizing them.
     """
-    return pixels if pixels.flags.writeable else np.asarray(_Writable(pixels))
+    if pixels.flags.writeable:
+        return pixels
+    same: npt.NDArray[np.uint8] = np.asarray(_Writable(pixels))
+    return same
 
 
 class _Writable:
@@ -292,17 +297,14 @@ def as_pixels(image: Any) -> npt.NDArray[np.uint8]:
         return image.pixels
     if isinstance(image, Image.Image):
         return np.asarray(image.convert("RGB"))
-    array = image.detach().cpu().numpy() if isinstance(image, Tensor) else image
-    if isinstance(array, np.ndarray) and array.dtype == np.uint8 and array.ndim == 3:
-        if array.shape[2] == 3:
-            return array
-        if array.shape[0] == 3:
-            return array.transpose(1, 2, 0)
-    found = (
-        f"{array.dtype} {list(array.shape)}"
-        if isinstance(array, np.ndarray)
-        else type(image).__name__
-    )
+    array: Any = image.detach().cpu().numpy() if isinstance(image, Tensor) else image
+    found = type(image).__name__
+    if isinstance(array, np.ndarray):
+        found = f"{array.dtype} {list(array.shape)}"
+        if array.dtype == np.uint8 and array.ndim == 3 and 3 in (array.shape[0], array.shape[2]):
+            pixels: npt.NDArray[np.uint8]
+            pixels = array if array.shape[2] == 3 else array.transpose(1, 2, 0)
+            return pixels
     raise ImageError(
         ErrorCode.BAD_IMAGE,
         f"an image is {found}",
@@ -310,48 +312,61 @@ def as_pixels(image: Any) -> npt.NDArray[np.uint8]:
     )
 
 
-def to_views(
-    images: Any, settings: ImageSettings, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    """Anything that holds images to [B, views, 3, H, W], ready for the model.
+def image_rows(images: Any) -> list[list[Any]]:
+    """Anything that holds images as rows of single ones, several where a row has views.
 
-    Float tensors [3, H, W], [B, 3, H, W] or [B, views, 3, H, W] count as normalised already and
-    keep their size. uint8 tensors and arrays, PIL images, Frames,
-    and lists of them are resized and normalised; a list of lists is a batch of views.
-    Raises ImageError BAD_IMAGE.
+    An image (a Frame, a PIL image, an array or tensor of three dimensions) is a row of its own; a
+    list and the first dimension of a larger array is the batch, and in it a list or an array of
+    four dimensions are the views of a row. Raises ImageError BAD_IMAGE for rows without images.
     """
-    if isinstance(images, Tensor) and images.is_floating_point():
-        if images.dim() not in (3, 4, 5) or images.shape[-3] != 3 or not images.numel():
-            raise ImageError(
-                ErrorCode.BAD_IMAGE,
-                f"float images are {list(images.shape)}",
-                "expected [B, 3, H, W] or [B, views, 3, H, W], normalised",
-            )
-        while images.dim() < 4:
-            images = images[None]
-        images = images if images.dim() == 5 else images[:, None]
-        return images.to(device, dtype)
-    if isinstance(images, (Tensor, np.ndarray)) and images.ndim > 3:
+    if _is_array(images) and images.ndim > 3:
         images = list(images)
     if not isinstance(images, (list, tuple)):
         images = [images]
-    if images and isinstance(images[0], Tensor) and images[0].is_floating_point():
-        return to_views(torch.stack(list(images)), settings, device, dtype)
-    rows = [_views(row) for row in images]
+    rows = [
+        list(row) if isinstance(row, (list, tuple)) or (_is_array(row) and row.ndim == 4) else [row]
+        for row in images
+    ]
+    if not rows or not all(rows):
+        raise ImageError(ErrorCode.BAD_IMAGE, "there is a row without an image")
+    return rows
+
+
+def to_views(
+    images: Any,
+    settings: ImageSettings,
+    device: torch.device,
+    dtype: torch.dtype,
+    prepare: Callable[[Any], Any] | None = None,
+) -> Tensor:
+    """Anything that holds images (see `image_rows`) to [B, views, 3, H, W], ready for the model.
+
+    Float tensors count as normalised already and keep their size, [3, H, W] each. Others are
+    brought to the model's size by `prepare` (None: `squash`), and normalised. Raises ImageError
+    BAD_IMAGE.
+    """
+    rows = image_rows(images)
     counts = {len(row) for row in rows}
-    if len(counts) != 1 or 0 in counts:
+    if len(counts) != 1:
         raise ImageError(
             ErrorCode.BAD_IMAGE, f"rows of {sorted(counts)} views", "give each row as many views"
         )
-    flat = [squash(as_pixels(image), settings) for row in rows for image in row]
-    tensor = normalise(flat, settings, device, dtype)
+    flat = [image for row in rows for image in row]
+    if all(isinstance(image, Tensor) and image.is_floating_point() for image in flat):
+        shapes = sorted({tuple(image.shape) for image in flat})
+        if len(shapes) > 1 or len(shapes[0]) != 3 or shapes[0][0] != 3 or 0 in shapes[0]:
+            raise ImageError(
+                ErrorCode.BAD_IMAGE,
+                f"float images are {' and '.join(str(list(shape)) for shape in shapes)}",
+                "expected [B, 3, H, W] or [B, views, 3, H, W], normalised",
+            )
+        tensor = torch.stack(flat).to(device, dtype)
+    else:
+        squashed = prepare or (lambda pixels: squash(pixels, settings))
+        prepared = [squashed(as_pixels(image)) for image in flat]
+        tensor = normalise(prepared, settings, device, dtype)
     return tensor.unflatten(0, (len(rows), counts.pop()))
 
 
-def _views(row: Any) -> list[Any]:
-    """The views of one row: a list, the first dimension of a 4-D array, or one image alone."""
-    if isinstance(row, (list, tuple)):
-        return list(row)
-    if isinstance(row, (Tensor, np.ndarray)) and row.ndim == 4:
-        return list(row)
-    return [row]
+def _is_array(value: Any) -> bool:
+    return isinstance(value, (Tensor, np.ndarray))

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from librobot_vlm_ros.core import VlmError
 from librobot_vlm_ros.models.generation.config import (
-    Except,
+    AllExcept,
     Generated,
     GenerationConfig,
-    Grammar,
-    Some,
+    TokenConstraint,
+    TokenSet,
     permits,
 )
 from librobot_vlm_ros.models.generation.decoder import Decoder, StopRow, TellIds, take_in
@@ -101,7 +101,7 @@ def beam_search(
     *,
     stop: StopRow,
     tell: TellIds | None,
-    grammars: Sequence[Grammar | None] = (),
+    grammars: Sequence[TokenConstraint | None] = (),
 ) -> list[Generated | VlmError]:
     """See `generate`; `history` is int64 [B, H].
 
@@ -121,7 +121,7 @@ def _search(
     history: Tensor,
     stop: StopRow,
     tell: TellIds | None,
-    grammars: Sequence[Grammar | None] = (),
+    grammars: Sequence[TokenConstraint | None] = (),
     *,
     ahead: bool,
 ) -> list[Generated | VlmError]:
@@ -174,7 +174,7 @@ def _search(
             raw = choices.restrict(token_log_probs(logits, unused), allowed)
             scores = scores.masked_fill(raw.isneginf(), -math.inf)
             single = [
-                some is not None and not isinstance(some, Except) and len(some) == 1
+                some is not None and not isinstance(some, AllExcept) and len(some) == 1
                 for some in allowed
             ]
             no_choice = torch.tensor(single, device=device).view(batch, beams)
@@ -251,7 +251,7 @@ def _following(
     return decoder.decode(tokens)
 
 
-def _allowed(ids: Tensor, grammars: Sequence[Grammar | None]) -> list[Some]:
+def _allowed(ids: Tensor, grammars: Sequence[TokenConstraint | None]) -> list[TokenSet]:
     """What may follow each hypothesis `ids` [B, beams, T], in the order of their rows."""
     return [
         None if grammar is None else grammar.allowed(written)
@@ -322,7 +322,7 @@ def search_in_notation(
     decoder: Decoder,
     rules: GenerationConfig,
     history: Tensor,
-    grammars: Sequence[Grammar | None],
+    grammars: Sequence[TokenConstraint | None],
     again: Again,
     *,
     stop: StopRow,
@@ -362,7 +362,7 @@ def search_in_notation(
     return found
 
 
-def fits(grammar: Grammar, answer: Generated | VlmError, rules: GenerationConfig) -> bool:
+def fits(grammar: TokenConstraint, answer: Generated | VlmError, rules: GenerationConfig) -> bool:
     """Whether an answer keeps to its grammar; tokens that the rules force are not its own."""
     assert isinstance(answer, Generated)
     ids = answer.ids

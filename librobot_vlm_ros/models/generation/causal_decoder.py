@@ -1,4 +1,7 @@
-"""Prefill and decode steps of decoder-only models through transformers' own module."""
+"""Decoder-only models: image vectors merged into the prompt, prefill and decode by transformers.
+
+`fast/llama.py` takes over after the prefill where it can; this is the path that it must equal.
+"""
 
 from __future__ import annotations
 
@@ -12,69 +15,71 @@ from torch.nn.utils.rnn import pad_sequence
 
 from librobot_vlm_ros.core import ErrorCode, RequestError
 from librobot_vlm_ros.models.cache.image_features import FrameEntry, ImageFeatures
-from librobot_vlm_ros.models.cache.prefix import PrefixCache, joined_prefixes, prefix_of
+from librobot_vlm_ros.models.cache.prefix import PrefixCache, copy_prefix, stack_prefixes
 from librobot_vlm_ros.models.generation.sampler import columns
 
 __all__ = [
-    "Asked",
     "CausalDecoder",
-    "deep_inputs",
-    "embed_row",
-    "pad_places",
+    "PromptBatch",
+    "deepstack_inputs",
+    "merge_embeddings",
+    "merge_order",
+    "pad_position_ids",
     "pad_rows",
-    "read_behind",
-    "weave",
+    "prefix_prefill",
 ]
 
 
-def weave(
+def merge_order(
     ids: Sequence[int], counts: Sequence[int], image_token: int, begin_token: int | None
 ) -> list[int]:
-    """Where each place of a row comes from: an index into `ids`, or -1 for a vector of an image.
+    """Source of each position of the merged prompt: an index into `ids`, or -1 for an image vector.
 
-    Images of `counts` vectors stand where `ids` has their token: once for all of them, once an
-    image, or once a vector, those of an image in a row. Without one they stand at the front,
-    behind the begin token. Raises RequestError BAD_PARAMETER.
+    Images of `counts` vectors stand where `ids` has their token: one token for all of them, one an
+    image, or one a vector, those of an image side by side. Without such a token they stand at the
+    front, behind the begin token. Raises RequestError BAD_PARAMETER.
     """
     total = sum(counts)
-    places = [index for index, token in enumerate(ids) if token == image_token]
-    if not places:
+    found = [index for index, token in enumerate(ids) if token == image_token]
+    if not found:
         front = 1 if total and ids and ids[0] == begin_token else 0
         return [*range(front), *[-1] * total, *range(front, len(ids))]
-    if total and len(places) == 1:
-        runs = {places[0]: total}
-    elif total and len(places) == len(counts):
-        runs = dict(zip(places, counts, strict=True))
+    if total and len(found) == 1:
+        vectors = {found[0]: total}
+    elif total and len(found) == len(counts):
+        vectors = dict(zip(found, counts, strict=True))
     else:
-        begins = [sum(counts[:image]) for image in range(len(counts))]
-        blocks = [places[begin : begin + n] for begin, n in zip(begins, counts, strict=True)]
+        starts = [sum(counts[:image]) for image in range(len(counts))]
+        blocks = [found[start : start + n] for start, n in zip(starts, counts, strict=True)]
         torn = any(block and block[-1] - block[0] != len(block) - 1 for block in blocks)
-        if len(places) != total or torn:
+        if len(found) != total or torn:
             sizes = " and ".join(map(str, counts)) or "no"
             raise RequestError(
                 ErrorCode.BAD_PARAMETER,
-                f"the prompt has {len(places)} image tokens, the image gives {sizes} vectors",
+                f"the prompt has {len(found)} image tokens, the image gives {sizes} vectors",
                 "write one image token, as many in a row as there are vectors, or none",
             )
-        runs = dict.fromkeys(places, 1)
-    return [
-        place
-        for index in range(len(ids))
-        for place in ([-1] * runs[index] if index in runs else [index])
-    ]
+        vectors = dict.fromkeys(found, 1)
+    order: list[int] = []
+    for index in range(len(ids)):
+        order += [-1] * vectors[index] if index in vectors else [index]
+    return order
 
 
-def embed_row(
+def merge_embeddings(
     table: Any, ids: Sequence[int], order: Sequence[int], features: Tensor | None
 ) -> Tensor:
-    """Vectors [T, D] of a row that `weave` has put in `order`; `features` [count, D] fill it."""
+    """Input embeddings [T, D] of a prompt in its `merge_order`, with `features` [N, D] merged in.
+
+    `table`: the model's token embedding.
+    """
     device = table.weight.device
     tokens = torch.tensor([ids[i] if i >= 0 else 0 for i in order], device=device)
-    words: Tensor = table(tokens)
+    embeddings: Tensor = table(tokens)
     if features is None:
-        return words
-    holes = torch.tensor([i < 0 for i in order], device=device)
-    return words.masked_scatter(holes[:, None].expand_as(words), features.to(words.dtype))
+        return embeddings
+    image = torch.tensor([i < 0 for i in order], device=device)[:, None]
+    return embeddings.masked_scatter(image.expand_as(embeddings), features.to(embeddings.dtype))
 
 
 def pad_rows(rows: Sequence[Tensor], side: str) -> tuple[Tensor, Tensor]:
@@ -86,38 +91,39 @@ def pad_rows(rows: Sequence[Tensor], side: str) -> tuple[Tensor, Tensor]:
     )
 
 
-def pad_places(rows: Sequence[Tensor], side: str) -> Tensor:
-    """Numbers [T, A] of the places of each row as [A, B, T], padded with zeros at `side`."""
+def pad_position_ids(rows: Sequence[Tensor], side: str) -> Tensor:
+    """position_ids [T, A] of each row, on A axes, as [A, B, T] padded with zeros at `side`."""
     padded: Tensor = pad_sequence(list(rows), batch_first=True, padding_side=side)
     return padded.permute(2, 0, 1)
 
 
-def deep_inputs(
+def deepstack_inputs(
     orders: Sequence[Sequence[int]],
-    seen: Sequence[ImageFeatures] | None,
+    images: Sequence[ImageFeatures] | None,
     side: str,
     device: torch.device,
 ) -> dict[str, Any]:
-    """What a language model is given that takes image features behind its first layers, too."""
-    if not seen or not seen[0].deep:
+    """Arguments of a language model that adds image features behind its first layers, too."""
+    if not images or not images[0].deep:
         return {}
-    holes = [torch.tensor([place < 0 for place in order], device=device) for order in orders]
+    masks = [torch.tensor([source < 0 for source in order], device=device) for order in orders]
     return {
-        "visual_pos_masks": pad_sequence(holes, batch_first=True, padding_side=side),
+        "visual_pos_masks": pad_sequence(masks, batch_first=True, padding_side=side),
         "deepstack_visual_embeds": [
-            torch.cat(layer) for layer in zip(*(row.deep for row in seen), strict=True)
+            torch.cat(layer) for layer in zip(*(row.deep for row in images), strict=True)
         ],
     }
 
 
 class CausalDecoder:
-    """A `Decoder` over prompts as rows of vectors [T, D], padded on the left.
+    """A `Decoder` over prompts as input embeddings [T, D], padded on the left.
 
-    `first_place`: number of the first position. `prefix`: every place of a prompt sees all of it,
-    and the model is told so by `token_type_ids`. `places`: numbers int64 [T, A] of a row's places
-    on A axes; the answer goes on from the highest. `extra`: given to the model with the prompts.
-    `past`: keys and values [rows, kv heads, P, D] by layer of what was read before the rows, which
-    `places` leaves out. `then` is given the cache when the prompts have been read.
+    `first_position`: the number that positions start with. `prefix_attention`: every position of a
+    prompt sees all of it, and the model is told so by `token_type_ids`. `position_ids`: int64
+    [T, A] of each row on A axes; the answer goes on from the highest. `extra`: further arguments
+    of the model's prefill. `past`: keys and values [rows, kv heads, P, D] by layer of what stands
+    before the rows, which `position_ids` leaves out. `on_prefill` is given the KV cache once the
+    prompts are in it.
     """
 
     def __init__(
@@ -126,54 +132,50 @@ class CausalDecoder:
         head: Any,
         rows: Sequence[Tensor],
         *,
-        first_place: int = 0,
-        prefix: bool = False,
-        places: Sequence[Tensor] | None = None,
+        first_position: int = 0,
+        prefix_attention: bool = False,
+        position_ids: Sequence[Tensor] | None = None,
         extra: Mapping[str, Any] | None = None,
         past: Sequence[tuple[Tensor, Tensor]] = (),
-        then: Callable[[Any], None] = lambda cache: None,
+        on_prefill: Callable[[Any], None] = lambda cache: None,
     ) -> None:
         from transformers import DynamicCache
 
-        self._first_place = first_place
-        self._prefix = prefix
-
-        self._model = language_model
-        self._head = head
+        self._model, self._head = language_model, head
         self._inputs, self.mask = pad_rows(rows, "left")
-        #: Keys and values of what was taken in.
-        self.cache = DynamicCache()
+        #: Keys and values so far.
+        self.cache: Any = DynamicCache()
         for layer, (keys, values) in enumerate(past):
             self.cache.update(keys, values, layer)
         if past:
             seen = self.mask.new_ones((len(rows), past[0][0].shape[2]))
             self.mask = torch.cat([seen, self.mask], dim=1)
-        self._extra = dict(extra or {})
-        self._then = then
-        if places is None:
-            # Padding takes place 0 too; nothing looks at it.
-            self._places = (self.mask.cumsum(dim=1) - 1).clamp(min=0)
-            self._places = self._places[:, -self._inputs.shape[1] :]
-            place = self.mask.sum(dim=1)
+        if position_ids is None:
+            # Padding gets position 0, too; nothing attends to it.
+            positions = (self.mask.cumsum(dim=1) - 1).clamp(min=0)[:, -self._inputs.shape[1] :]
+            following = self.mask.sum(dim=1)
         else:
-            self._places = pad_places(places, "left")
-            place = self._places.amax(dim=(0, 2)) + 1
+            positions = pad_position_ids(position_ids, "left")
+            following = positions.amax(dim=(0, 2)) + 1
+        self._position_ids = positions + first_position
         #: int64 [rows], position of each row's next token; `mask` [rows, T] is of those before.
-        self.place = place + first_place
+        self.next_position = following + first_position
+        self._extra = dict(extra or {})
+        if prefix_attention:
+            self._extra["token_type_ids"] = torch.zeros_like(self.mask)
+        self._on_prefill = on_prefill
 
     def prefill(self) -> Tensor:
         """See `Decoder`."""
-        logits: Tensor = self._head(self.read()[:, -1])
+        logits: Tensor = self._head(self.prefill_hidden()[:, -1])
         return logits
 
-    def read(self) -> Tensor:
-        """Take in the prompts; gives their last states [rows, T, D]."""
+    def prefill_hidden(self) -> Tensor:
+        """Prefill the prompts; gives their last hidden states [rows, T, D]."""
         inputs, self._inputs = self._inputs, self._inputs[:, :0]
         extra, self._extra = self._extra, {}
-        if self._prefix:
-            extra["token_type_ids"] = torch.zeros_like(self.mask)
-        hidden = self._step(inputs, self._places + self._first_place, **extra)
-        self._then(self.cache)
+        hidden = self._forward(inputs, self._position_ids, **extra)
+        self._on_prefill(self.cache)
         return hidden
 
     def decode(self, tokens: Tensor, allowed: range | Tensor | None = None) -> Tensor:
@@ -183,13 +185,15 @@ class CausalDecoder:
     def append(self, tokens: Tensor, allowed: range | Tensor | None = None) -> Tensor:
         """See `AppendingDecoder`."""
         if self._inputs.shape[1]:
-            self.read()
+            self.prefill_hidden()
         count = tokens.shape[1]
         self.mask = torch.cat([self.mask, self.mask.new_ones((len(tokens), count))], dim=1)
-        place = self.place[:, None] + torch.arange(count, device=self.place.device)
-        self.place = self.place + count
-        place = place.expand(*self._places.shape[:-2], -1, count)
-        hidden = self._step(self._model.get_input_embeddings()(tokens), place)
+        steps = torch.arange(count, device=tokens.device)
+        positions = self.next_position[:, None] + steps
+        self.next_position = self.next_position + count
+        # The same on every axis.
+        positions = positions.expand(*self._position_ids.shape[:-2], -1, count)
+        hidden = self._forward(self._model.get_input_embeddings()(tokens), positions)
         logits: Tensor = self._head(hidden[:, -1])
         return columns(logits, allowed)
 
@@ -197,17 +201,13 @@ class CausalDecoder:
         """See `Decoder`."""
         self.cache.reorder_cache(rows)
         self.mask = self.mask.index_select(0, rows)
-        self.place = self.place.index_select(0, rows)
+        self.next_position = self.next_position.index_select(0, rows)
 
-    def forget(self) -> None:
-        """Let go of keys and values that were taken over."""
-        self.cache = None
-
-    def _step(self, inputs: Tensor, places: Tensor, **extra: Any) -> Tensor:
+    def _forward(self, inputs: Tensor, position_ids: Tensor, **extra: Any) -> Tensor:
         output = self._model(
             inputs_embeds=inputs,
             attention_mask=self.mask,
-            position_ids=places,
+            position_ids=position_ids,
             past_key_values=self.cache,
             use_cache=True,
             **extra,
@@ -217,69 +217,71 @@ class CausalDecoder:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A batch of prompts about frames, one of each a row."""
+class PromptBatch:
+    """Prompts about frames, one of each a row."""
 
-    #: [T, D], and where each place comes from (see `causal_decoder.weave`).
-    vectors: Sequence[Tensor]
+    #: Input embeddings [T, D], and the `merge_order` that they were made in.
+    embeddings: Sequence[Tensor]
     orders: Sequence[Sequence[int]]
-    #: Token ids of the prompts.
-    rows: Sequence[Sequence[int]]
-    seen: Sequence[ImageFeatures]
+    ids: Sequence[Sequence[int]]
+    images: Sequence[ImageFeatures]
     frames: Sequence[FrameEntry]
-    #: Numbers of the places, int64 [T, A]; None counts 0, 1, 2 ...
-    numbers: Sequence[Tensor] | None
+    #: int64 [T, A]; None counts 0, 1, 2 ...
+    position_ids: Sequence[Tensor] | None
 
 
-def read_behind(
-    prefixes: PrefixCache, asked: Asked, read: Callable[..., CausalDecoder]
+def prefix_prefill(
+    prefixes: PrefixCache, batch: PromptBatch, make: Callable[..., CausalDecoder]
 ) -> CausalDecoder:
-    """A decoder over the prompts that reads each frame, with the words before it, at most once.
+    """A decoder over the prompts that prefills each frame, with the words before it, at most once.
 
-    `read` makes a decoder of rows of vectors. Where every row is new, all is read in one go and
-    what was read of the frames is kept. Where frames are shared or known and as long as each other,
-    what is not known of them is read first, and the questions in one go behind it.
+    `make` builds a decoder of rows of embeddings. Where every row's frame is new, everything is
+    prefilled in one go and the frames' prefixes are kept. Where frames are shared or known, and
+    their prefixes have one length, missing prefixes are prefilled first and all questions go
+    behind them.
     """
-    vectors, orders = asked.vectors, asked.orders
-    device = vectors[0].device
-    ends = [1 + max(n for n, place in enumerate(order) if place < 0) for order in orders]
+    orders, device = batch.orders, batch.embeddings[0].device
+    ends = [1 + max(at for at, source in enumerate(order) if source < 0) for order in orders]
     words = [
-        tuple(row[place] for place in order[:end] if place >= 0)
-        for row, order, end in zip(asked.rows, orders, ends, strict=True)
+        tuple(ids[source] for source in order[:end] if source >= 0)
+        for ids, order, end in zip(batch.ids, orders, ends, strict=True)
     ]
-    keys = [(id(frame), said) for frame, said in zip(asked.frames, words, strict=True)]
-    alike = len(set(ends)) == 1 and all(len(row) > ends[0] for row in vectors)
+    keys = [(id(frame), before) for frame, before in zip(batch.frames, words, strict=True)]
+    alike = len(set(ends)) == 1 and all(len(row) > ends[0] for row in batch.embeddings)
     known = {
         key: prefix
-        for key, frame, said in zip(keys, asked.frames, words, strict=True)
-        if alike and (prefix := prefixes.get(frame, said)) is not None
+        for key, frame, before in zip(keys, batch.frames, words, strict=True)
+        if alike and (prefix := prefixes.get(frame, before)) is not None
     }
     new = [row for row, key in enumerate(keys) if keys.index(key) == row and key not in known]
+
     if not alike or len(new) == len(keys):
 
         def keep(cache: Any) -> None:
-            longest = max(map(len, vectors))
+            longest = max(map(len, batch.embeddings))
             for row in new:
-                begin = longest - len(vectors[row])
-                prefix = prefix_of(cache, row, begin, ends[row])
-                prefixes.put(asked.frames[row], words[row], prefix)
+                padding = longest - len(batch.embeddings[row])
+                prefix = copy_prefix(cache, row, padding, ends[row])
+                prefixes.put(batch.frames[row], words[row], prefix)
 
-        deep = deep_inputs(orders, asked.seen, "left", device)
-        return read(vectors, places=asked.numbers, extra=deep, then=keep)
+        deep = deepstack_inputs(orders, batch.images, "left", device)
+        return make(batch.embeddings, position_ids=batch.position_ids, extra=deep, on_prefill=keep)
 
-    end, numbers = ends[0], asked.numbers
+    end, position_ids = ends[0], batch.position_ids
     if new:
-        deep = deep_inputs(
-            [orders[row][:end] for row in new], [asked.seen[row] for row in new], "left", device
+        images = [batch.images[row] for row in new]
+        deep = deepstack_inputs([orders[row][:end] for row in new], images, "left", device)
+        beginning = make(
+            [batch.embeddings[row][:end] for row in new],
+            position_ids=None if position_ids is None else [position_ids[row][:end] for row in new],
+            extra=deep,
         )
-        places = None if numbers is None else [numbers[row][:end] for row in new]
-        beginning = read([vectors[row][:end] for row in new], places=places, extra=deep)
-        beginning.read()
+        beginning.prefill_hidden()
         for place, row in enumerate(new):
-            known[keys[row]] = prefix_of(beginning.cache, place, 0, end)
-            prefixes.put(asked.frames[row], words[row], known[keys[row]])
-    return read(
-        [row[end:] for row in vectors],
-        places=None if numbers is None else [row[end:] for row in numbers],
-        past=joined_prefixes([known[key] for key in keys]),
+            known[keys[row]] = copy_prefix(beginning.cache, place, 0, end)
+            prefixes.put(batch.frames[row], words[row], known[keys[row]])
+    return make(
+        [row[end:] for row in batch.embeddings],
+        position_ids=None if position_ids is None else [row[end:] for row in position_ids],
+        past=stack_prefixes([known[key] for key in keys]),
     )

@@ -9,41 +9,41 @@ from typing import Protocol
 
 __all__ = [
     "GenerationConfig",
-    "Except",
+    "AllExcept",
     "Generated",
-    "Grammar",
+    "TokenConstraint",
     "NumberTokens",
     "CoordinateBins",
-    "Some",
+    "TokenSet",
     "permits",
 ]
 
 
 @dataclass(frozen=True)
-class Except:
+class AllExcept:
     """All tokens but these."""
 
     tokens: tuple[int, ...]
 
 
 #: Tokens that may stand at a place: a range, these, all but these, or (None) all.
-Some = range | tuple[int, ...] | Except | None
+TokenSet = range | tuple[int, ...] | AllExcept | None
 
 
-def permits(some: Some, token: int) -> bool:
+def permits(some: TokenSet, token: int) -> bool:
     """Whether the token may stand there."""
     if some is None:
         return True
-    return token not in some.tokens if isinstance(some, Except) else token in some
+    return token not in some.tokens if isinstance(some, AllExcept) else token in some
 
 
-class Grammar(Protocol):
+class TokenConstraint(Protocol):
     """Which tokens may follow an answer's beginning, for answers in a notation.
 
     It must allow whatever a well-formed answer has, so that it never changes one.
     """
 
-    def allowed(self, ids: Sequence[int]) -> Some:
+    def allowed(self, ids: Sequence[int]) -> TokenSet:
         """Tokens that may follow `ids`, one at least.
 
         The fewer they are the less is computed, a range for less than as many others.

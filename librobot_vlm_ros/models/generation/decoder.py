@@ -10,9 +10,9 @@ from torch import Tensor
 
 from librobot_vlm_ros.core import VlmError
 
-__all__ = ["Decoder", "AppendingDecoder", "StopRow", "TellIds", "take_in"]
+__all__ = ["AppendingDecoder", "Decoder", "StopRow", "TellIds", "take_in"]
 
-#: Asked before each token: why row r must stop, or None.
+#: PromptBatch before each token: why row r must stop, or None.
 StopRow = Callable[[int], VlmError | None]
 #: Told of new token ids of row r, in order, each once.
 TellIds = Callable[[int, list[int]], None]

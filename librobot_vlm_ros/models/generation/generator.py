@@ -12,8 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 from librobot_vlm_ros.core import ErrorCode, ModelError
 from librobot_vlm_ros.models.generation.config import Generated, GenerationConfig
 from librobot_vlm_ros.models.generation.decoder import Decoder
-from librobot_vlm_ros.models.generation.fast.graph_runner import StepPool
-from librobot_vlm_ros.models.generation.fast.weights import DECODERS, make_step
+from librobot_vlm_ros.models.generation.fast.graph_runner import GraphRunner
+from librobot_vlm_ros.models.generation.fast.weights import DECODERS, make_fast
 from librobot_vlm_ros.models.generation.loop import generate
 
 __all__ = ["Generator"]
@@ -36,7 +36,7 @@ class Generator:
             )
         self.kind = kind
         #: On CUDA: buffers and graphs that are kept from answer to answer.
-        self.pool: StepPool | None = None
+        self.pool: GraphRunner | None = None
 
     def steps(self, kind: type[Any], text_model: Any, head: Any, length: int = 0) -> Any:
         """Steps over the weights as they are now; None where the module is to take them.
@@ -44,11 +44,11 @@ class Generator:
         `length`: places of the longest prompt and its answer together. On CUDA graphs over buffers
         are kept from answer to answer, as long as the weights stay in place.
         """
-        step = make_step(kind, text_model, head, self.kind, length)
+        step = make_fast(kind, text_model, head, self.kind, length)
         if step is None:
             return None
         if self.pool is None or not self.pool.fits(step):
-            pool = StepPool(step)
+            pool = GraphRunner(step)
             self.pool = pool if pool.cuda else None
             return pool
         return self.pool

@@ -23,12 +23,12 @@ from torch import Tensor
 from librobot_vlm_ros.core import VlmError
 from librobot_vlm_ros.models.generation.beam_search import beam_search, search_in_notation
 from librobot_vlm_ros.models.generation.config import (
+    AllExcept,
     CoordinateBins,
-    Except,
     Generated,
     GenerationConfig,
-    Grammar,
-    Some,
+    TokenConstraint,
+    TokenSet,
 )
 from librobot_vlm_ros.models.generation.decoder import Decoder, StopRow, TellIds, take_in
 from librobot_vlm_ros.models.generation.sampler import Sampler, not_finite
@@ -45,7 +45,7 @@ def generate(
     stop: StopRow = lambda row: None,
     tell: TellIds | None = None,
     seeds: Sequence[int | None] | None = None,
-    grammars: Sequence[Grammar | None] = (),
+    grammars: Sequence[TokenConstraint | None] = (),
     again: Callable[[Sequence[int]], tuple[Decoder, Tensor]] | None = None,
 ) -> list[Generated | VlmError]:
     """Generate until every row has ended.
@@ -74,7 +74,7 @@ class _Loop:
         rules: GenerationConfig,
         history: Tensor,
         seeds: Sequence[int | None] | None,
-        grammars: Sequence[Grammar | None] = (),
+        grammars: Sequence[TokenConstraint | None] = (),
     ) -> None:
         self._decoder, self._rules = decoder, rules
         self._sampler = Sampler(rules, history, seeds)
@@ -215,28 +215,28 @@ class _Loop:
         if not marks:
             self._sampler.forget(step)
 
-    def _with_choice(self, allowed: list[Some] | None) -> set[int]:
+    def _with_choice(self, allowed: list[TokenSet] | None) -> set[int]:
         """Rows that can choose from more than one token."""
         if allowed is None:
             return set(self._written_by)
         return {
             row
             for row, some in zip(self._written_by, allowed, strict=True)
-            if some is None or isinstance(some, Except) or len(some) > 1
+            if some is None or isinstance(some, AllExcept) or len(some) > 1
         }
 
-    def _allowed(self) -> list[Some] | None:
+    def _allowed(self) -> list[TokenSet] | None:
         """What the grammars let each row choose from now; None where there are none."""
         if not self._grammars:
             return None
         still = set(self._open)
-        found: list[Some] = []
+        found: list[TokenSet] = []
         for row in self._written_by:
             grammar = self._grammars[row] if row in still else None
             found.append(None if grammar is None else grammar.allowed(self._ids[row]))
         return found
 
-    def _known(self, step: int, allowed: list[Some] | None) -> list[int] | None:
+    def _known(self, step: int, allowed: list[TokenSet] | None) -> list[int] | None:
         """The tokens of all rows at that step where none has a choice: the model isn't asked."""
         forced, rows = self._rules.forced(step), self._written_by
         if forced is not None:
@@ -248,19 +248,19 @@ class _Loop:
         for at, (row, some) in enumerate(zip(rows, allowed, strict=True)):
             if row not in still:
                 continue
-            if some is None or isinstance(some, Except) or len(some) > 1:
+            if some is None or isinstance(some, AllExcept) or len(some) > 1:
                 return None
             tokens[at] = some[0]
         return tokens
 
-    def _common(self, step: int, allowed: list[Some] | None) -> range | Tensor | None:
+    def _common(self, step: int, allowed: list[TokenSet] | None) -> range | Tensor | None:
         """Few tokens that every row must choose from at that step; None where there are none."""
         # The n-gram rule is about the whole vocabulary, and so is a forced token.
         whole = self._rules.no_repeat_ngram or self._rules.forced(step) is not None
         if not allowed or self._ahead or whole or len(self._open) < len(allowed):
             return None
         first = allowed[0]
-        if first is None or isinstance(first, Except) or set(allowed) != {first}:
+        if first is None or isinstance(first, AllExcept) or set(allowed) != {first}:
             return None
         # Gathering the weights of many tokens is no cheaper than the whole layer.
         scattered = not isinstance(first, range)

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from librobot_vlm_ros.core import ErrorCode, InferenceError
-from librobot_vlm_ros.models.generation.config import Except, Generated, GenerationConfig, Some
+from librobot_vlm_ros.models.generation.config import (
+    AllExcept,
+    Generated,
+    GenerationConfig,
+    TokenSet,
+)
 from librobot_vlm_ros.models.generation.scores import CoordinateRecord
 
 __all__ = [
@@ -39,18 +44,18 @@ class Choices:
             self._indices[tokens] = torch.tensor(tokens, device=self._device)
         return self._indices[tokens]
 
-    def bar(self, logits: Tensor, allowed: Sequence[Some]) -> None:
+    def bar(self, logits: Tensor, allowed: Sequence[TokenSet]) -> None:
         """Set logits [rows, V] of the tokens to -inf that a row is barred from one by one."""
         for line, some in zip(logits, allowed, strict=True):
-            if isinstance(some, Except):
+            if isinstance(some, AllExcept):
                 line.index_fill_(0, self.index(some.tokens), -math.inf)
 
-    def restrict(self, raw: Tensor, allowed: Sequence[Some]) -> Tensor:
+    def restrict(self, raw: Tensor, allowed: Sequence[TokenSet]) -> Tensor:
         """Log-probabilities [rows, V] among what each row may choose from, other tokens at -inf;
         overwrites `raw`, which is of logits that went through `bar`.
         """
         for line, some in zip(raw, allowed, strict=True):
-            if some is None or isinstance(some, Except):
+            if some is None or isinstance(some, AllExcept):
                 continue
             among = torch.log_softmax(columns(line, self.reach(some)), dim=0)
             line.fill_(-math.inf)
@@ -75,7 +80,7 @@ def columns(logits: Tensor, only: range | Tensor | None) -> Tensor:
 
 
 #: What each row may choose from.
-Allowed = Sequence[Some]
+Allowed = Sequence[TokenSet]
 #: The tokens that logits are of: a range, or their ids int64 [n].
 Only = range | Tensor
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from librobot_vlm_ros.models.checkpoints.loading import LoadPlan
-from librobot_vlm_ros.models.families.florence2.checkpoint import plan_for
 from librobot_vlm_ros.models.families.florence2.configuration import FlorenceConfig
 from librobot_vlm_ros.models.families.florence2.processor import (
     ADDED_TOKENS,
@@ -29,8 +26,19 @@ from librobot_vlm_ros.models.families.preprocess import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     ImageSettings,
-    normalise,
-    squash,
+)
+from librobot_vlm_ros.models.testing.conformance import our_pixels
+from librobot_vlm_ros.models.testing.parts import (
+    RandomWeights,
+    State,
+    attention,
+    causal_mask,
+    gelu,
+    heads,
+    layer_norm,
+    linear,
+    reference_pixels,
+    write_json,
 )
 
 __all__ = [
@@ -40,7 +48,6 @@ __all__ = [
     "Weights",
     "added_parameters",
     "difference",
-    "full_size",
     "official_config",
     "original_logits",
     "pixels",
@@ -74,50 +81,12 @@ TINY_TEXT: dict[str, Any] = {
     # Wide, so that answers vary: a freshly initialised model repeats the token it was fed.
     "init_std": 1.0,
 }
-WORDS = [
-    "what",
-    "does",
-    "the",
-    "image",
-    "describe",
-    "locate",
-    "objects",
-    "with",
-    "category",
-    "name",
-    "in",
-    "phrases",
-    "caption",
-    "a",
-    "an",
-    "and",
-    "red",
-    "green",
-    "blue",
-    "yellow",
-    "cube",
-    "ball",
-    "duck",
-    "mug",
-    "table",
-    "robot",
-    "arm",
-    "text",
-    "region",
-    "is",
-    "it",
-    "of",
-    "mask",
-    "detail",
-    "describe",
-    "shown",
-    "paragraph",
-    "their",
-    "descriptions",
-    "proposals",
-    "regions",
-    "polygon",
-]
+_SPOKEN = (
+    "what does the image describe locate objects with category name in phrases caption a an and "
+    "red green blue yellow cube ball duck mug table robot arm text region is it of mask detail "
+    "describe shown paragraph their descriptions proposals regions polygon"
+)
+WORDS = _SPOKEN.split()
 _PUNCTUATION = (",", ".", "?", ":")
 
 
@@ -194,18 +163,14 @@ def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
-Weights = dict[str, Tensor]
+Weights = State
 
 DEPTHS, DIMS, HEADS, WINDOW = (1, 2), (8, 16), (2, 4), 3
 D_MODEL, LAYERS, TEXT_HEADS = 24, 2, 3
 
 
 def _layer_norm(w: Weights, name: str, x: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"])
-
-
-def _linear(w: Weights, name: str, x: Tensor) -> Tensor:
-    return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+    return layer_norm(w, name, x, 1e-5)
 
 
 def _depthwise(w: Weights, name: str, x: Tensor, side: int) -> Tensor:
@@ -215,7 +180,7 @@ def _depthwise(w: Weights, name: str, x: Tensor, side: int) -> Tensor:
     return x + image.flatten(2).transpose(1, 2)
 
 
-def _window_attention(w: Weights, name: str, x: Tensor, side: int, heads: int) -> Tensor:
+def _window_attention(w: Weights, name: str, x: Tensor, side: int, count: int) -> Tensor:
     batch, _, dim = x.shape
     x = x.view(batch, side, side, dim)
     rest = (WINDOW - side % WINDOW) % WINDOW
@@ -224,26 +189,20 @@ def _window_attention(w: Weights, name: str, x: Tensor, side: int, heads: int) -
     for top in range(0, side + rest, WINDOW):
         for left in range(0, side + rest, WINDOW):
             part = x[:, top : top + WINDOW, left : left + WINDOW].reshape(batch, -1, dim)
-            q, k, v = _linear(w, f"{name}.qkv", part).chunk(3, dim=-1)
-            pieces = []
-            for head in range(heads):
-                at = slice(head * dim // heads, (head + 1) * dim // heads)
-                scores = q[..., at] @ k[..., at].transpose(1, 2) * (dim // heads) ** -0.5
-                pieces.append(scores.softmax(-1) @ v[..., at])
-            seen = _linear(w, f"{name}.proj", torch.cat(pieces, -1))
+            q, k, v = (heads(x, count) for x in linear(w, f"{name}.qkv", part).chunk(3, dim=-1))
+            seen = linear(w, f"{name}.proj", attention(q, k, v))
             out[:, top : top + WINDOW, left : left + WINDOW] = seen.view(batch, WINDOW, WINDOW, dim)
     return out[:, :side, :side].reshape(batch, -1, dim)
 
 
 def _channel_attention(w: Weights, name: str, x: Tensor, groups: int) -> Tensor:
-    _, tokens, dim = x.shape
-    q, k, v = _linear(w, f"{name}.qkv", x).chunk(3, dim=-1)
-    pieces = []
-    for group in range(groups):
-        at = slice(group * dim // groups, (group + 1) * dim // groups)
-        scores = (q[..., at] * tokens**-0.5).transpose(1, 2) @ k[..., at]
-        pieces.append((scores.softmax(-1) @ v[..., at].transpose(1, 2)).transpose(1, 2))
-    return _linear(w, f"{name}.proj", torch.cat(pieces, -1))
+    """Channels of a group see one another; each is as long as there are places."""
+    q, k, v = (
+        part.transpose(1, 2).unflatten(1, (groups, -1))
+        for part in linear(w, f"{name}.qkv", x).chunk(3, dim=-1)
+    )
+    scores = q @ k.transpose(-1, -2) * x.shape[1] ** -0.5
+    return linear(w, f"{name}.proj", (scores.softmax(-1) @ v).flatten(1, 2).transpose(1, 2))
 
 
 def _davit(w: Weights, pixels: Tensor) -> Tensor:
@@ -270,8 +229,8 @@ def _davit(w: Weights, pixels: Tensor) -> Tensor:
                     x = x + _channel_attention(w, f"{base}.channel_attn.fn", seen, HEADS[stage])
                 x = _depthwise(w, f"{base}.conv2.fn.dw", x, side)
                 seen = _layer_norm(w, f"{base}.ffn.norm", x)
-                wide = F.gelu(_linear(w, f"{base}.ffn.fn.net.fc1", seen))
-                x = x + _linear(w, f"{base}.ffn.fn.net.fc2", wide)
+                wide = gelu(linear(w, f"{base}.ffn.fn.net.fc1", seen))
+                x = x + linear(w, f"{base}.ffn.fn.net.fc2", wide)
     return x
 
 
@@ -290,17 +249,10 @@ def _image_features(w: Weights, pixels: Tensor) -> Tensor:
 
 
 def _bart_attention(w: Weights, name: str, x: Tensor, seen: Tensor, *, causal: bool) -> Tensor:
-    q = _linear(w, f"{name}.q_proj", x) * (D_MODEL // TEXT_HEADS) ** -0.5
-    k, v = _linear(w, f"{name}.k_proj", seen), _linear(w, f"{name}.v_proj", seen)
-    pieces = []
-    for head in range(TEXT_HEADS):
-        at = slice(head * D_MODEL // TEXT_HEADS, (head + 1) * D_MODEL // TEXT_HEADS)
-        scores = q[..., at] @ k[..., at].transpose(1, 2)
-        if causal:
-            later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-            scores = scores.masked_fill(later, -math.inf)
-        pieces.append(scores.softmax(-1) @ v[..., at])
-    return _linear(w, f"{name}.out_proj", torch.cat(pieces, -1))
+    read = (("q_proj", x), ("k_proj", seen), ("v_proj", seen))
+    q, k, v = (heads(linear(w, f"{name}.{part}", y), TEXT_HEADS) for part, y in read)
+    mixed = attention(q, k, v, causal_mask(x.shape[1]) if causal else None)
+    return linear(w, f"{name}.out_proj", mixed)
 
 
 def _bart_side(w: Weights, side: str, x: Tensor, memory: Tensor | None) -> Tensor:
@@ -315,8 +267,8 @@ def _bart_side(w: Weights, side: str, x: Tensor, memory: Tensor | None) -> Tenso
         if memory is not None:
             seen = _bart_attention(w, f"{name}.encoder_attn", x, memory, causal=False)
             x = _layer_norm(w, f"{name}.encoder_attn_layer_norm", x + seen)
-        wide = F.gelu(_linear(w, f"{name}.fc1", x))
-        x = _layer_norm(w, f"{name}.final_layer_norm", x + _linear(w, f"{name}.fc2", wide))
+        wide = gelu(linear(w, f"{name}.fc1", x))
+        x = _layer_norm(w, f"{name}.final_layer_norm", x + linear(w, f"{name}.fc2", wide))
     return x
 
 
@@ -331,11 +283,6 @@ def original_logits(w: Weights, pixels: Tensor, words: Tensor, answer: Tensor) -
 
 
 SIDE, POSITIONS, FFN, MAX_POSITIONS = 768, 20, 40, 150
-
-
-def full_size(name: str) -> LoadPlan:
-    """The true configuration of a published variant."""
-    return plan_for(FlorenceConfig(name).to_transformers())
 
 
 def added_parameters(module: Any) -> int:
@@ -399,73 +346,51 @@ def official_config(vocab_size: int) -> dict[str, Any]:
     }
 
 
-def _official_shapes(vocab_size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every official key with its shape."""
-
-    def linear(name: str, out: int, inner: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-        yield f"{name}.weight", (out, inner)
-        yield f"{name}.bias", (out,)
-
-    def norm(name: str, size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-        yield f"{name}.weight", (size,)
-        yield f"{name}.bias", (size,)
-
+def random_weights(vocab_size: int) -> Weights:
+    """Every official tensor, the same ones at each call."""
+    made = RandomWeights(7, 0.3)
     before = 3
     for stage, dim in enumerate(DIMS):
         conv = f"vision_tower.convs.{stage}"
         kernel = 7 if stage == 0 else 3
-        yield f"{conv}.proj.weight", (dim, before, kernel, kernel)
-        yield f"{conv}.proj.bias", (dim,)
-        yield from norm(f"{conv}.norm", dim if stage == 0 else before)
+        made.add(f"{conv}.proj.weight", dim, before, kernel, kernel)
+        made.add(f"{conv}.proj.bias", dim)
+        made.norm(f"{conv}.norm", dim if stage == 0 else before)
         for depth in range(DEPTHS[stage]):
-            for block, attention in (
-                ("spatial_block", "window_attn"),
-                ("channel_block", "channel_attn"),
-            ):
+            for kind in ("window", "channel"):
+                block = "spatial_block" if kind == "window" else "channel_block"
                 base = f"vision_tower.blocks.{stage}.{depth}.{block}"
                 for number in (1, 2):
-                    yield f"{base}.conv{number}.fn.dw.weight", (dim, 1, 3, 3)
-                    yield f"{base}.conv{number}.fn.dw.bias", (dim,)
-                yield from norm(f"{base}.{attention}.norm", dim)
-                yield from linear(f"{base}.{attention}.fn.qkv", 3 * dim, dim)
-                yield from linear(f"{base}.{attention}.fn.proj", dim, dim)
-                yield from norm(f"{base}.ffn.norm", dim)
-                yield from linear(f"{base}.ffn.fn.net.fc1", 4 * dim, dim)
-                yield from linear(f"{base}.ffn.fn.net.fc2", dim, 4 * dim)
+                    made.add(f"{base}.conv{number}.fn.dw.weight", dim, 1, 3, 3)
+                    made.add(f"{base}.conv{number}.fn.dw.bias", dim)
+                made.norm(f"{base}.{kind}_attn.norm", dim)
+                made.linear(f"{base}.{kind}_attn.fn.qkv", 3 * dim, dim)
+                made.linear(f"{base}.{kind}_attn.fn.proj", dim, dim)
+                made.norm(f"{base}.ffn.norm", dim)
+                made.linear(f"{base}.ffn.fn.net.fc1", 4 * dim, dim)
+                made.linear(f"{base}.ffn.fn.net.fc2", dim, 4 * dim)
         before = dim
-    yield "image_projection", (DIMS[-1], D_MODEL)
-    yield from norm("image_proj_norm", D_MODEL)
-    yield "image_pos_embed.row_embeddings.weight", (POSITIONS, DIMS[-1] // 2)
-    yield "image_pos_embed.column_embeddings.weight", (POSITIONS, DIMS[-1] - DIMS[-1] // 2)
-    yield "visual_temporal_embed.pos_idx_to_embed", (5, DIMS[-1])
-    yield "language_model.model.shared.weight", (vocab_size, D_MODEL)
-    yield "language_model.final_logits_bias", (1, vocab_size)
+    made.add("image_projection", DIMS[-1], D_MODEL)
+    made.norm("image_proj_norm", D_MODEL)
+    made.add("image_pos_embed.row_embeddings.weight", POSITIONS, DIMS[-1] // 2)
+    made.add("image_pos_embed.column_embeddings.weight", POSITIONS, DIMS[-1] - DIMS[-1] // 2)
+    made.add("visual_temporal_embed.pos_idx_to_embed", 5, DIMS[-1])
+    made.add("language_model.model.shared.weight", vocab_size, D_MODEL)
+    made.add("language_model.final_logits_bias", 1, vocab_size, scale=0)
     for side in ("encoder", "decoder"):
         base = f"language_model.model.{side}"
-        yield f"{base}.embed_positions.weight", (MAX_POSITIONS + 2, D_MODEL)
-        yield from norm(f"{base}.layernorm_embedding", D_MODEL)
+        made.add(f"{base}.embed_positions.weight", MAX_POSITIONS + 2, D_MODEL)
+        made.norm(f"{base}.layernorm_embedding", D_MODEL)
         for layer in range(LAYERS):
             name = f"{base}.layers.{layer}"
             for kind in ("self_attn", "encoder_attn")[: 1 if side == "encoder" else 2]:
                 for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
-                    yield from linear(f"{name}.{kind}.{part}", D_MODEL, D_MODEL)
-                yield from norm(f"{name}.{kind}_layer_norm", D_MODEL)
-            yield from linear(f"{name}.fc1", FFN, D_MODEL)
-            yield from linear(f"{name}.fc2", D_MODEL, FFN)
-            yield from norm(f"{name}.final_layer_norm", D_MODEL)
-
-
-def random_weights(vocab_size: int) -> Weights:
-    """Every official tensor, the same ones at each call."""
-    random = torch.Generator().manual_seed(7)
-    weights = {}
-    for name, shape in _official_shapes(vocab_size):
-        value = torch.randn(shape, generator=random) * 0.3
-        if "norm" in name and name.endswith("weight"):
-            value = 1 + value
-        weights[name] = value
-    weights["language_model.final_logits_bias"].zero_()
-    return weights
+                    made.linear(f"{name}.{kind}.{part}", D_MODEL, D_MODEL)
+                made.norm(f"{name}.{kind}_layer_norm", D_MODEL)
+            made.linear(f"{name}.fc1", FFN, D_MODEL)
+            made.linear(f"{name}.fc2", D_MODEL, FFN)
+            made.norm(f"{name}.final_layer_norm", D_MODEL)
+    return made.state
 
 
 def write_official(folder: Path) -> None:
@@ -474,11 +399,10 @@ def write_official(folder: Path) -> None:
     tokenizer = word_tokenizer(added=())  # the location and task tokens are added while loading
     vocab_size = tokenizer.get_vocab_size() + 1024
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "config.json").write_text(json.dumps(official_config(vocab_size)))
     save_file(random_weights(vocab_size), folder / "model.safetensors")
     images = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD, "resample": 3}
     images["size"] = {"height": 56, "width": 56}
-    (folder / "preprocessor_config.json").write_text(json.dumps(images))
+    write_json(folder, config=official_config(vocab_size), preprocessor_config=images)
 
 
 def difference(folder: Path, module: Any) -> float:
@@ -500,17 +424,12 @@ def difference(folder: Path, module: Any) -> float:
 
 def pixels(vlm: Any, image: npt.NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
     """The published side's pixels [1, 3, H, W]: ours, and the reference processor's."""
-    from PIL import Image
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    settings = dataclasses.replace(vlm.images, height=SIDE, width=SIDE)
-    cpu = torch.device("cpu")
-    ours = normalise([squash(image, settings)], settings, cpu, torch.float32)
     reference = CLIPImageProcessorPil(
         size={"height": SIDE, "width": SIDE},
         do_center_crop=False,
         image_mean=list(IMAGENET_MEAN),
         image_std=list(IMAGENET_STD),
     )
-    theirs = reference(Image.fromarray(image), return_tensors="pt")["pixel_values"]
-    return ours, theirs
+    return our_pixels(vlm, image, height=SIDE, width=SIDE), reference_pixels(reference, image)

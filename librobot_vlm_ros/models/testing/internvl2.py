@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import io
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +14,26 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from librobot_vlm_ros.models.configuration import sizes
 from librobot_vlm_ros.models.families.internvl2.processor import INTERNVL_TASKS, SYSTEM
-from librobot_vlm_ros.models.families.preprocess import normalise
-from librobot_vlm_ros.models.testing.parts import heads, layer_norm, turned
+from librobot_vlm_ros.models.testing.conformance import our_pixels
+from librobot_vlm_ros.models.testing.parts import (
+    RandomWeights,
+    State,
+    attention,
+    causal_mask,
+    gelu,
+    heads,
+    layer_norm,
+    linear,
+    patches,
+    pieces,
+    reference_pixels,
+    rms_norm,
+    rotary,
+    rotary_angles,
+    write_json,
+)
 
 __all__ = [
     "ADDED",
@@ -33,37 +47,27 @@ __all__ = [
     "write_official",
 ]
 
-VISION: dict[str, Any] = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3}
-VISION |= {"num_attention_heads": 2, "image_size": 56, "patch_size": 14}
-TEXT: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+VISION = {**sizes(hidden=24, inner=40, layers=3, heads=2), "image_size": 56, "patch_size": 14}
+TEXT = sizes(hidden=32, inner=48, layers=2, heads=4, kv_heads=2)
 #: Tokens that take the place of pieces, and tokens that stand behind all pieces, in this order.
-_RENAMED = ("<|plugin|>", "<|interpreter|>", "<|action_end|>", "<|action_start|>")
-_RENAMED += ("<|im_end|>", "<|im_start|>")
-ADDED = ("<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>")
-ADDED += ("<box>", "</box>")
+_RENAMED = (
+    *("<|plugin|>", "<|interpreter|>", "<|action_end|>", "<|action_start|>"),
+    *("<|im_end|>", "<|im_start|>"),
+)
+ADDED = (
+    *("<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>"),
+    *("<box>", "</box>"),
+)
 
 
 def _pieces() -> bytes:
-    """A sentencepiece file like InternLM2's: a few merges, bytes for the rest, unused pieces."""
-    import sentencepiece
-
-    sentences = [SYSTEM, *INTERNVL_TASKS.values(), "[[251, 37, 468, 990]] a red cube"] * 4
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=440,
-        hard_vocab_limit=False,
-        byte_fallback=True,
+    """A sentencepiece file like InternLM2's, with unused pieces."""
+    return pieces(
+        [SYSTEM, *INTERNVL_TASKS.values(), "[[251, 37, 468, 990]] a red cube"],
+        440,
         add_dummy_prefix=False,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
         user_defined_symbols=[f"[UNUSED_TOKEN_{141 + i}]" for i in range(len(_RENAMED))],
-        minloglevel=3,
     )
-    return model.getvalue()
 
 
 def _config(words: int) -> dict[str, Any]:
@@ -118,63 +122,49 @@ def _config(words: int) -> dict[str, Any]:
     }
 
 
-def _weights(config: dict[str, Any]) -> dict[str, Tensor]:
-    random = torch.Generator().manual_seed(7)
-    state: dict[str, Tensor] = {}
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=random) * 0.2
-
-    def linear(name: str, rows: int, columns: int, *, bias: bool = True) -> None:
-        state[f"{name}.weight"] = normal(rows, columns)
-        if bias:
-            state[f"{name}.bias"] = normal(rows)
-
-    def norm(name: str, size: int, *, bias: bool = True) -> None:
-        state[f"{name}.weight"] = 1 + normal(size)
-        if bias:
-            state[f"{name}.bias"] = normal(size)
-
+def _weights(config: dict[str, Any]) -> State:
+    made = RandomWeights(7)
     seen, text = config["vision_config"], config["llm_config"]
     wide, patch = seen["hidden_size"], seen["patch_size"]
     at, normed = "vision_model.embeddings.", seen["norm_type"] == "layer_norm"
     places = (seen["image_size"] // patch) ** 2 + 1
-    state[f"{at}class_embedding"] = normal(1, 1, wide)
-    state[f"{at}position_embedding"] = normal(1, places, wide)
-    state[f"{at}patch_embedding.weight"] = normal(wide, 3, patch, patch) * 0.2
-    state[f"{at}patch_embedding.bias"] = normal(wide)
+    made.add(f"{at}class_embedding", 1, 1, wide)
+    made.add(f"{at}position_embedding", 1, places, wide)
+    made.add(f"{at}patch_embedding.weight", wide, 3, patch, patch, scale=0.2)
+    made.add(f"{at}patch_embedding.bias", wide)
     for layer in range(seen["num_hidden_layers"]):
         at = f"vision_model.encoder.layers.{layer}."
-        state[f"{at}ls1"], state[f"{at}ls2"] = 1 + normal(wide), 1 + normal(wide)
-        norm(f"{at}norm1", wide, bias=normed)
-        norm(f"{at}norm2", wide, bias=normed)
-        linear(f"{at}attn.qkv", 3 * wide, wide, bias=seen["qkv_bias"])
-        linear(f"{at}attn.proj", wide, wide)
-        linear(f"{at}mlp.fc1", seen["intermediate_size"], wide)
-        linear(f"{at}mlp.fc2", wide, seen["intermediate_size"])
+        for name in ("ls1", "ls2"):
+            made.state[f"{at}{name}"] = 1 + made.normal(wide)
+        made.norm(f"{at}norm1", wide, bias=normed)
+        made.norm(f"{at}norm2", wide, bias=normed)
+        made.linear(f"{at}attn.qkv", 3 * wide, wide, bias=seen["qkv_bias"])
+        made.linear(f"{at}attn.proj", wide, wide)
+        made.linear(f"{at}mlp.fc1", seen["intermediate_size"], wide)
+        made.linear(f"{at}mlp.fc2", wide, seen["intermediate_size"])
         if seen["qk_normalization"]:
-            norm(f"{at}attn.q_norm", wide, bias=False)
-            norm(f"{at}attn.k_norm", wide, bias=False)
+            made.norm(f"{at}attn.q_norm", wide, bias=False)
+            made.norm(f"{at}attn.k_norm", wide, bias=False)
     hidden, inner = text["hidden_size"], text["intermediate_size"]
-    norm("mlp1.0", 4 * wide)
-    linear("mlp1.1", hidden, 4 * wide)
-    linear("mlp1.3", hidden, hidden)
+    made.norm("mlp1.0", 4 * wide)
+    made.linear("mlp1.1", hidden, 4 * wide)
+    made.linear("mlp1.3", hidden, hidden)
     # Wide, so that answers vary: a freshly initialised model repeats the token it was fed.
-    linear("language_model.model.tok_embeddings", text["vocab_size"], hidden, bias=False)
-    linear("language_model.output", text["vocab_size"], hidden, bias=False)
-    norm("language_model.model.norm", hidden, bias=False)
+    made.linear("language_model.model.tok_embeddings", text["vocab_size"], hidden, bias=False)
+    made.linear("language_model.output", text["vocab_size"], hidden, bias=False)
+    made.norm("language_model.model.norm", hidden, bias=False)
     size = hidden // text["num_attention_heads"]
     packed = (text["num_attention_heads"] + 2 * text["num_key_value_heads"]) * size
     for layer in range(text["num_hidden_layers"]):
         at = f"language_model.model.layers.{layer}."
-        linear(f"{at}attention.wqkv", packed, hidden, bias=text["bias"])
-        linear(f"{at}attention.wo", hidden, hidden, bias=text["bias"])
-        linear(f"{at}feed_forward.w1", inner, hidden, bias=False)
-        linear(f"{at}feed_forward.w3", inner, hidden, bias=False)
-        linear(f"{at}feed_forward.w2", hidden, inner, bias=False)
-        norm(f"{at}attention_norm", hidden, bias=False)
-        norm(f"{at}ffn_norm", hidden, bias=False)
-    return state
+        made.linear(f"{at}attention.wqkv", packed, hidden, bias=text["bias"])
+        made.linear(f"{at}attention.wo", hidden, hidden, bias=text["bias"])
+        made.linear(f"{at}feed_forward.w1", inner, hidden, bias=False)
+        made.linear(f"{at}feed_forward.w3", inner, hidden, bias=False)
+        made.linear(f"{at}feed_forward.w2", hidden, inner, bias=False)
+        made.norm(f"{at}attention_norm", hidden, bias=False)
+        made.norm(f"{at}ffn_norm", hidden, bias=False)
+    return made.state
 
 
 def write_official(
@@ -187,9 +177,9 @@ def write_official(
     import sentencepiece
 
     folder.mkdir(parents=True, exist_ok=True)
-    pieces = _pieces()
-    (folder / "tokenizer.model").write_bytes(pieces)
-    known = sentencepiece.SentencePieceProcessor(model_proto=pieces)
+    model = _pieces()
+    (folder / "tokenizer.model").write_bytes(model)
+    known = sentencepiece.SentencePieceProcessor(model_proto=model)
     count = known.get_piece_size()
     first = known.piece_to_id("[UNUSED_TOKEN_141]")
     added = {token: first + place for place, token in enumerate(_RENAMED)}
@@ -217,15 +207,15 @@ def write_official(
     for shard, keys in shards.items():
         save_file({key: state[key] for key in keys}, folder / shard)
     weight_map = {key: shard for shard, keys in shards.items() for key in keys}
-    for name, content in (
-        ("config", config),
-        ("added_tokens", added),
-        ("tokenizer_config", settings),
-        ("preprocessor_config", images),
-        ("generation_config", {"eos_token_id": [added["<|im_end|>"], added["<|im_start|>"]]}),
-        ("model.safetensors.index", {"metadata": {}, "weight_map": weight_map}),
-    ):
-        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    files = {
+        "config": config,
+        "added_tokens": added,
+        "tokenizer_config": settings,
+        "preprocessor_config": images,
+        "generation_config": {"eos_token_id": [added["<|im_end|>"], added["<|im_start|>"]]},
+        "model.safetensors.index": {"metadata": {}, "weight_map": weight_map},
+    }
+    write_json(folder, **files)
 
 
 SIDE = 448
@@ -233,9 +223,9 @@ SIDE = 448
 BEFORE, BEHIND = [1, 300, 301, 7], [20, 33, 9]
 
 
-def read_official(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_official(folder: Path) -> tuple[State, dict[str, Any]]:
     """All tensors of such a folder by their official names, and its config.json."""
-    state: dict[str, Tensor] = {}
+    state: State = {}
     for shard in sorted(folder.glob("*.safetensors")):
         state |= load_file(shard)
     return state, json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -258,13 +248,11 @@ def difference(folder: Path, module: Any) -> float:
 
 def pixels(vlm: Any, image: npt.NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
     """The published side's tiles [N, 3, H, W]: ours, and the reference processor's."""
-    from PIL import Image
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
         GotOcr2ImageProcessorPil,
     )
 
-    vlm.processor.images = settings = dataclasses.replace(vlm.images, side=SIDE)
-    ours = normalise(vlm.pixels(image), settings, torch.device("cpu"), torch.float32)
+    settings = vlm.images
     reference = GotOcr2ImageProcessorPil(
         crop_to_patches=True,
         min_patches=settings.min_tiles,
@@ -273,63 +261,36 @@ def pixels(vlm: Any, image: npt.NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
         image_mean=list(settings.mean),
         image_std=list(settings.std),
     )
-    theirs = reference(Image.fromarray(image), return_tensors="pt")["pixel_values"]
-    return ours, theirs
+    return our_pixels(vlm, image, side=SIDE), reference_pixels(reference, image)
 
 
-def _linear(state: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
-    return x @ state[f"{name}.weight"].T + state.get(f"{name}.bias", torch.zeros(()))
-
-
-def _rms(state: dict[str, Tensor], name: str, x: Tensor, eps: float) -> Tensor:
-    return x * (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * state[f"{name}.weight"]
-
-
-def _gelu(x: Tensor) -> Tensor:
-    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
-
-
-def image_features(state: dict[str, Tensor], config: dict[str, Any], tile: Tensor) -> Tensor:
+def image_features(state: State, config: dict[str, Any], tile: Tensor) -> Tensor:
     """A tile [3, side, side] to vectors [N, D] of the language model's space."""
     vision = config["vision_config"]
-    patch, count, eps = (
-        vision["patch_size"],
-        vision["num_attention_heads"],
-        vision["layer_norm_eps"],
-    )
-    normed = layer_norm if vision["norm_type"] == "layer_norm" else _rms
-    across = vision["image_size"] // patch
+    count, eps = vision["num_attention_heads"], vision["layer_norm_eps"]
+    normed = layer_norm if vision["norm_type"] == "layer_norm" else rms_norm
+    across = vision["image_size"] // vision["patch_size"]
     base = "vision_model.embeddings."
-    kernel = state[f"{base}patch_embedding.weight"].flatten(1)
-    cells = [
-        kernel @ tile[:, y * patch : (y + 1) * patch, x * patch : (x + 1) * patch].flatten()
-        + state[f"{base}patch_embedding.bias"]
-        for y in range(across)
-        for x in range(across)
-    ]
-    x = torch.stack([state[f"{base}class_embedding"][0, 0], *cells])
+    x = patches(tile, state[f"{base}patch_embedding.weight"])
+    x = torch.cat([state[f"{base}class_embedding"][0], x + state[f"{base}patch_embedding.bias"]])
     x = x + state[f"{base}position_embedding"][0]
     states = [x]
     for layer in range(vision["num_hidden_layers"]):
         at = f"vision_model.encoder.layers.{layer}."
-        q, k, v = _linear(state, f"{at}attn.qkv", normed(state, f"{at}norm1", x, eps)).split(
-            x.shape[1], dim=1
-        )
+        q, k, v = linear(state, f"{at}attn.qkv", normed(state, f"{at}norm1", x, eps)).chunk(3, 1)
         if vision["qk_normalization"]:
-            q, k = (_rms(state, f"{at}attn.{n}_norm", t, eps) for n, t in (("q", q), ("k", k)))
-        q, k, v = (heads(part, count) for part in (q, k, v))
-        mixed = (q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])).softmax(-1) @ v
-        y = _linear(state, f"{at}attn.proj", mixed.transpose(0, 1).flatten(1))
-        x = x + state[f"{at}ls1"] * y
-        y = _gelu(_linear(state, f"{at}mlp.fc1", normed(state, f"{at}norm2", x, eps)))
-        x = x + state[f"{at}ls2"] * _linear(state, f"{at}mlp.fc2", y)
+            q, k = (rms_norm(state, f"{at}attn.{n}_norm", t, eps) for n, t in (("q", q), ("k", k)))
+        mixed = attention(*(heads(part, count) for part in (q, k, v)))
+        x = x + state[f"{at}ls1"] * linear(state, f"{at}attn.proj", mixed)
+        y = gelu(linear(state, f"{at}mlp.fc1", normed(state, f"{at}norm2", x, eps)))
+        x = x + state[f"{at}ls2"] * linear(state, f"{at}mlp.fc2", y)
         states.append(x)
     seen = states[config["select_layer"]][1:].view(across, across, -1)
     # Four neighbours become one, row by row: upper left, upper right, lower left, lower right.
     corners = [seen[y::2, x::2] for y in (0, 1) for x in (0, 1)]
     merged = torch.cat(corners, dim=-1).flatten(0, 1)
-    hidden = _linear(state, "mlp1.1", layer_norm(state, "mlp1.0", merged, 1e-5))
-    return _linear(state, "mlp1.3", _gelu(hidden))
+    hidden = linear(state, "mlp1.1", layer_norm(state, "mlp1.0", merged, 1e-5))
+    return linear(state, "mlp1.3", gelu(hidden))
 
 
 def _theta(text: dict[str, Any], length: int) -> float:
@@ -344,7 +305,7 @@ def _theta(text: dict[str, Any], length: int) -> float:
 
 
 def original_logits(
-    state: dict[str, Tensor],
+    state: State,
     config: dict[str, Any],
     before: Sequence[int],
     tiles: Sequence[Tensor] | Tensor,
@@ -355,26 +316,22 @@ def original_logits(
     eps, table = text["rms_norm_eps"], state["language_model.model.tok_embeddings.weight"]
     seen = [image_features(state, config, tile) for tile in tiles]
     x = torch.cat([table[list(before)], *seen, table[list(behind)]])
-    length, theta = len(x), _theta(text, len(x))
-    size = text["hidden_size"] // text["num_attention_heads"]
     groups = text["num_key_value_heads"]
     shared = text["num_attention_heads"] // groups
-    hidden_future = torch.full((length, length), -math.inf).triu(1)
+    size = text["hidden_size"] // text["num_attention_heads"]
+    angles, mask = rotary_angles(len(x), size, _theta(text, len(x))), causal_mask(len(x))
     for layer in range(text["num_hidden_layers"]):
         at = f"language_model.model.layers.{layer}."
-        packed = _linear(
-            state, f"{at}attention.wqkv", _rms(state, f"{at}attention_norm", x, eps)
-        ).unflatten(1, (groups, shared + 2, size))
-        mixed = []
-        for group in range(groups):
-            *queries, key, value = packed[:, group].unbind(1)
-            key = turned(key[None], theta)[0]
-            for query in queries:
-                weights = turned(query[None], theta)[0] @ key.T / math.sqrt(size)
-                mixed.append((weights + hidden_future).softmax(-1) @ value)
-        x = x + _linear(state, f"{at}attention.wo", torch.cat(mixed, dim=1))
-        y = _rms(state, f"{at}ffn_norm", x, eps)
-        gate = F.silu(_linear(state, f"{at}feed_forward.w1", y))
-        up = _linear(state, f"{at}feed_forward.w3", y)
-        x = x + _linear(state, f"{at}feed_forward.w2", gate * up)
-    return _linear(state, "language_model.output", _rms(state, "language_model.model.norm", x, eps))
+        y = rms_norm(state, f"{at}attention_norm", x, eps)
+        # A group is its queries, the key that they share, and the value.
+        packed = linear(state, f"{at}attention.wqkv", y).unflatten(1, (groups, shared + 2, size))
+        q, k, v = packed.permute(1, 2, 0, 3).split([shared, 1, 1], dim=1)
+        q, k, v = (part.flatten(0, 1) for part in (q, k, v))
+        mixed = attention(rotary(q, angles), rotary(k, angles), v, mask)
+        x = x + linear(state, f"{at}attention.wo", mixed)
+        y = rms_norm(state, f"{at}ffn_norm", x, eps)
+        gate = F.silu(linear(state, f"{at}feed_forward.w1", y))
+        up = linear(state, f"{at}feed_forward.w3", y)
+        x = x + linear(state, f"{at}feed_forward.w2", gate * up)
+    x = rms_norm(state, "language_model.model.norm", x, eps)
+    return linear(state, "language_model.output", x)

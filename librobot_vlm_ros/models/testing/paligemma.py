@@ -7,10 +7,7 @@ published under and knows nothing of transformers.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
-import string
 from pathlib import Path
 from typing import Any
 
@@ -20,67 +17,60 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from librobot_vlm_ros.models.families.preprocess import normalise
+from librobot_vlm_ros.models.configuration import sizes
+from librobot_vlm_ros.models.testing.conformance import our_pixels
 from librobot_vlm_ros.models.testing.parts import (
-    encoder_weights,
-    heads,
+    RandomWeights,
+    State,
+    causal_mask,
+    decoder_layer,
+    encoder_layer,
+    gelu_tanh,
     layer_norm,
-    projection_sizes,
-    turned,
+    letter_tokenizer,
+    linear,
+    patches,
+    reference_pixels,
+    rotary_angles,
+    write_json,
 )
 
 __all__ = ["difference", "mask_decoder_weights", "original_logits", "pixels", "write_official"]
 
 SIDE = 224
-VISION: dict[str, Any] = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
-VISION |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-TEXT: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 8}
+VISION = {**sizes(hidden=24, inner=40, layers=2, heads=2), "image_size": 28, "patch_size": 14}
+TEXT = {**sizes(hidden=32, inner=48, layers=2, heads=4, kv_heads=1), "head_dim": 8}
 PATCHES, EPS = 4, 1e-6
-LETTERS = "▁\n" + string.ascii_letters + string.digits + string.punctuation
 #: Token ids behind the image.
 IDS = [2, 30, 31, 40, 21, 35, 50]
 
 
 def _tokenizer() -> Any:
     """Letters for words, and PaliGemma's added tokens."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
-
-    names = ["<pad>", "<eos>", "<bos>", "<unk>", *LETTERS]
-    made = Tokenizer(models.BPE({t: i for i, t in enumerate(names)}, [], unk_token="<unk>"))
-    made.normalizer = normalizers.Replace(" ", "▁")
-    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
     added = [f"<loc{i:04}>" for i in range(1024)] + [f"<seg{i:03}>" for i in range(128)]
-    special = ["<pad>", "<eos>", "<bos>", *added, "<image>"]
-    made.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
-    return made
+    return letter_tokenizer(
+        ["<pad>", "<eos>", "<bos>", "<unk>"], ["<pad>", "<eos>", "<bos>", *added, "<image>"]
+    )
 
 
-def _published_weights(words: int) -> dict[str, Tensor]:
-    random = torch.Generator().manual_seed(7)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=random) * 0.2
-
-    state = {}
+def _published_weights(words: int) -> State:
+    made = RandomWeights(7)
     width, base = VISION["hidden_size"], "vision_tower.vision_model."
-    state[f"{base}embeddings.patch_embedding.weight"] = normal(width, 3, 14, 14) * 0.3
-    state[f"{base}embeddings.patch_embedding.bias"] = normal(width)
-    state[f"{base}embeddings.position_embedding.weight"] = normal(PATCHES, width)
-    state |= encoder_weights(normal, base, VISION, [f"{base}post_layernorm"])
+    made.add(f"{base}embeddings.patch_embedding.weight", width, 3, 14, 14, scale=0.3)
+    made.add(f"{base}embeddings.patch_embedding.bias", width)
+    made.add(f"{base}embeddings.position_embedding.weight", PATCHES, width)
+    for layer in range(VISION["num_hidden_layers"]):
+        made.encoder_layer(f"{base}encoder.layers.{layer}.", width, VISION["intermediate_size"])
+    made.norm(f"{base}post_layernorm", width)
     hidden, inner = TEXT["hidden_size"], TEXT["intermediate_size"]
-    state["multi_modal_projector.linear.weight"] = normal(hidden, width)
-    state["multi_modal_projector.linear.bias"] = normal(hidden)
-    state["language_model.model.embed_tokens.weight"] = normal(words, hidden)
-    state["language_model.model.norm.weight"] = normal(hidden)
+    made.linear("multi_modal_projector.linear", hidden, width)
+    made.add("language_model.model.embed_tokens.weight", words, hidden)
+    made.norm("language_model.model.norm", hidden, bias=False, around=0)
     kv = TEXT["head_dim"] * TEXT["num_key_value_heads"]
     for layer in range(TEXT["num_hidden_layers"]):
         at = f"language_model.model.layers.{layer}."
-        for name, size in projection_sizes(hidden, inner, kv).items():
-            state[f"{at}{name}.weight"] = normal(*size)
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            state[f"{at}{norm}.weight"] = normal(hidden)
-    return state
+        made.decoder_layer(at, hidden, inner, hidden, kv, around=0)
+    return made.state
 
 
 def write_official(folder: Path) -> None:
@@ -102,9 +92,10 @@ def write_official(folder: Path) -> None:
         "text_config": {**TEXT, "model_type": "gemma", "vocab_size": words},
         "vision_config": {**VISION, "model_type": "siglip_vision_model", "vision_use_head": False},
     }
-    (folder / "config.json").write_text(json.dumps(config))
+    write_json(folder, config=config)
     save_file(_published_weights(words), folder / "model.safetensors")
-    np.savez(folder / "vae-oid.npz", **mask_decoder_weights())
+    masks: dict[str, Any] = dict(mask_decoder_weights())
+    np.savez(folder / "vae-oid.npz", **masks)
 
 
 def mask_decoder_weights(seed: int = 11) -> dict[str, npt.NDArray[np.float32]]:
@@ -152,67 +143,36 @@ def difference(folder: Path, module: Any) -> float:
 
 def pixels(vlm: Any, image: npt.NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
     """The published side's pixels [1, 3, H, W]: ours, and the reference processor's."""
-    from PIL import Image
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-    vlm.processor.images = dataclasses.replace(vlm.images, height=SIDE, width=SIDE)
-    ours = normalise([vlm.pixels(image)], vlm.images, torch.device("cpu"), torch.float32)
     reference = SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE}, resample=3)
-    theirs = reference(Image.fromarray(image), return_tensors="pt")["pixel_values"]
-    return ours, theirs
+    return our_pixels(vlm, image, height=SIDE, width=SIDE), reference_pixels(reference, image)
 
 
-def _gelu(x: Tensor) -> Tensor:
-    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-
-def _siglip_features(state: dict[str, Tensor], image: Tensor) -> Tensor:
-    def linear(x: Tensor, name: str) -> Tensor:
-        return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
-
-    def norm(x: Tensor, name: str) -> Tensor:
-        return layer_norm(state, name, x, EPS)
-
-    base, count = "vision_tower.vision_model.", VISION["num_attention_heads"]
-    kernel = state[f"{base}embeddings.patch_embedding.weight"].flatten(1)
-    cells = [image[:, y : y + 14, x : x + 14].flatten() for y in (0, 14) for x in (0, 14)]
-    x = torch.stack([kernel @ cell for cell in cells])
+def _siglip_features(state: State, image: Tensor) -> Tensor:
+    base = "vision_tower.vision_model."
+    x = patches(image, state[f"{base}embeddings.patch_embedding.weight"])
     x = x + state[f"{base}embeddings.patch_embedding.bias"]
     x = x + state[f"{base}embeddings.position_embedding.weight"]
     for layer in range(VISION["num_hidden_layers"]):
         at = f"{base}encoder.layers.{layer}."
-        y = norm(x, f"{at}layer_norm1")
-        q, k, v = (heads(linear(y, f"{at}self_attn.{n}_proj"), count) for n in "qkv")
-        mixed = (q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])).softmax(-1) @ v
-        x = x + linear(mixed.transpose(0, 1).flatten(1), f"{at}self_attn.out_proj")
-        y = _gelu(linear(norm(x, f"{at}layer_norm2"), f"{at}mlp.fc1"))
-        x = x + linear(y, f"{at}mlp.fc2")
-    return linear(norm(x, f"{base}post_layernorm"), "multi_modal_projector.linear")
+        x = encoder_layer(state, at, x, VISION["num_attention_heads"], EPS, gelu_tanh)
+    x = layer_norm(state, f"{base}post_layernorm", x, EPS)
+    return linear(state, "multi_modal_projector.linear", x)
 
 
-def original_logits(state: dict[str, Tensor], image: Tensor, ids: list[int], prefix: int) -> Tensor:
+def original_logits(state: State, image: Tensor, ids: list[int], prefix: int) -> Tensor:
     """Logits [4 + len(ids), words]; image and the first `prefix` ids see one another."""
 
-    def norm(x: Tensor, name: str) -> Tensor:
+    def norm(state: State, name: str, x: Tensor) -> Tensor:
         scaled = x * (x.pow(2).mean(-1, keepdim=True) + EPS).rsqrt()
         return scaled * (1 + state[f"{name}.weight"])
 
     base, table = "language_model.model.", state["language_model.model.embed_tokens.weight"]
     words = table[ids] * math.sqrt(TEXT["hidden_size"])
     x = torch.cat([_siglip_features(state, image), words])
-    count, size, length = TEXT["num_attention_heads"], TEXT["head_dim"], len(x)
-    unseen = torch.full((length, length), -math.inf).triu(1)
-    unseen[: PATCHES + prefix, : PATCHES + prefix] = 0.0
+    mask, angles = causal_mask(len(x)), rotary_angles(len(x), TEXT["head_dim"])
+    mask[: PATCHES + prefix, : PATCHES + prefix] = 0.0
     for layer in range(TEXT["num_hidden_layers"]):
-        at = f"{base}layers.{layer}."
-        y = norm(x, f"{at}input_layernorm")
-        q = turned(heads(y @ state[f"{at}self_attn.q_proj.weight"].T, count))
-        k = turned(heads(y @ state[f"{at}self_attn.k_proj.weight"].T, 1))
-        v = heads(y @ state[f"{at}self_attn.v_proj.weight"].T, 1)
-        mixed = (q @ k.transpose(1, 2) / math.sqrt(size) + unseen).softmax(-1) @ v
-        x = x + mixed.transpose(0, 1).flatten(1) @ state[f"{at}self_attn.o_proj.weight"].T
-        y = norm(x, f"{at}post_attention_layernorm")
-        gate = _gelu(y @ state[f"{at}mlp.gate_proj.weight"].T)
-        up = y @ state[f"{at}mlp.up_proj.weight"].T
-        x = x + (gate * up) @ state[f"{at}mlp.down_proj.weight"].T
-    return norm(x, f"{base}norm") @ table.T
+        x = decoder_layer(state, f"{base}layers.{layer}.", x, angles, mask, norm, gelu_tanh)
+    return norm(state, f"{base}norm", x) @ table.T

@@ -6,10 +6,10 @@ nothing of transformers."""
 
 from __future__ import annotations
 
-import json
-import string
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,26 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from librobot_vlm_ros.models.configuration import sizes
 from librobot_vlm_ros.models.families.qwen_vl.processor import patches
+from librobot_vlm_ros.models.testing.parts import (
+    LETTERS,
+    RandomWeights,
+    State,
+    attention,
+    causal_mask,
+    decoder_layer,
+    gelu,
+    gelu_tanh,
+    heads,
+    layer_norm,
+    letter_tokenizer,
+    linear,
+    quick_gelu,
+    rms_norm,
+    rotary,
+    write_json,
+)
 
 __all__ = [
     "IDS",
@@ -33,10 +52,11 @@ __all__ = [
     "write_official",
 ]
 
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>")
-SPECIAL += ("<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|vision_start|>")
-SPECIAL += ("<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
-LETTERS = "▁\n" + string.ascii_letters + string.digits + string.punctuation
+SPECIAL = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>"),
+    *("<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|vision_start|>"),
+    *("<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
+)
 FIRST = len(LETTERS) + 1
 #: Ids by name, as `tokenizer` gives them.
 IDS = {token: FIRST + place for place, token in enumerate(SPECIAL)}
@@ -62,23 +82,12 @@ THIRD = Tiny(third=True, patch=16, head_dim=16, sections=(4, 2, 2))
 
 def tokenizer() -> Any:
     """Letters for words, and the tokens of the notation."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
-
-    names = ["<unk>", *LETTERS]
-    made = Tokenizer(models.BPE({t: i for i, t in enumerate(names)}, [], unk_token="<unk>"))
-    made.normalizer = normalizers.Replace(" ", "▁")
-    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
-    made.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
-    return made
+    return letter_tokenizer(["<unk>"], SPECIAL)
 
 
 def _config(tiny: Tiny) -> dict[str, Any]:
     text: dict[str, Any] = {
-        "hidden_size": HIDDEN,
-        "intermediate_size": INNER,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
+        **sizes(HIDDEN, INNER, LAYERS, HEADS, KV_HEADS),
         "vocab_size": VOCABULARY,
         "max_position_embeddings": 4096,
         "rms_norm_eps": EPS,
@@ -110,67 +119,50 @@ def _config(tiny: Tiny) -> dict[str, Any]:
     return {**own, **marks, "text_config": text, "vision_config": vision}
 
 
-def _weights(tiny: Tiny) -> dict[str, Tensor]:
-    random = torch.Generator().manual_seed(11)
-    state: dict[str, Tensor] = {}
-
-    def linear(name: str, rows: int, columns: int, *, bias: bool = True) -> None:
-        state[f"{name}.weight"] = torch.randn(rows, columns, generator=random) * 0.2
-        if bias:
-            state[f"{name}.bias"] = torch.randn(rows, generator=random) * 0.2
-
-    def norm(name: str, size: int, *, bias: bool = True) -> None:
-        state[f"{name}.weight"] = 1 + torch.randn(size, generator=random) * 0.2
-        if bias:
-            state[f"{name}.bias"] = torch.randn(size, generator=random) * 0.2
-
+def _weights(tiny: Tiny) -> State:
+    made = RandomWeights(11)
     see, read = ("model.visual.", "model.language_model.") if tiny.third else ("visual.", "model.")
     first, second = ("linear_fc1", "linear_fc2") if tiny.third else ("fc1", "fc2")
-    linear(f"{see}patch_embed.proj", WIDTH, 3 * 2 * tiny.patch**2, bias=tiny.third)
-    name = f"{see}patch_embed.proj.weight"
-    state[name] = (state[name] * 0.3).view(WIDTH, 3, 2, tiny.patch, tiny.patch)
+    made.linear(f"{see}patch_embed.proj", WIDTH, 3 * 2 * tiny.patch**2, bias=tiny.third)
+    kernel = made.state[f"{see}patch_embed.proj.weight"]
+    made.state[f"{see}patch_embed.proj.weight"] = (kernel * 0.3).view(
+        WIDTH, 3, 2, tiny.patch, tiny.patch
+    )
     for layer in range(DEPTH):
         at = f"{see}blocks.{layer}."
-        norm(f"{at}norm1", WIDTH)
-        norm(f"{at}norm2", WIDTH)
-        linear(f"{at}attn.qkv", 3 * WIDTH, WIDTH)
-        linear(f"{at}attn.proj", WIDTH, WIDTH)
-        linear(f"{at}mlp.{first}", VISION_INNER, WIDTH)
-        linear(f"{at}mlp.{second}", WIDTH, VISION_INNER)
+        made.norm(f"{at}norm1", WIDTH)
+        made.norm(f"{at}norm2", WIDTH)
+        made.linear(f"{at}attn.qkv", 3 * WIDTH, WIDTH)
+        made.linear(f"{at}attn.proj", WIDTH, WIDTH)
+        made.linear(f"{at}mlp.{first}", VISION_INNER, WIDTH)
+        made.linear(f"{at}mlp.{second}", WIDTH, VISION_INNER)
     wide = WIDTH * MERGE**2
     if tiny.third:
-        state[f"{see}pos_embed.weight"] = torch.randn(SIDE**2, WIDTH, generator=random)
-        norm(f"{see}merger.norm", WIDTH)
+        made.add(f"{see}pos_embed.weight", SIDE**2, WIDTH, scale=5)
+        made.norm(f"{see}merger.norm", WIDTH)
         for place in range(len(DEEP)):
-            norm(f"{see}deepstack_merger_list.{place}.norm", wide)
+            made.norm(f"{see}deepstack_merger_list.{place}.norm", wide)
         mergers = [f"{see}merger", *(f"{see}deepstack_merger_list.{i}" for i in range(len(DEEP)))]
         for at in mergers:
-            linear(f"{at}.linear_fc1", wide, wide)
-            linear(f"{at}.linear_fc2", HIDDEN, wide)
+            made.linear(f"{at}.linear_fc1", wide, wide)
+            made.linear(f"{at}.linear_fc2", HIDDEN, wide)
     else:
-        norm(f"{see}merger.ln_q", WIDTH)
-        linear(f"{see}merger.mlp.0", wide, wide)
-        linear(f"{see}merger.mlp.2", HIDDEN, wide)
+        made.norm(f"{see}merger.ln_q", WIDTH)
+        made.linear(f"{see}merger.mlp.0", wide, wide)
+        made.linear(f"{see}merger.mlp.2", HIDDEN, wide)
     # Wide, so that answers vary: a freshly initialised model repeats the token it was fed.
-    linear(f"{read}embed_tokens", VOCABULARY, HIDDEN, bias=False)
-    norm(f"{read}norm", HIDDEN, bias=False)
+    made.linear(f"{read}embed_tokens", VOCABULARY, HIDDEN, bias=False)
+    made.norm(f"{read}norm", HIDDEN, bias=False)
     if tiny.third:
-        linear("lm_head", VOCABULARY, HIDDEN, bias=False)
+        made.linear("lm_head", VOCABULARY, HIDDEN, bias=False)
     for layer in range(LAYERS):
         at = f"{read}layers.{layer}."
-        linear(f"{at}self_attn.q_proj", HEADS * tiny.head_dim, HIDDEN, bias=not tiny.third)
-        linear(f"{at}self_attn.k_proj", KV_HEADS * tiny.head_dim, HIDDEN, bias=not tiny.third)
-        linear(f"{at}self_attn.v_proj", KV_HEADS * tiny.head_dim, HIDDEN, bias=not tiny.third)
-        linear(f"{at}self_attn.o_proj", HIDDEN, HEADS * tiny.head_dim, bias=False)
-        linear(f"{at}mlp.gate_proj", INNER, HIDDEN, bias=False)
-        linear(f"{at}mlp.up_proj", INNER, HIDDEN, bias=False)
-        linear(f"{at}mlp.down_proj", HIDDEN, INNER, bias=False)
-        norm(f"{at}input_layernorm", HIDDEN, bias=False)
-        norm(f"{at}post_attention_layernorm", HIDDEN, bias=False)
+        queries, keys = HEADS * tiny.head_dim, KV_HEADS * tiny.head_dim
+        made.decoder_layer(at, HIDDEN, INNER, queries, keys, bias=not tiny.third)
         if tiny.third:
-            norm(f"{at}self_attn.q_norm", tiny.head_dim, bias=False)
-            norm(f"{at}self_attn.k_norm", tiny.head_dim, bias=False)
-    return state
+            made.norm(f"{at}self_attn.q_norm", tiny.head_dim, bias=False)
+            made.norm(f"{at}self_attn.k_norm", tiny.head_dim, bias=False)
+    return made.state
 
 
 def write_official(folder: Path, tiny: Tiny) -> None:
@@ -179,37 +171,16 @@ def write_official(folder: Path, tiny: Tiny) -> None:
     tokenizer().save(str(folder / "tokenizer.json"))
     ends = [IDS["<|im_end|>"], IDS["<|endoftext|>"]]
     settings = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "eos_token_id": ends}
-    for name, content in (("config", _config(tiny)), ("generation_config", settings)):
-        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    write_json(folder, config=_config(tiny), generation_config=settings)
     save_file(_weights(tiny), folder / "model.safetensors")
 
 
-def _linear(w: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
-    return F.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
+def _norm(w: State, name: str, x: Tensor) -> Tensor:
+    return layer_norm(w, name, x, EPS)
 
 
-def _norm(w: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
-    scaled = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + EPS).sqrt()
-    return scaled * w[f"{name}.weight"] + w[f"{name}.bias"]
-
-
-def _rms(w: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
-    return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * w[f"{name}.weight"]
-
-
-def _turned(x: Tensor, angles: Tensor) -> Tensor:
-    """Pairs (i, i + half) of [heads, T, 2 * half] turned by `angles` [T, half]."""
-    left, right = x.chunk(2, dim=-1)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
-
-
-def _attended(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    if causal:
-        later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-        scores = scores.masked_fill(later, float("-inf"))
-    return (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
+def _rms(w: State, name: str, x: Tensor) -> Tensor:
+    return rms_norm(w, name, x, EPS)
 
 
 def _position_table(table: Tensor, rows: int, columns: int) -> Tensor:
@@ -226,13 +197,13 @@ def _by_blocks(grid: Tensor) -> Tensor:
     return cells.flatten(0, 3)
 
 
-def _merged(w: dict[str, Tensor], at: str, x: Tensor, *, after: bool) -> Tensor:
+def _merged(w: State, at: str, x: Tensor, *, after: bool) -> Tensor:
     wide = _norm(w, f"{at}.norm", x.reshape(len(x) // MERGE**2, -1) if after else x)
-    wide = F.gelu(_linear(w, f"{at}.linear_fc1", wide.reshape(len(x) // MERGE**2, -1)))
-    return _linear(w, f"{at}.linear_fc2", wide)
+    wide = gelu(linear(w, f"{at}.linear_fc1", wide.reshape(len(x) // MERGE**2, -1)))
+    return linear(w, f"{at}.linear_fc2", wide)
 
 
-def _features(w: dict[str, Tensor], tiny: Tiny, image: Tensor) -> list[Tensor]:
+def _features(w: State, tiny: Tiny, image: Tensor) -> list[Tensor]:
     """Vectors [N, D] of a normalised image [3, H, W], and those of each deep layer."""
     see = "model.visual." if tiny.third else "visual."
     cells = image.unfold(1, tiny.patch, tiny.patch).unfold(2, tiny.patch, tiny.patch)
@@ -252,24 +223,24 @@ def _features(w: dict[str, Tensor], tiny: Tiny, image: Tensor) -> list[Tensor]:
     deep = []
     for layer in range(DEPTH):
         at = f"{see}blocks.{layer}."
-        qkv = _linear(w, f"{at}attn.qkv", _norm(w, f"{at}norm1", x))
-        q, k, v = (p.unflatten(-1, (VISION_HEADS, -1)).transpose(0, 1) for p in qkv.chunk(3, -1))
-        mixed = _attended(_turned(q, angles), _turned(k, angles), v, causal=False)
-        x = x + _linear(w, f"{at}attn.proj", mixed)
+        qkv = linear(w, f"{at}attn.qkv", _norm(w, f"{at}norm1", x))
+        q, k, v = (heads(part, VISION_HEADS) for part in qkv.chunk(3, -1))
+        mixed = attention(rotary(q, angles), rotary(k, angles), v)
+        x = x + linear(w, f"{at}attn.proj", mixed)
         seen = _norm(w, f"{at}norm2", x)
         if tiny.third:
-            inner = F.gelu(_linear(w, f"{at}mlp.linear_fc1", seen), approximate="tanh")
-            x = x + _linear(w, f"{at}mlp.linear_fc2", inner)
+            inner = gelu_tanh(linear(w, f"{at}mlp.linear_fc1", seen))
+            x = x + linear(w, f"{at}mlp.linear_fc2", inner)
             if layer in DEEP:
                 at = f"{see}deepstack_merger_list.{DEEP.index(layer)}"
                 deep.append(_merged(w, at, x, after=True))
         else:
-            inner = _linear(w, f"{at}mlp.fc1", seen)
-            x = x + _linear(w, f"{at}mlp.fc2", inner * torch.sigmoid(1.702 * inner))
+            inner = linear(w, f"{at}mlp.fc1", seen)
+            x = x + linear(w, f"{at}mlp.fc2", quick_gelu(inner))
     if tiny.third:
         return [_merged(w, f"{see}merger", x, after=False), *deep]
     wide = _norm(w, f"{see}merger.ln_q", x).reshape(-1, WIDTH * MERGE**2)
-    return [_linear(w, f"{see}merger.mlp.2", F.gelu(_linear(w, f"{see}merger.mlp.0", wide)))]
+    return [linear(w, f"{see}merger.mlp.2", gelu(linear(w, f"{see}merger.mlp.0", wide)))]
 
 
 def _angles(tiny: Tiny, places: Tensor) -> Tensor:
@@ -286,7 +257,7 @@ def _angles(tiny: Tiny, places: Tensor) -> Tensor:
 
 
 def original_logits(
-    w: dict[str, Tensor], tiny: Tiny, before: list[int], image: Tensor | None, behind: list[int]
+    w: State, tiny: Tiny, before: list[int], image: Tensor | None, behind: list[int]
 ) -> Tensor:
     """Logits [T, V] of words, the vectors of a normalised image [3, H, W], and words."""
     read = "model.language_model." if tiny.third else "model."
@@ -303,26 +274,9 @@ def original_logits(
     places += [[start + i] * 3 for i in range(len(behind))]
     angles = _angles(tiny, torch.tensor(places))
     x = torch.cat([table[before], vectors, table[behind]])
+    mask = causal_mask(len(x))
     for layer in range(LAYERS):
-        at = f"{read}layers.{layer}."
-        seen = _rms(w, f"{at}input_layernorm", x)
-        q, k, v = (
-            _linear(w, f"{at}self_attn.{n}_proj", seen).unflatten(-1, (-1, tiny.head_dim))
-            for n in "qkv"
-        )
-        if tiny.third:
-            q, k = _rms(w, f"{at}self_attn.q_norm", q), _rms(w, f"{at}self_attn.k_norm", k)
-        q, k, v = (part.transpose(0, 1) for part in (q, k, v))
-        k, v = (
-            part.repeat_interleave(HEADS // KV_HEADS, dim=0) for part in (_turned(k, angles), v)
-        )
-        mixed = _attended(_turned(q, angles), k, v, causal=True)
-        x = x + _linear(w, f"{at}self_attn.o_proj", mixed)
-        seen = _rms(w, f"{at}post_attention_layernorm", x)
-        inner = F.silu(_linear(w, f"{at}mlp.gate_proj", seen)) * _linear(
-            w, f"{at}mlp.up_proj", seen
-        )
-        x = x + _linear(w, f"{at}mlp.down_proj", inner)
+        x = decoder_layer(w, f"{read}layers.{layer}.", x, angles, mask, _rms)
         if layer < len(deep):
             x = x.clone()
             x[len(before) : len(before) + len(vectors)] += deep[layer]
@@ -354,27 +308,6 @@ def difference(folder: Path, module: Any, tiny: Tiny) -> float:
     return float((found - expected).abs().max())
 
 
-@dataclass(frozen=True)
-class _Hooks:
-    """See `conformance.Hooks`, for one of the two generations."""
-
-    tiny: Tiny
-
-    def write_official(self, folder: Path) -> None:
-        write_official(folder, self.tiny)
-
-    def difference(self, folder: Path, module: Any) -> float:
-        return difference(folder, module, self.tiny)
-
-    def pixels(self, vlm: Any, image: npt.NDArray[np.uint8]) -> tuple[Any, Any]:
-        return pixels(vlm, image)
-
-
-def hooks(family: str) -> _Hooks:
-    """The hooks of "qwen2-vl" or "qwen3-vl"."""
-    return _Hooks({"qwen2-vl": SECOND, "qwen3-vl": THIRD}[family])
-
-
 def pixels(vlm: Any, image: npt.NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
     """Ours, and those of transformers' own processor on Pillow, as patches."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -392,3 +325,13 @@ def pixels(vlm: Any, image: npt.NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
     theirs = reference(image, return_tensors="pt", input_data_format="channels_last")
     ours = patches(vlm.pixels(image), settings, torch.device("cpu"), torch.float32)
     return ours, torch.as_tensor(theirs["pixel_values"])
+
+
+def hooks(family: str) -> Any:
+    """See `conformance.Hooks`; for "qwen2-vl" or "qwen3-vl"."""
+    tiny = {"qwen2-vl": SECOND, "qwen3-vl": THIRD}[family]
+    return SimpleNamespace(
+        write_official=partial(write_official, tiny=tiny),
+        difference=partial(difference, tiny=tiny),
+        pixels=pixels,
+    )

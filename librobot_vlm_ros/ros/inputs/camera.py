@@ -1,23 +1,53 @@
-"""One camera: its subscription, its checks, its frames on the way to the engine."""
+"""One camera topic: subscribed, each message read and checked, its frame offered to the engine.
+
+rclpy turns a message into Python objects field by field: for an image that is several times the
+cost of taking its bytes. Here the few fields are read from the CDR bytes (the encoding that all ROS
+middlewares share) and the pixels stay where they are, as a view, where their encoding allows it.
+
+    serialized bytes -> `read_image`, `read_compressed_image`: the message's fields
+                     -> `frame_from_message`: checked and decoded, an RGB `Frame`
+                     -> `Engine.offer`: the newest-frame mailbox
+"""
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from builtin_interfaces.msg import Time
 from sensor_msgs.msg import CompressedImage, Image
+from std_msgs.msg import Header
 
-from librobot_vlm_ros.core import ErrorCode, RequestError, VlmError, as_vlm_error
-from librobot_vlm_ros.ros.inputs.cdr import RawImage, read_compressed_image, read_image
-from librobot_vlm_ros.ros.inputs.image_decoder import Decoder
+from librobot_vlm_ros.core import (
+    ErrorCode,
+    Frame,
+    ImageError,
+    RequestError,
+    VlmError,
+    as_vlm_error,
+    decode_compressed,
+    decode_image,
+    read_compressed_header,
+)
 from librobot_vlm_ros.ros.inputs.qos import Link, MatchedSubscription
-from librobot_vlm_ros.ros.monitoring.log_throttle import Throttled
-from librobot_vlm_ros.ros.outputs.messages import frame_from_compressed, frame_from_image
+from librobot_vlm_ros.ros.latest_worker import LatestWorker
+from librobot_vlm_ros.ros.monitoring.log_throttle import ThrottledLog
 from librobot_vlm_ros.ros.parameters.parameter_syntax import CameraSetting
+from librobot_vlm_ros.ros.parameters.settings import Settings
 from librobot_vlm_ros.runtime import DropReason, Engine
 
-__all__ = ["Camera", "FIRST_COMPLAINT_S"]
+__all__ = [
+    "FIRST_COMPLAINT_S",
+    "Camera",
+    "RawCompressedImage",
+    "RawImage",
+    "frame_from_message",
+    "read_compressed_image",
+    "read_image",
+    "stamp_ns",
+]
 
 # These are views or one quick pass; everything else leaves the executor's thread.
 _QUICK_ENCODINGS = frozenset({"rgb8", "rgba8", "8UC3"})
@@ -37,54 +67,61 @@ class CameraFaults:
 
 
 class Camera:
-    """Subscribes to one camera while the node is active and offers its frames to the engine."""
+    """Subscribes to one camera while the node is active and offers its frames to the engine.
+
+    Args:
+        settings: the node's settings now.
+        jpeg_margin: that parameter, or 0 while whole images are wanted.
+    """
 
     def __init__(
         self,
         node: Any,
         setting: CameraSetting,
         engine: Engine,
-        decoder: Decoder,
+        decoder: LatestWorker,
         *,
-        lock_step: bool,
-        reliability: str,
-        allow_depth: Callable[[], bool],
+        settings: Callable[[], Settings],
         jpeg_margin: Callable[[], int],
-        complaints: Throttled,
+        throttled_log: ThrottledLog,
     ) -> None:
         self.setting = setting
         self.faults = CameraFaults()
         self._node = node
         self._engine = engine
         self._decoder = decoder
-        self._lock_step = lock_step
-        self._allow_depth = allow_depth
+        self._settings = settings
         self._jpeg_margin = jpeg_margin
-        self._complaints = complaints
-        self._read = read_compressed_image if setting.compressed else read_image
+        self._log = throttled_log
         self._sequence = 0
         self._closed = False
         self._opened_ns = engine.now_ns()
         self._complained_ns: int | None = None
+        self._subscription = self._subscribe()
+
+    def _subscribe(self) -> MatchedSubscription:
+        setting, settings = self.setting, self._settings()
         image, other, transport = (
             (CompressedImage, Image, "raw")
             if setting.compressed
             else (Image, CompressedImage, "compressed")
         )
-        self._subscription = MatchedSubscription(
-            node,
+        raw = setting.topic.removesuffix("/compressed")
+        fix = f"set image_transport:={transport}, or '{setting.name}={raw}:{transport}' in cameras."
+        return MatchedSubscription(
+            self._node,
             image,
             setting.topic,
             self._on_image,
             raw=True,
-            depth=_LOCK_STEP_DEPTH if lock_step else _LIVE_DEPTH,
-            reliability=reliability,
-            when_alone="reliable" if lock_step else "best_effort",
+            depth=_LOCK_STEP_DEPTH if settings.lock_step else _LIVE_DEPTH,
+            reliability=settings.qos_reliability,
+            when_alone="reliable" if settings.lock_step else "best_effort",
             other_types={
                 f"sensor_msgs/msg/{other.__name__}": f"Set image_transport:={transport}, or "
                 f"'{setting.name}={setting.topic}:{transport}' in cameras."
             },
-            twin=_twin(setting, transport),
+            twin=(raw if setting.compressed else f"{raw}/compressed", fix),
         )
 
     @property
@@ -129,13 +166,15 @@ class Camera:
         received_ns = self._engine.now_ns()
         self._sequence += 1
         sequence = self._sequence
+        read = read_compressed_image if self.setting.compressed else read_image
         try:
-            message = self._read(serialized)
+            message: Any = read(serialized)
         except Exception as error:
             self._refuse(as_vlm_error(error))
             return
         quick = isinstance(message, RawImage) and message.encoding in _QUICK_ENCODINGS
-        if quick or self._lock_step:  # lock-step: in order, and the publisher waits for us
+        # In lock-step frames stay in order, and the publisher waits for us.
+        if quick or self._settings().lock_step:
             self._take(message, sequence, received_ns)
         elif not self._decoder.put(
             self.setting.name, lambda: self._take(message, sequence, received_ns)
@@ -145,18 +184,14 @@ class Camera:
     def _take(self, message: Any, sequence: int, received_ns: int) -> None:
         if self._closed:
             return
-        convert, options = frame_from_image, {}
-        if self.setting.compressed:
-            margin = self._jpeg_margin()
-            convert, options = frame_from_compressed, {"enough": self._enough} if margin else {}
         try:
-            frame = convert(
+            frame = frame_from_message(
                 message,
                 self.setting.name,
                 sequence=sequence,
                 received_ns=received_ns,
-                allow_depth=self._allow_depth(),
-                **options,
+                allow_depth=self._settings().allow_depth,
+                enough=self._enough if self._jpeg_margin() else None,
             )
         except Exception as error:
             self._refuse(as_vlm_error(error))
@@ -175,15 +210,175 @@ class Camera:
         self.faults.last_error = error
         self.faults.last_was_bad = True
         self._engine.count_drop(self.setting.name, DropReason.BAD_IMAGE)
-        self._complaints.error(
+        self._log.error(
             f"{self.setting.name}/{error.code}", f"camera '{self.setting.name}': {error}"
         )
 
 
-def _twin(setting: CameraSetting, transport: str) -> tuple[str, str]:
-    """(topic, what to set) of the same camera's images in the other `transport`."""
-    raw = setting.topic.removesuffix("/compressed")
-    topic = raw if setting.compressed else f"{raw}/compressed"
-    return topic, (
-        f"set image_transport:={transport}, or '{setting.name}={raw}:{transport}' in cameras."
+# -- from the message to the frame
+
+
+def stamp_ns(stamp: Any) -> int:
+    """`builtin_interfaces/Time` in nanoseconds."""
+    return int(stamp.sec) * 1_000_000_000 + int(stamp.nanosec)
+
+
+def frame_from_message(
+    message: Any,
+    camera: str,
+    *,
+    sequence: int = 0,
+    received_ns: int = 0,
+    allow_depth: bool = False,
+    enough: Callable[[int, int], tuple[int, int] | None] | None = None,
+) -> Frame:
+    """A checked and decoded frame. Raises `ImageError`.
+
+    Args:
+        message: a `sensor_msgs/Image` or `CompressedImage`, or their fields as `read_image` and
+            `read_compressed_image` give them. The frame's pixels are a view of an `Image` where
+            its encoding allows it.
+        enough: says of a compressed image's width and height how much of it is enough; a JPEG may
+            be decoded smaller then (see `decode_compressed`). The frame keeps the size of the whole
+            image.
+    """
+    width = height = 0
+    if isinstance(message, (CompressedImage, RawCompressedImage)):
+        at_least = None
+        if enough is not None:
+            size = read_compressed_header(message.data, format=message.format)
+            width, height = size.width, size.height
+            at_least = enough(width, height)
+        pixels = decode_compressed(
+            message.data, format=message.format, allow_depth=allow_depth, at_least=at_least
+        )
+    else:
+        pixels = decode_image(
+            message.data,
+            height=message.height,
+            width=message.width,
+            encoding=message.encoding,
+            step=message.step,
+            is_bigendian=message.is_bigendian,
+            allow_depth=allow_depth,
+        )
+    return Frame(
+        pixels=pixels,
+        camera=camera,
+        stamp_ns=stamp_ns(message.header.stamp),
+        frame_id=message.header.frame_id,
+        sequence=sequence,
+        received_ns=received_ns,
+        header=message.header,
+        source_width=width,
+        source_height=height,
+    )
+
+
+# -- from the serialized bytes to the message
+
+
+_ENCAPSULATION = 4  # bytes before the first field; alignment is counted from there
+_MAX_TEXT = 4096
+
+
+@dataclass(frozen=True)
+class RawImage:
+    """The fields of `sensor_msgs/Image`; `data` is a view of the serialized message."""
+
+    header: Header
+    height: int
+    width: int
+    encoding: str
+    is_bigendian: int
+    step: int
+    data: memoryview
+
+
+@dataclass(frozen=True)
+class RawCompressedImage:
+    """The fields of `sensor_msgs/CompressedImage`; `data` is a view of the serialized message."""
+
+    header: Header
+    format: str
+    data: memoryview
+
+
+def read_image(serialized: bytes) -> RawImage:
+    """A serialized `sensor_msgs/Image`. Raises `ImageError` (BAD_IMAGE) for bytes that are none."""
+    reader = _Reader(serialized)
+    return RawImage(
+        header=reader.header(),
+        height=reader.uint32(),
+        width=reader.uint32(),
+        encoding=reader.text(),
+        is_bigendian=reader.uint8(),
+        step=reader.uint32(),
+        data=reader.octets(),
+    )
+
+
+def read_compressed_image(serialized: bytes) -> RawCompressedImage:
+    """A serialized `sensor_msgs/CompressedImage`. Raises `ImageError` (BAD_IMAGE)."""
+    reader = _Reader(serialized)
+    return RawCompressedImage(reader.header(), reader.text(), reader.octets())
+
+
+class _Reader:
+    """The fields of one message in order.
+
+    Source of the format: OMG DDS-XTypes 1.3, clause 7.4 (plain CDR, version 1).
+    """
+
+    def __init__(self, serialized: bytes) -> None:
+        self._view = memoryview(serialized).cast("B")
+        if len(self._view) < _ENCAPSULATION or self._view[0] != 0 or self._view[1] not in (0, 1):
+            raise _bad_message(
+                f"it starts with {bytes(self._view[:4]).hex() or 'nothing'}, not as plain CDR"
+            )
+        self._order = "<" if self._view[1] == 1 else ">"
+        self._place = _ENCAPSULATION
+
+    def _take(self, form: str, size: int) -> Any:
+        self._place += -(self._place - _ENCAPSULATION) % size  # each number is aligned to its size
+        try:
+            (value,) = struct.unpack_from(self._order + form, self._view, self._place)
+        except struct.error as error:
+            raise _bad_message(f"it ends after {len(self._view)} bytes, inside a field") from error
+        self._place += size
+        return value
+
+    def uint8(self) -> int:
+        return int(self._take("B", 1))
+
+    def uint32(self) -> int:
+        return int(self._take("I", 4))
+
+    def octets(self) -> memoryview:
+        length = self.uint32()
+        end = self._place + length
+        if end > len(self._view):
+            raise _bad_message(
+                f"it ends after {len(self._view)} bytes, its data would end at {end}"
+            )
+        part = self._view[self._place : end]
+        self._place = end
+        return part
+
+    def text(self) -> str:
+        part = self.octets()  # with a closing NUL
+        if len(part) > _MAX_TEXT:
+            raise _bad_message(f"a text in it has {len(part)} bytes, expected at most {_MAX_TEXT}")
+        return bytes(part).rstrip(b"\0").decode("utf-8", "replace")
+
+    def header(self) -> Header:
+        stamp = Time(sec=int(self._take("i", 4)), nanosec=self.uint32())
+        return Header(stamp=stamp, frame_id=self.text())
+
+
+def _bad_message(why: str) -> ImageError:
+    return ImageError(
+        ErrorCode.BAD_IMAGE,
+        f"the serialized image cannot be read: {why}",
+        "Publisher and subscriber must use the same middleware and message definition.",
     )

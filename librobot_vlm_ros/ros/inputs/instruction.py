@@ -1,19 +1,22 @@
-"""What the standing tasks look for now, and its number, so that a policy can tell old results from
-new.
-"""
+"""What the standing tasks look for: the parameter `instruction`, which `~/instruction` sets too."""
 
 from __future__ import annotations
 
 import threading
+from typing import TYPE_CHECKING, Any
 
-from librobot_vlm_ros.core import clean_prompt, escape_for_log
+from librobot_vlm_ros.core import ErrorCode, RequestError, clean_prompt, escape_for_log
 
-__all__ = ["Instruction"]
+if TYPE_CHECKING:
+    from librobot_vlm_ros.ros.monitoring.log_throttle import ThrottledLog
+    from librobot_vlm_ros.ros.parameters.live_parameters import LiveParameters
+
+__all__ = ["Instruction", "InstructionTopic"]
 
 
 class Instruction:
-    """The current instruction. The number counts up from 1 with each different text; 0 is none so
-    far.
+    """The current instruction, numbered so that a policy can tell old results from new. The number
+    counts up from 1 with each different text; 0 is none so far. Needs no rclpy.
     """
 
     def __init__(self, text: str = "") -> None:
@@ -35,3 +38,36 @@ class Instruction:
     def shown(self) -> str:
         """The text as a log may show it."""
         return escape_for_log(self.text)
+
+
+class InstructionTopic:
+    """`~/instruction` on a node: each message sets the parameter. Refused ones are logged."""
+
+    def __init__(self, node: Any, parameters: LiveParameters, throttled_log: ThrottledLog) -> None:
+        from std_msgs.msg import String
+
+        from librobot_vlm_ros.ros.inputs.qos import MatchedSubscription
+
+        self._node = node
+        self._parameters = parameters
+        self._log = throttled_log
+        self._subscription = MatchedSubscription(
+            node, String, "~/instruction", self._on_message, depth=10, when_alone="reliable"
+        )
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._subscription.close()
+
+    def check(self) -> None:
+        """Follow the publishers; say what keeps their messages away. None at all is no problem."""
+        topic = self._subscription
+        topic.check()
+        if topic.link.problem and self._node.count_publishers(topic.link.topic):
+            wrong = RequestError(ErrorCode.TOPIC_MISSING, topic.link.problem, topic.link.fix)
+            self._log.error("instruction topic", f"~/instruction: {wrong}")
+
+    def _on_message(self, message: Any) -> None:
+        error = self._parameters.set("instruction", message.data)
+        if error is not None:
+            self._log.error("instruction", f"~/instruction refused: {error}")

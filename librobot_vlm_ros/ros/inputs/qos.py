@@ -22,7 +22,7 @@ from rclpy.qos import (
     ReliabilityPolicy,
 )
 
-from librobot_vlm_ros.ros.rcl_errors import known_refusal
+from librobot_vlm_ros.ros.rcl_errors import coded_rcl_error
 
 __all__ = ["Link", "MatchedSubscription", "matching_profile"]
 
@@ -42,11 +42,6 @@ class Link:
     """What to do about the problem."""
     profile: str = ""
     """The quality of service in use, in words."""
-
-    @property
-    def text(self) -> str:
-        """Problem and fix as one sentence each, "" when there is none."""
-        return f"{self.problem}. {self.fix}" if self.problem else ""
 
 
 def matching_profile(
@@ -104,7 +99,11 @@ class MatchedSubscription:
         self._node = node
         self._message_type = message_type
         self._callback = callback
-        self._options = {"depth": depth, "reliability": reliability, "when_alone": when_alone}
+        self._options: dict[str, Any] = {
+            "depth": depth,
+            "reliability": reliability,
+            "when_alone": when_alone,
+        }
         self._other_types = other_types or {}
         self._twin = twin
         self._raw = raw
@@ -116,11 +115,6 @@ class MatchedSubscription:
         self._profile: QoSProfile | None = None
         self.link = Link(self._name, 0)
         self.check()
-
-    @property
-    def topic(self) -> str:
-        """The topic with its namespace."""
-        return self._name
 
     def check(self) -> bool:
         """Look at the publishers again, subscribe anew where another profile fits better. True on a
@@ -174,7 +168,7 @@ class MatchedSubscription:
                 event_callbacks=SubscriptionEventCallbacks(use_default_callbacks=False),
             )
         except Exception as error:
-            known = known_refusal(error, self._name)
+            known = coded_rcl_error(error, self._name)
             if known is None:
                 raise
             raise known from error
@@ -240,11 +234,10 @@ def _same(one: QoSProfile, other: QoSProfile | None) -> bool:
 
 
 def _fits(offered: QoSProfile, asked: QoSProfile) -> bool:
-    reliable = offered.reliability == ReliabilityPolicy.RELIABLE
-    latched = offered.durability == DurabilityPolicy.TRANSIENT_LOCAL
-    return (reliable or asked.reliability != ReliabilityPolicy.RELIABLE) and (
-        latched or asked.durability != DurabilityPolicy.TRANSIENT_LOCAL
-    )
+    reliable, latched = ReliabilityPolicy.RELIABLE, DurabilityPolicy.TRANSIENT_LOCAL
+    lossy = asked.reliability == reliable and offered.reliability != reliable
+    forgetful = asked.durability == latched and offered.durability != latched
+    return not (lossy or forgetful)
 
 
 def _words(profile: QoSProfile) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 
+from librobot_vlm_ros.core import VlmError
 from librobot_vlm_ros.ros.inputs.camera import Camera
 from librobot_vlm_ros.runtime import CameraStats, EngineStats
 
-__all__ = ["camera_status", "diagnostics", "engine_status", "model_status"]
+__all__ = ["DiagnosticsPublisher", "camera_status", "engine_status", "model_status"]
 
 OK, WARN, ERROR, STALE = (
     DiagnosticStatus.OK,
@@ -21,23 +23,28 @@ OK, WARN, ERROR, STALE = (
 _RECENT_ERROR_S = 10.0
 
 
-def diagnostics(
-    stamp: object, node_name: str, statuses: Sequence[DiagnosticStatus]
-) -> DiagnosticArray:
-    """All statuses under the node's name, as `diagnostic_aggregator` expects them."""
-    message = DiagnosticArray()
-    message.header.stamp = stamp
-    for status in statuses:
-        status.name = f"{node_name}: {status.name}"
-        status.hardware_id = node_name
-    message.status = list(statuses)
-    return message
+class DiagnosticsPublisher:
+    """`/diagnostics`, as `diagnostic_aggregator` expects it."""
+
+    def __init__(self, node: Any) -> None:
+        self._node = node
+        self._publisher = node.create_publisher(DiagnosticArray, "/diagnostics", 10)
+
+    def publish(self, statuses: Sequence[DiagnosticStatus]) -> None:
+        """Publish all statuses under the node's name."""
+        name = self._node.get_fully_qualified_name().lstrip("/")
+        for status in statuses:
+            status.name = f"{name}: {status.name}"
+            status.hardware_id = name
+        message = DiagnosticArray(status=list(statuses))
+        message.header.stamp = self._node.get_clock().now().to_msg()
+        self._publisher.publish(message)
 
 
 def model_status(
     state: str,
     wanted: str,
-    problems: Iterable[str],
+    problems: Iterable[VlmError],
     stats: EngineStats | None,
     warning: str = "",
 ) -> DiagnosticStatus:
@@ -56,9 +63,9 @@ def model_status(
             "memory_bytes": stats.memory_bytes,
             "free_memory_bytes": "" if stats.free_bytes is None else stats.free_bytes,
         }
-    trouble = list(problems)
+    trouble = "; ".join(map(str, problems))
     if trouble:
-        return _status("model", ERROR, "; ".join(trouble), values)
+        return _status("model", ERROR, trouble, values)
     if warning:
         return _status("model", WARN, warning, values)
     if stats is None:

@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["Namesakes"]
+__all__ = ["DuplicateNodeCheck"]
 
 #: A process that was killed stays in the graph for so long (Fast DDS: 20 s) without being there.
 _GHOST_S = 30.0
 
 
-class Namesakes:
+class DuplicateNodeCheck:
     """Looks for nodes of the same name and namespace. `check` is called on a timer."""
 
     def __init__(

@@ -1,5 +1,5 @@
-"""Log lines that cannot flood: the same complaint is written once, then at most every few seconds
-with a count.
+"""Log lines that cannot flood: the same one is written once, then at most every few seconds with a
+count.
 """
 
 from __future__ import annotations
@@ -10,26 +10,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from librobot_vlm_ros.core import Frame, Result, as_vlm_error, escape_for_log
+from librobot_vlm_ros.core import as_vlm_error
 
-__all__ = ["Throttled", "guarded", "result_text"]
-
-
-def result_text(result: Result, frame: Frame, now_ns: int) -> str:
-    """One line about an answer, for the debug log."""
-    answer, info = result.answer, result.info
-    what = "no answer" if answer is None else f"'{escape_for_log(answer.text)}'"
-    if answer is not None and answer.regions:
-        what = ", ".join(escape_for_log(region.label) for region in answer.regions)
-    return (
-        f"{info.request_id}: {what} (batch of {info.batch_size}, model {info.inference_s:.3f} s, "
-        f"frame {(now_ns - frame.received_ns) * 1e-9:.3f} s old)"
-    )
+__all__ = ["ThrottledLog", "guarded"]
 
 
-class Throttled:
-    """Writes a complaint per key at most every `period_s` seconds of the steady clock. Safe from
-    any thread.
+class ThrottledLog:
+    """Writes one line per key at most every `period_s` seconds of the steady clock. Safe from any
+    thread.
     """
 
     def __init__(
@@ -70,7 +58,7 @@ class Throttled:
         return f"{text} ({seen - burst} more like this)" if seen > burst else text
 
 
-def guarded(work: Callable[[], None], complaints: Throttled) -> Callable[[], None]:
+def guarded(work: Callable[[], None], log: ThrottledLog) -> Callable[[], None]:
     """`work` for a timer: what it raises is logged and does not end the timer."""
 
     @functools.wraps(work)
@@ -78,6 +66,6 @@ def guarded(work: Callable[[], None], complaints: Throttled) -> Callable[[], Non
         try:
             work()
         except Exception as error:
-            complaints.error(work.__name__, f"{work.__name__}: {as_vlm_error(error)}")
+            log.error(work.__name__, f"{work.__name__}: {as_vlm_error(error)}")
 
     return run

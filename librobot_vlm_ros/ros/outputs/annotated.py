@@ -5,6 +5,7 @@ Drawing has a thread of its own, so that it takes no time from the model; the ne
 
 from __future__ import annotations
 
+import array
 import threading
 from typing import Any
 
@@ -15,8 +16,7 @@ from sensor_msgs.msg import Image as ImageMessage
 
 from librobot_vlm_ros.core import Frame, Region, Result
 from librobot_vlm_ros.core.drawing import draw
-from librobot_vlm_ros.ros.inputs.image_decoder import Decoder
-from librobot_vlm_ros.ros.outputs.messages import image_message
+from librobot_vlm_ros.ros.latest_worker import LatestWorker
 
 __all__ = ["Annotator"]
 
@@ -28,7 +28,7 @@ class Annotator:
         self._node = node
         profile = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
         self._publisher = node.create_publisher(ImageMessage, "~/annotated", profile)
-        self._worker = Decoder("vlm-annotate")
+        self._worker = LatestWorker("vlm-annotate")
         self._lock = threading.Lock()
         self._captions: dict[str, str] = {}
         self._regions: dict[str, dict[str, tuple[int, tuple[Region, ...]]]] = {}
@@ -69,4 +69,13 @@ class Annotator:
         if pixels.shape[:2] != (frame.height, frame.width):  # decoded before anybody looked
             picture = Image.fromarray(np.ascontiguousarray(pixels))
             pixels = np.asarray(picture.resize((frame.width, frame.height)))
-        self._publisher.publish(image_message(draw(pixels, regions, caption), frame.header))
+        self._publisher.publish(_image_message(draw(pixels, regions, caption), frame.header))
+
+
+def _image_message(pixels: np.ndarray, header: Any) -> ImageMessage:
+    """`sensor_msgs/Image` (rgb8) of uint8 RGB [H, W, 3] under the given header."""
+    message = ImageMessage(header=header, encoding="rgb8", is_bigendian=0)
+    message.height, message.width = int(pixels.shape[0]), int(pixels.shape[1])
+    message.step = message.width * 3
+    message.data = array.array("B", np.ascontiguousarray(pixels).tobytes())
+    return message

@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from librobot_vlm_ros.core import BagError, ErrorCode, RequestError, shortened
 from librobot_vlm_ros.ros.parameters.declaration import Parameter, Value, When
@@ -167,28 +168,20 @@ def parse_values(texts: Mapping[str, str]) -> dict[str, Value]:
     A list is written `[a, b]` or `a, b`; a boolean `true` or `false`.
     """
     for name, text in texts.items():
-        if not _is_unicode(text):
+        # Python keeps bytes that the locale cannot read as lone surrogates.
+        if text.encode(errors="ignore").decode() != text:
             raise RequestError(
                 ErrorCode.BAD_PARAMETER,
                 f"argument {name} cannot be read as text in this locale: '{shortened(text)}'",
                 "Use a UTF-8 locale: LC_ALL=C.UTF-8.",
             )
-    values = {
+    values: dict[str, Any] = {
         name: PARAMETERS[name].parsed(text) for name, text in texts.items() if name in PARAMETERS
     }
     Settings(**values)
     if "use_sim_time" in texts:
         values["use_sim_time"] = _SIM_TIME.parsed(texts["use_sim_time"])
     return values
-
-
-def _is_unicode(text: str) -> bool:
-    """Python keeps bytes that the locale cannot read as lone surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def ros_arguments(texts: Mapping[str, str]) -> list[str]:

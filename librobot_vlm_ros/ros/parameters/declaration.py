@@ -1,7 +1,7 @@
 """How one parameter is declared: default, bounds, description and when a change takes effect.
 
-Free of rclpy, so that the README's table, the launch file's test and the command line read the same
-declaration that the node does. What the node has is declared in `settings.py`.
+Free of rclpy, so that the documentation's table, the launch file's test and the command line read
+the same declaration that the node does. What the node has is declared in `settings.py`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,17 @@ from typing import Any
 
 from librobot_vlm_ros.core import ErrorCode, RequestError, shortened
 
-__all__ = ["Parameter", "Value", "When", "declared", "parameter", "parameter_table"]
+__all__ = ["Parameter", "Value", "When", "declared", "parameter", "parameter_table", "ros_value"]
 
 Value = bool | int | float | str | tuple[str, ...]
 _KEY = "ros_parameter"
+
+
+def ros_value(value: object) -> object:
+    """A value as rclpy and launch_ros take it: to them an empty list is one of no type. Blank
+    entries are left out again by `Parameter.converted`.
+    """
+    return list(value) or [""] if isinstance(value, tuple) else value
 
 
 class When(str, Enum):
@@ -69,17 +76,17 @@ class Parameter:
 
     def checked(self, value: object) -> Value:
         """`value` as this parameter holds it. Raises `RequestError` (BAD_PARAMETER)."""
-        value = self.converted(value)
-        right = type(value) is type(self.default)
-        if isinstance(value, tuple):
-            right = right and all(isinstance(entry, str) for entry in value)
+        found: Value = self.converted(value)
+        right = type(found) is type(self.default)
+        if isinstance(found, tuple):
+            right = right and all(isinstance(entry, str) for entry in found)
         if not right:
-            raise self._error(value, f"expected {_ARTICLE[self.type_name]}")
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            self._check_number(value)
-        if isinstance(value, str):
-            self._check_text(value)
-        return value
+            raise self._error(found, f"expected {_ARTICLE[self.type_name]}")
+        if isinstance(found, (int, float)) and not isinstance(found, bool):
+            self._check_number(found)
+        if isinstance(found, str):
+            self._check_text(found)
+        return found
 
     def converted(self, value: Any) -> Any:
         """`value` with the differences of notation removed, otherwise as it is, right or wrong.
@@ -182,7 +189,7 @@ def declared(settings_class: type) -> Mapping[str, Parameter]:
 
 
 def parameter_table(parameters: Mapping[str, Parameter]) -> str:
-    """The parameters as a Markdown table, as it stands in the README (a test compares the two)."""
+    """The parameters as a Markdown table, that of docs/parameters.md (a test compares them)."""
     rows = ["| parameter | type | default | bounds | change | meaning |", "| --- " * 6 + "|"]
     for item in parameters.values():
         bounds = item.bounds.replace("|", "\\|")

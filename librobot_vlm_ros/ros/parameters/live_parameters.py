@@ -3,13 +3,17 @@ applied.
 
 A wrong value at start (launch argument, parameter file) does not end the node: it is logged with
 its code, and configuring fails until the parameter is set right.
+
+rclpy 7.1.6 leaves a client's request unanswered that holds a value of no known type, takes the name
+"" for a declared one, and names nothing in its refusal of an undeclared one.
+`guard_parameter_services` refuses each of them as any other wrong value is.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +23,38 @@ from rcl_interfaces.msg import (
     ParameterDescriptor,
     SetParametersResult,
 )
+from rcl_interfaces.srv import SetParameters, SetParametersAtomically
 from rclpy.parameter import Parameter as RosParameter
 
-from librobot_vlm_ros.core import ErrorCode, RequestError, VlmError, as_vlm_error, escape_for_log
+from librobot_vlm_ros.core import (
+    ErrorCode,
+    RequestError,
+    VlmError,
+    as_vlm_error,
+    escape_for_log,
+    shortened,
+)
 from librobot_vlm_ros.models.checkpoints.path_policy import confined, open_to_clients, paths_in
-from librobot_vlm_ros.ros.parameters.declaration import Parameter, Value, When
+from librobot_vlm_ros.ros.parameters.arguments import unknown_argument
+from librobot_vlm_ros.ros.parameters.declaration import Parameter, Value, When, ros_value
 from librobot_vlm_ros.ros.parameters.settings import PARAMETERS, Settings
 
-__all__ = ["LiveParameters"]
+__all__ = ["LiveParameters", "guard_parameter_services"]
 
+_MOST_AT_ONCE = 256
+_TYPES = frozenset(kind.value for kind in RosParameter.Type)
 _NOT_OURS = ("use_sim_time", "start_type_description_service", "qos_overrides.")
+
+
+class _Calling(threading.local):
+    """What the thread that sets parameters is about."""
+
+    forced = False
+    """By `force`: configure-time parameters may change now."""
+    quiet = False
+    """By `set`: who calls it logs a refusal."""
+    error: VlmError | None = None
+    """The last refusal."""
 
 
 class LiveParameters:
@@ -50,10 +76,7 @@ class LiveParameters:
         self._node = node
         self._is_unconfigured = is_unconfigured
         self._on_change = on_change
-        self._refused = threading.local()  # what `set` gives back
-        self._forced = (
-            threading.local()
-        )  # `force` lets configure-time parameters through on its thread
+        self._calling = _Calling()
         self._lock = threading.Lock()
         self.errors: dict[str, VlmError] = {}
         self.settings = Settings()
@@ -67,27 +90,26 @@ class LiveParameters:
         """Set parameters that follow from what the node did, whatever its state (the model after a
         switch).
         """
-        self._forced.now = True
+        self._calling.forced = True
         try:
             self._node.set_parameters([_ros(PARAMETERS[n], value) for n, value in values.items()])
         finally:
-            self._forced.now = False
+            self._calling.forced = False
 
     def set(self, name: str, value: object) -> VlmError | None:
         """Set one parameter as a client would; the error when it is refused, which is the caller's
         to log.
         """
-        self._refused.quiet, self._refused.error = True, None
+        self._calling.quiet, self._calling.error = True, None
         try:
             (result,) = self._node.set_parameters([RosParameter(name, value=value)])
         except Exception as error:  # a value that is of no parameter type
             return as_vlm_error(error)
         finally:
-            self._refused.quiet = False
+            self._calling.quiet = False
         if result.successful:
             return None
-        refused: VlmError | None = self._refused.error
-        return refused or RequestError(ErrorCode.BAD_PARAMETER, result.reason)
+        return self._calling.error or RequestError(ErrorCode.BAD_PARAMETER, result.reason)
 
     def _declare(self) -> None:
         overrides = getattr(self._node, "_parameter_overrides", {})  # what was given at start
@@ -128,37 +150,33 @@ class LiveParameters:
     def _check(self, changes: list[RosParameter]) -> SetParametersResult:
         ours = {item.name: item.value for item in changes if item.name in PARAMETERS}
         try:
-            self._refuse_start_only(ours)
-            if not getattr(self._forced, "now", False) and not self._is_unconfigured():
-                self._refuse_configure_time(ours)
-            if not getattr(self._forced, "now", False):
+            self._refuse_fixed(ours)
+            if not self._calling.forced:
                 self._refuse_other_folders(ours)
             self.settings.changed(**ours)
         except VlmError as error:
-            self._refused.error = error
-            if not getattr(self._refused, "quiet", False):
+            self._calling.error = error
+            if not self._calling.quiet:
                 self._node.get_logger().warning(f"parameter refused: {error}")
             return SetParametersResult(successful=False, reason=str(error))
         return SetParametersResult(successful=True)
 
-    def _refuse_start_only(self, values: Mapping[str, object]) -> None:
-        """rclpy's own read-only parameters refuse the value that they have, too, so that a file of
-        `ros2 param dump` could not be loaded again.
+    def _refuse_fixed(self, values: Mapping[str, object]) -> None:
+        """Refuse changes that come too late. rclpy's own read-only parameters refuse the value that
+        they have, too, so that a file of `ros2 param dump` could not be loaded again.
         """
+        at_work = not self._calling.forced and not self._is_unconfigured()
         for name, value in values.items():
             item = PARAMETERS[name]
-            if item.when == When.START and item.checked(value) != getattr(self.settings, name):
+            if item.checked(value) == getattr(self.settings, name):
+                continue
+            if item.when == When.START:
                 raise RequestError(
                     ErrorCode.BAD_PARAMETER,
                     f"parameter {name} is read-only once the node has started",
                     "Start the node with another value.",
                 )
-
-    def _refuse_configure_time(self, values: Mapping[str, object]) -> None:
-        for name, value in values.items():
-            item = PARAMETERS[name]
-            same = item.checked(value) == getattr(self.settings, name)
-            if item.when == When.CONFIGURE and not same:
+            if item.when == When.CONFIGURE and at_work:
                 raise RequestError(
                     ErrorCode.BAD_PARAMETER,
                     f"parameter {name} takes effect when the node is configured",
@@ -202,10 +220,7 @@ class LiveParameters:
 
 
 def _ros(item: Parameter, value: Value) -> RosParameter:
-    if isinstance(value, tuple):
-        # rclpy takes an empty list for one of bytes; blank entries are left out again by `checked`.
-        return RosParameter(item.name, RosParameter.Type.STRING_ARRAY, list(value) or [""])
-    return RosParameter(item.name, value=value)
+    return RosParameter(item.name, value=ros_value(value))
 
 
 def _descriptor(item: Parameter) -> ParameterDescriptor:
@@ -223,3 +238,64 @@ def _descriptor(item: Parameter) -> ParameterDescriptor:
             floats = FloatingPointRange(from_value=item.low, to_value=item.high, step=0.0)
             descriptor.floating_point_range = [floats]
     return descriptor
+
+
+def guard_parameter_services(node: Any) -> None:
+    """Answer the services for setting, which rclpy has made for `node`, with these checks."""
+
+    def set_each(request: Any, response: Any) -> Any:
+        parameters = request.parameters
+        if too_many := _too_many(parameters):
+            response.results = [_refused(node, too_many)] * len(parameters)
+        else:
+            response.results = [_set(node, [parameter]) for parameter in parameters]
+        return response
+
+    def set_together(request: Any, response: Any) -> Any:
+        too_many = _too_many(request.parameters)
+        response.result = _refused(node, too_many) if too_many else _set(node, request.parameters)
+        return response
+
+    for service in node.services:
+        if service.srv_type is SetParameters:
+            service.callback = set_each
+        elif service.srv_type is SetParametersAtomically:
+            service.callback = set_together
+
+
+def _set(node: Any, parameters: Sequence[Any]) -> SetParametersResult:
+    """Set all of these messages, or refuse all of them."""
+    for parameter in parameters:
+        wrong = _wrong(node, parameter)
+        if wrong is not None:
+            return _refused(node, wrong)
+    return node.set_parameters_atomically([RosParameter.from_parameter_msg(p) for p in parameters])
+
+
+def _too_many(parameters: Sequence[Any]) -> VlmError | None:
+    """The error for a request that would hold up the executor for long."""
+    count = len(parameters)
+    if count <= _MOST_AT_ONCE:
+        return None
+    return RequestError(
+        ErrorCode.BAD_PARAMETER,
+        f"{count} parameters are to be set at once, expected at most {_MOST_AT_ONCE}",
+    )
+
+
+def _wrong(node: Any, parameter: Any) -> VlmError | None:
+    name, kind = parameter.name, parameter.value.type
+    if not node.has_parameter(name):
+        return unknown_argument(name, sorted(node.get_parameters_by_prefix("")), "parameter")
+    if kind not in _TYPES:
+        return RequestError(
+            ErrorCode.BAD_PARAMETER,
+            f"the value for parameter {shortened(name)} is of type {kind}, which there is not",
+            "Types are those of rcl_interfaces/msg/ParameterType.",
+        )
+    return None
+
+
+def _refused(node: Any, error: VlmError) -> SetParametersResult:
+    node.get_logger().warning(f"parameter refused: {error}")
+    return SetParametersResult(successful=False, reason=str(error))

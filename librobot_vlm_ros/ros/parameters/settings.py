@@ -1,7 +1,7 @@
 """The node's parameters, declared here and nowhere else, and what they say once they are checked.
 
 `Settings(**values)` validates every value and all of them together; `PARAMETERS` is the declaration
-that the node, the launch file, `librobot-vlm run` and the README's table are made from.
+that the node, the launch file, `librobot-vlm run` and the documentation's table are made from.
 """
 
 from __future__ import annotations
@@ -23,11 +23,9 @@ from librobot_vlm_ros.models import sha256_list
 from librobot_vlm_ros.models.checkpoints.path_policy import allowed_folders, confined
 from librobot_vlm_ros.ros.parameters.declaration import (
     Parameter,
-    Value,
     When,
     declared,
     parameter,
-    parameter_table,
 )
 from librobot_vlm_ros.ros.parameters.parameter_syntax import (
     CameraSetting,
@@ -288,13 +286,9 @@ class Settings:
             'Write a JSON object, such as {"latency_s": 0.05}.',
         )
 
-    def changed(self, **values: Value) -> Settings:
+    def changed(self, **values: Any) -> Settings:
         """A copy with these values, checked as a whole."""
         return dataclasses.replace(self, **values)
 
 
 PARAMETERS: Mapping[str, Parameter] = declared(Settings)
-
-
-if __name__ == "__main__":  # the table of the README
-    print(parameter_table(PARAMETERS), end="")

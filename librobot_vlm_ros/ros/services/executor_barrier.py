@@ -1,8 +1,8 @@
-"""Waiting until what came before has been dealt with.
+"""Waiting until the executor has dealt with what came before.
 
 A client that publishes an image and then asks about it expects an answer about that image. Queries
-come in on a thread of their own (see `intake`) and would overtake images that wait for the executor
-or for the decoder.
+come in on a thread of their own (see `service_thread`) and would overtake images that wait for the
+executor or for the decoder.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import threading
 from collections import deque
 from typing import Any
 
-from librobot_vlm_ros.ros.inputs.image_decoder import Decoder
+from librobot_vlm_ros.ros.latest_worker import LatestWorker
 
-__all__ = ["CaughtUp"]
+__all__ = ["ExecutorBarrier"]
 
 _marks = itertools.count()
 
 
-class CaughtUp:
+class ExecutorBarrier:
     """Marks that go the way of an image: through the executor of `node`, then through `decoder`."""
 
-    def __init__(self, node: Any, decoder: Decoder) -> None:
+    def __init__(self, node: Any, decoder: LatestWorker) -> None:
         self._decoder = decoder
         self._sent: deque[threading.Event] = deque()
         # Of what is ready in a round, the executor calls subscriptions before guard conditions.

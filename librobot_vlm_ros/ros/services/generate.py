@@ -25,10 +25,9 @@ from librobot_vlm_ros.core import (
     VlmError,
     as_vlm_error,
 )
-from librobot_vlm_ros.ros.services.async_service import SERVICES
-from librobot_vlm_ros.ros.services.query import Host
-from librobot_vlm_ros.ros.services.request_conversion import fill_answer, make_request
-from librobot_vlm_ros.runtime.requests import busy
+from librobot_vlm_ros.ros.services.request_conversion import Host, fill_answer, make_request
+from librobot_vlm_ros.ros.services.service_thread import SERVICE_QOS
+from librobot_vlm_ros.runtime.pending_request import busy
 
 __all__ = ["GenerateAction"]
 
@@ -88,15 +87,11 @@ class GenerateAction:
             goal_callback=lambda _goal: GoalResponse.ACCEPT,  # errors are answered in the result
             handle_accepted_callback=lambda handle: handle.execute(self._execute),
             cancel_callback=self._on_cancel,
-            goal_service_qos_profile=SERVICES,
-            result_service_qos_profile=SERVICES,
+            goal_service_qos_profile=SERVICE_QOS,
+            result_service_qos_profile=SERVICE_QOS,
             result_timeout=_RESULT_KEPT_S,
-            cancel_service_qos_profile=SERVICES,
+            cancel_service_qos_profile=SERVICE_QOS,
         )
-
-    def close(self) -> None:
-        """Take the action away."""
-        self._server.destroy()
 
     def _on_cancel(self, handle: ServerGoalHandle) -> CancelResponse:
         request_id = _request_id(handle)
@@ -105,7 +100,7 @@ class GenerateAction:
         # The engine answers CANCELLED at once; the thread of the goal waits until rclpy has noted
         # the wish.
         try:
-            self._host.served().engine.cancel(request_id)
+            self._host.request_context().engine.cancel(request_id)
         except VlmError as error:  # inactive by now: the goal ends anyway
             self._logger.info(f"cancelling a goal: {error}")
         return CancelResponse.ACCEPT
@@ -117,15 +112,16 @@ class GenerateAction:
         entered = self._enter(settings.queue_size + settings.max_batch)
         outcome: Result | VlmError
         try:
-            if not entered or self._host.engine_full():  # before a look at the image
+            if not entered:
                 raise busy(settings.queue_size)
-            served = self._host.served()
-            request = make_request(handle.request, served, _request_id(handle))
-            future = served.engine.submit(request, on_token=stream.add)
+            self._host.check_room()  # before a look at the image
+            context = self._host.request_context()
+            request = make_request(handle.request, context, _request_id(handle))
+            future = context.engine.submit(request, on_token=stream.add)
             with self._lock:
                 too_early = request.request_id in self._cancelled
             if too_early:  # the wish came before there was anything to cancel
-                served.engine.cancel(request.request_id)
+                context.engine.cancel(request.request_id)
             outcome = future.result()
         except Exception as error:
             outcome = as_vlm_error(error)

@@ -8,13 +8,13 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Mapping
-from typing import Any
+from concurrent.futures import Future
+from typing import Any, Protocol
 
 from librobot_vlm_ros.core import (
     EngineError,
     ErrorCode,
     Frame,
-    GenerationParams,
     InferenceInfo,
     InferenceRequest,
     RequestError,
@@ -23,25 +23,23 @@ from librobot_vlm_ros.core import (
     clean_prompt,
     get_task,
 )
-from librobot_vlm_ros.ros.inputs.camera import Camera
-from librobot_vlm_ros.ros.outputs.messages import (
+from librobot_vlm_ros.ros.inputs.camera import Camera, frame_from_message, stamp_ns
+from librobot_vlm_ros.ros.outputs.results import (
     embedding_message,
-    frame_from_image,
     grounding_message,
     info_message,
-    stamp_ns,
 )
 from librobot_vlm_ros.ros.parameters.settings import Settings
-from librobot_vlm_ros.runtime import Engine
+from librobot_vlm_ros.runtime import Engine, LoadReport
 
-__all__ = ["Served", "fill_answer", "make_request", "not_active", "timeout_of"]
+__all__ = ["Host", "RequestContext", "fill_answer", "make_request", "not_active", "timeout_of"]
 
 _MAX_TIMEOUT_S = 86400.0
 _numbers = itertools.count(1)
 
 
 @dataclasses.dataclass(frozen=True)
-class Served:
+class RequestContext:
     """What requests are made from; a snapshot of the node."""
 
     engine: Engine
@@ -51,21 +49,49 @@ class Served:
     """Lifecycle state."""
 
 
-def make_request(goal: Any, served: Served, request_id: str = "") -> InferenceRequest:
+class Host(Protocol):
+    """What the services and the action need of the node."""
+
+    @property
+    def settings(self) -> Settings:
+        """Parameters now."""
+
+    def request_context(self) -> RequestContext:
+        """Engine and cameras; raises `EngineError` NOT_ACTIVE while there are none."""
+
+    def check_room(self) -> None:
+        """Raises `EngineError` where a request would be refused: BUSY, NOT_ACTIVE."""
+
+    def catch_up(self, timeout_s: float) -> bool:
+        """Wait for the images that have arrived; False where that takes longer."""
+
+    def active_model(self) -> str:
+        """Name of the loaded model, "" when none is."""
+
+    def switch(
+        self, model: str, weights: str, device: str, dtype: str, timeout_s: float
+    ) -> Future[LoadReport]:
+        """Change the model without leaving the state. Raises `VlmError` when it cannot be tried."""
+
+
+def make_request(goal: Any, context: RequestContext, request_id: str = "") -> InferenceRequest:
     """The request that a `Query` request or `Generate` goal describes. Raises `VlmError`."""
-    if served.state != "active":
-        raise not_active(served.state)
+    if context.state != "active":
+        raise not_active(context.state)
     spec = get_task(goal.task)
-    timeout_s = timeout_of(goal.timeout_s, served.settings.request_timeout_s)
+    timeout_s = timeout_of(goal.timeout_s, context.settings.request_timeout_s)
+    params = context.settings.generation()
+    if goal.max_new_tokens:
+        params = dataclasses.replace(params, max_new_tokens=int(goal.max_new_tokens))
     return InferenceRequest(
         request_id=request_id or f"query/{next(_numbers)}",
-        frame=_frame(goal, served),
+        frame=_frame(goal, context),
         task=spec.name,
         prompt=clean_prompt(goal.prompt, required=spec.needs_text),
         # Checked by InferenceRequest, and not copied before: it may be of any length.
         region=goal.region if len(goal.region) else None,
-        params=_params(goal, served.settings),
-        deadline_ns=served.engine.now_ns() + round(timeout_s * 1e9),
+        params=params,
+        deadline_ns=context.engine.now_ns() + round(timeout_s * 1e9),
     )
 
 
@@ -79,18 +105,11 @@ def not_active(state: str) -> EngineError:
     return EngineError(ErrorCode.NOT_ACTIVE, f"the node is {state}", hint)
 
 
-def _params(goal: Any, settings: Settings) -> GenerationParams:
-    params = settings.generation()
-    if goal.max_new_tokens:
-        params = dataclasses.replace(params, max_new_tokens=int(goal.max_new_tokens))
-    return params
-
-
 def timeout_of(asked_s: float, default_s: float) -> float:
     """Seconds that a request may take; 0 asks for the default. Raises `RequestError`."""
     if asked_s == 0.0:
         return default_s
-    if not 0.0 < asked_s <= _MAX_TIMEOUT_S or not math.isfinite(asked_s):
+    if not 0.0 < asked_s <= _MAX_TIMEOUT_S:  # NaN is in no interval
         raise RequestError(
             ErrorCode.BAD_PARAMETER,
             f"timeout_s is {asked_s:g}, expected 0 (the node's default) to {_MAX_TIMEOUT_S:g}",
@@ -98,13 +117,13 @@ def timeout_of(asked_s: float, default_s: float) -> float:
     return asked_s
 
 
-def _frame(goal: Any, served: Served) -> Frame:
-    engine, settings = served.engine, served.settings
+def _frame(goal: Any, context: RequestContext) -> Frame:
+    engine, settings = context.engine, context.settings
     if goal.use_image:
-        return frame_from_image(
+        return frame_from_message(
             goal.image, "", received_ns=engine.now_ns(), allow_depth=settings.allow_depth
         )
-    name = goal.camera or next(iter(served.cameras))
+    name = goal.camera or next(iter(context.cameras))
     wanted_ns = stamp_ns(goal.stamp)
     try:
         if wanted_ns:
@@ -114,7 +133,7 @@ def _frame(goal: Any, served: Served) -> Frame:
         limit_s = 0.0 if settings.lock_step else settings.camera_timeout_s
         return engine.latest(name, max_age_s=limit_s)
     except VlmError as error:
-        camera = served.cameras.get(name)
+        camera = context.cameras.get(name)
         missing = camera.missing(now=True) if camera is not None else None
         if missing is not None and error.code in (ErrorCode.NO_FRAME, ErrorCode.FRAME_TOO_OLD):
             raise missing from error

@@ -1,15 +1,21 @@
-"""A thread that takes the requests of some services, beside the executor.
+"""A thread that serves some of a node's services beside the executor. Each answers later, when the
+answer is there.
 
-rclpy's executor builds a wait set of all that a node has for each round, and a round takes one
-request of a service: at 1,000 refusals a second that was half of the 0.56 ms of processor time
-that each took. Here the wait set holds these services alone and is built once, a round takes what
-has come, and a flood holds up neither cameras nor timers.
+rclpy sends what a service callback returns. A callback that waits for the model would hold the
+executor's thread, and a coroutine that awaits a future is polled by rclpy's executors (7.1) without
+a pause. Here a handler gets the request and a `Reply` and returns at once; whoever has the answer,
+on any thread, calls `reply.send(response)`.
+
+A flood of calls must neither lose one nor hold up cameras and timers. rclpy's executor builds a
+wait set of all that a node has for each round, and a round takes one request of a service: at
+1,000 refusals a second that was half of the 0.56 ms of processor time that each took, and requests
+were overwritten before they were seen. Here the wait set holds these services alone and is built
+once, a round takes what has come, and the readers are deeper than the 10 of services as they come.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -17,18 +23,54 @@ from typing import Any
 from rclpy.callback_groups import CallbackGroup
 from rclpy.guard_condition import GuardCondition
 from rclpy.impl.implementation_singleton import rclpy_implementation
+from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
 
-from librobot_vlm_ros.ros.monitoring.log_throttle import Throttled
-from librobot_vlm_ros.ros.services.async_service import SERVICES, Reply
+from librobot_vlm_ros.ros.monitoring.log_throttle import ThrottledLog
 
-__all__ = ["Intake"]
+__all__ = ["SERVICE_QOS", "Handler", "Reply", "ServiceThread"]
+
+#: Reliable and keeping the last, as services are, with room for a quarter of a second of 1,000
+#: calls a second. The depth also bounds a flood's memory: that many requests with their images.
+SERVICE_QOS = QoSProfile(
+    history=HistoryPolicy.KEEP_LAST, depth=256, reliability=ReliabilityPolicy.RELIABLE
+)
 
 #: Requests of one service taken before the others are looked at.
 _AT_ONCE = 32
 _AFTER_A_FAULT_S = 0.01  # one that comes back at once must not take the processor
 
 
-class _LeftOut(CallbackGroup):
+class Reply:
+    """The way back to the client of one request. `send` works once and from any thread."""
+
+    def __init__(self, service: Any, header: Any, on_lost: Callable[[Exception], None]) -> None:
+        self._service = service
+        self._header = header
+        self._on_lost = on_lost
+        self._lock = threading.Lock()
+        self._sent = False
+
+    def make_response(self) -> Any:
+        """An empty response of the service's type."""
+        return self._service.srv_type.Response()
+
+    def send(self, response: Any) -> None:
+        """Answer the client. A second call does nothing; a client that has gone is only noted."""
+        with self._lock:
+            if self._sent:
+                return
+            self._sent = True
+        try:
+            self._service.send_response(response, self._header)
+        except Exception as error:  # rcl reports a client that has gone with several exceptions
+            self._on_lost(error)
+
+
+Handler = Callable[[Any, Reply], None]
+"""Called with each request. Must not block, and sends exactly one reply, some time."""
+
+
+class _NotForTheExecutor(CallbackGroup):
     """What is in it, the executor leaves alone."""
 
     def can_execute(self, entity: Any) -> bool:
@@ -43,30 +85,33 @@ class _LeftOut(CallbackGroup):
         """Nothing has begun."""
 
 
-class Intake:
-    """Services that a thread of its own takes requests of: `serve` each, then `start`."""
+class ServiceThread:
+    """Name the services by `serve` and `take_over`, then `start`."""
 
-    def __init__(self, node: Any, complaints: Throttled) -> None:
+    def __init__(self, node: Any, throttled_log: ThrottledLog) -> None:
         self._node = node
-        self._complaints = complaints
-        self._group = _LeftOut()
-        self._served: list[tuple[Any, Callable[[Any, Reply], None]]] = []
+        self._log = throttled_log
+        self._group = _NotForTheExecutor()
+        self._served: list[tuple[Any, Handler]] = []
         self._ending = threading.Event()
         self._wake = GuardCondition(None, None, context=node.context)
-        self._thread = threading.Thread(target=self._run, name="vlm-intake", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="vlm-services", daemon=True)
 
-    def serve(self, service_type: Any, name: str, handle: Callable[[Any, Reply], None]) -> None:
-        """`handle(request, reply)` is called on the thread for each request. It must not block, and
-        sends exactly one reply, some time, from any thread.
-        """
+    def serve(self, service_type: Any, name: str, handler: Handler) -> None:
+        """Offer a service."""
         service = self._node.create_service(
             service_type,
             name,
             lambda _request, response: response,  # nobody calls it
-            qos_profile=SERVICES,
+            qos_profile=SERVICE_QOS,
             callback_group=self._group,
         )
-        self._served.append((service, handle))
+        self._served.append((service, handler))
+
+    def take_over(self, service: Any, handler: Handler) -> None:
+        """Serve a service that rclpy has made. To be called before an executor has the node."""
+        service.callback_group = self._group
+        self._served.append((service, handler))
 
     def start(self) -> None:
         """Begin to take requests."""
@@ -92,7 +137,7 @@ class Intake:
                     self._round(waiting, handles)
                 except Exception as error:
                     if not self._ending.is_set():
-                        self._complaints.error("intake", f"requests could not be taken: {error!r}")
+                        self._log.error("services", f"requests could not be taken: {error!r}")
                         self._ending.wait(_AFTER_A_FAULT_S)
 
     def _round(self, waiting: Any, handles: list[Any]) -> None:
@@ -102,20 +147,16 @@ class Intake:
             waiting.add_service(handle)
         waiting.wait(-1)
         ready = waiting.get_ready_entities("service")
-        for service, handle in self._served:
+        for service, handler in self._served:
             if service.handle.pointer in ready:
-                self._take(service, handle)
+                self._take(service, handler)
 
-    def _take(self, service: Any, handle: Callable[[Any, Reply], None]) -> None:
-        request_type, response_type = service.srv_type.Request, service.srv_type.Response
+    def _take(self, service: Any, handler: Handler) -> None:
         for _ in range(_AT_ONCE):
-            request, header = service.handle.service_take_request(request_type)
+            request, header = service.handle.service_take_request(service.srv_type.Request)
             if header is None:
                 return
-            send = functools.partial(service.send_response, header=header)
-            handle(request, Reply(response_type, self._on_lost, send))
+            handler(request, Reply(service, header, self._on_lost))
 
     def _on_lost(self, error: Exception) -> None:
-        self._complaints.warning(
-            "lost", f"an answer could not be sent, the client has gone: {error}"
-        )
+        self._log.warning("lost", f"an answer could not be sent, the client has gone: {error}")

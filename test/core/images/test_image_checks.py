@@ -9,15 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from librobot_vlm_ros.core import (
-    ENCODINGS,
-    ErrorCode,
-    ImageError,
-    Limits,
-    VlmError,
-    decode_image,
-    get_encoding,
-)
+from librobot_vlm_ros.core import ErrorCode, ImageError, Limits, VlmError, decode_image
+from librobot_vlm_ros.core.images.encodings import ENCODINGS, get_encoding
 
 
 def refused(**changes):

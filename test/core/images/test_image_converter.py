@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from librobot_vlm_ros.core import ErrorCode, ModelError, VlmError, converter_name, decode_image
+from librobot_vlm_ros.core import ErrorCode, ModelError, VlmError, decode_image
 from librobot_vlm_ros.core.images import converter as convert_module
 
 WORKS = "return np.ndarray((m.height, m.width, 3), np.uint8, m.data)[..., ::-1].copy()"
@@ -54,12 +54,12 @@ def decode_bgr(colour=(1, 2, 3)):
 
 def test_cv_bridge_is_taken_where_it_is_installed(install_bridge):
     install_bridge(WORKS)
-    assert converter_name() == "cv_bridge"
+    assert convert_module._converter()[0] == "cv_bridge"
     assert decode_bgr() == [[[3, 2, 1]]]
 
 
 def test_rosbags_image_is_taken_elsewhere_without_a_word(no_bridge, caplog):
-    assert converter_name() == "rosbags-image"
+    assert convert_module._converter()[0] == "rosbags-image"
     assert decode_bgr() == [[[3, 2, 1]]]
     assert caplog.text == ""
 
@@ -80,7 +80,7 @@ def test_a_cv_bridge_that_does_not_work_is_said_and_passed_over(
 ):
     install_bridge(body, before)
     with caplog.at_level(logging.WARNING):
-        assert converter_name() == "rosbags-image"
+        assert convert_module._converter()[0] == "rosbags-image"
     assert "cv_bridge is installed but not usable" in caplog.text
     assert reason in caplog.text
     assert decode_bgr() == [[[3, 2, 1]]]
@@ -89,7 +89,7 @@ def test_a_cv_bridge_that_does_not_work_is_said_and_passed_over(
 def test_a_cv_bridge_that_hangs_is_passed_over(install_bridge, monkeypatch, caplog):
     install_bridge("import time; time.sleep(60)")
     monkeypatch.setattr(convert_module, "_PROBE_TIMEOUT_S", 0.2)
-    assert converter_name() == "rosbags-image"
+    assert convert_module._converter()[0] == "rosbags-image"
     assert "TimeoutExpired" in caplog.text
 
 
@@ -130,11 +130,9 @@ def test_a_conversion_that_fails_is_a_coded_error(install_bridge, body, code):
 def test_opencv_missing_is_a_coded_error(monkeypatch):
     from librobot_vlm_ros.core.images import compressed
 
-    compressed._opencv.cache_clear()
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(ModelError, match="opencv") as caught:
         compressed._opencv()
-    compressed._opencv.cache_clear()
     assert caught.value.code is ErrorCode.MISSING_DEPENDENCY
 
 

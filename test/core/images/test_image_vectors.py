@@ -9,8 +9,9 @@ import sys
 import numpy as np
 import pytest
 
-from librobot_vlm_ros.core import ENCODINGS, converter_name, decode_image
+from librobot_vlm_ros.core import decode_image
 from librobot_vlm_ros.core.images import converter as convert_module
+from librobot_vlm_ros.core.images.encodings import ENCODINGS
 
 CONVERTERS = [
     name
@@ -26,7 +27,7 @@ def converter(request):
         if request.param == "rosbags-image":
             patch.setitem(sys.modules, "cv_bridge", None)
         convert_module._converter.cache_clear()
-        assert converter_name() == request.param
+        assert convert_module._converter()[0] == request.param
         yield request.param
     convert_module._converter.cache_clear()
 

@@ -17,14 +17,9 @@ import cv2
 import numpy as np
 import pytest
 
-from librobot_vlm_ros.core import (
-    ENCODINGS,
-    ErrorCode,
-    VlmError,
-    converter_name,
-    decode_compressed,
-    decode_image,
-)
+from librobot_vlm_ros.core import ErrorCode, VlmError, decode_compressed, decode_image
+from librobot_vlm_ros.core.images import converter
+from librobot_vlm_ros.core.images.encodings import ENCODINGS
 
 CASES = int(os.environ.get("TORTURE_IMAGE_CASES", "1000"))
 SEED = int(os.environ.get("TORTURE_SEED", "20240607"))
@@ -314,7 +309,7 @@ def resident_bytes():
 
 @pytest.fixture(scope="module", autouse=True)
 def libraries_loaded():
-    converter_name()
+    converter._converter()
     decode_compressed(picture(random.Random(0), "png"))
 
 

@@ -14,7 +14,7 @@ from librobot_vlm_ros.models.cache.image_features import FrameCache
 
 
 def test_pixels_are_made_once_though_two_threads_want_them(frame):
-    entry, made, go = FrameCache().held(frame), [], threading.Event()
+    entry, made, go = FrameCache().lookup(frame), [], threading.Event()
 
     def slowly(pixels):
         made.append(threading.current_thread().name)
@@ -32,7 +32,7 @@ def test_pixels_are_made_once_though_two_threads_want_them(frame):
 
 
 def test_what_failed_ahead_is_tried_again_and_tells_the_request(frame):
-    entry = FrameCache().held(frame)
+    entry = FrameCache().lookup(frame)
 
     def broken(pixels):
         raise ValueError("too narrow")
@@ -46,11 +46,11 @@ def test_what_failed_ahead_is_tried_again_and_tells_the_request(frame):
 def test_the_frames_used_last_are_kept(make_frame):
     cache = FrameCache(capacity=2)
     first, second, third = (make_frame(seed) for seed in range(3))
-    entry = cache.held(first)
-    cache.held(second)
-    assert cache.held(first) is entry
-    cache.held(third)
-    assert cache.held(first) is entry
+    entry = cache.lookup(first)
+    cache.lookup(second)
+    assert cache.lookup(first) is entry
+    cache.lookup(third)
+    assert cache.lookup(first) is entry
     assert len(cache) == 2
 
 
@@ -84,7 +84,7 @@ def test_a_frame_prepared_ahead_gives_the_same_answer(vlm, ask, make_frame):
     assert (ahead.text, ahead.regions) == (plain.text, plain.regions)
     assert vlm.backend.frame_counts()["ahead"] == 1
     vlm.backend.prepare_frame(frame)  # its features are there: nothing to do
-    assert vlm.backend.frames.held(frame).pixels is None
+    assert vlm.backend.frames.lookup(frame).pixels is None
 
 
 def test_a_closed_model_prepares_nothing(vlm, frame):
@@ -97,7 +97,7 @@ def test_a_closed_model_prepares_nothing(vlm, frame):
 def test_frames_are_told_apart_though_their_numbers_are_equal():
     cache, pixels = FrameCache(), np.zeros((2, 2, 3), np.uint8)
     one, other = (Frame(pixels, "c", 1, sequence=1) for _ in range(2))
-    assert cache.held(one) is not cache.held(other)
+    assert cache.lookup(one) is not cache.lookup(other)
 
 
 def test_frames_are_prepared_ahead_where_a_core_is_left_for_it(vlm, monkeypatch):
@@ -113,5 +113,5 @@ def test_frames_are_prepared_ahead_where_a_core_is_left_for_it(vlm, monkeypatch)
 
 def test_input_size_is_that_of_the_prepared_pixels(vlm, frame):
     vlm.backend.prepare_frame(frame)
-    height, width = vlm.backend.frames.held(frame).pixels.shape[:2]
+    height, width = vlm.backend.frames.lookup(frame).pixels.shape[:2]
     assert vlm.backend.input_size(frame.width, frame.height) == (width, height)

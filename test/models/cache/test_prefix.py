@@ -62,7 +62,7 @@ def test_a_second_question_on_a_frame_reads_its_own_words_only(
     again = answers(vlm, second)
     assert again == expected
     assert vlm.backend.prefixes.hits == 1
-    image = len(vlm.backend.frames.held(frame).features.vectors)
+    image = len(vlm.backend.frames.lookup(frame).features.vectors)
     assert passes[0][1] > image >= 4 > 0
     assert passes[1][1] < passes[0][1] - image + 10  # a few words more than the first question
 
@@ -115,8 +115,8 @@ def test_features_that_were_made_anew_are_read_anew(vlm, ask, make_frame) -> Non
     with torch.no_grad():
         for parameter in vlm.vision_encoder.parameters():
             parameter.add_(0.3)
-    entry = vlm.backend.frames.held(frame)
-    entry.features = entry.seen = None
+    entry = vlm.backend.frames.lookup(frame)
+    entry.features = None
     entry.pixels = vlm.pixels(frame.pixels)
     assert answers(vlm, request) != first
     assert vlm.backend.prefixes.hits == 0

@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from librobot_vlm_ros.core import ErrorCode, ModelError, RequestError
 from librobot_vlm_ros.models import create_vlm, sha256_list
@@ -36,7 +38,8 @@ def test_shards_have_the_digest_of_their_names_and_digests(tmp_path: Path) -> No
 
 def test_a_tower_in_the_folder_counts_too(tmp_path: Path) -> None:
     (tmp_path / "vision_tower").mkdir()
-    (tmp_path / "model.safetensors").write_bytes(b"words")
+    (tmp_path / "config.json").write_text('{"mm_projector_type": "mlp2x_gelu"}')
+    save_file({"words": torch.zeros(1)}, tmp_path / "model.safetensors")
     (tmp_path / "vision_tower" / "model.safetensors").write_bytes(b"eyes")
     before = weights_sha256(tmp_path)
     (tmp_path / "vision_tower" / "model.safetensors").write_bytes(b"other eyes")
@@ -45,6 +48,7 @@ def test_a_tower_in_the_folder_counts_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["vae-oid.npz", "mask_decoder.safetensors"])
 def test_a_decoder_of_masks_in_the_folder_counts_too(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "paligemma"}')
     (tmp_path / "model.safetensors").write_bytes(b"words")
     alone = weights_sha256(tmp_path)
     (tmp_path / name).write_bytes(b"masks")

@@ -148,7 +148,7 @@ def test_what_is_neither_a_folder_nor_an_id_is_refused(source: str) -> None:
 def test_the_shipped_model_needs_no_network(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights_module, "_SHIPPED", tmp_path)
+    monkeypatch.setattr(weights_module, "_SHIPPED", str(tmp_path))
     with pytest.raises(ModelError) as caught:
         find_weights(TABLETOP, None)
     assert caught.value.code == ErrorCode.WEIGHTS_NOT_FOUND

@@ -17,7 +17,7 @@ from librobot_vlm_ros.core import ErrorCode, ModelError, as_vlm_error
 from librobot_vlm_ros.models import create_vlm, load_module
 from librobot_vlm_ros.models.catalog import CATALOG
 from librobot_vlm_ros.models.checkpoints.shards import tensor_names
-from librobot_vlm_ros.models.families.florence2.configuration import FlorenceConfig, variants
+from librobot_vlm_ros.models.families.florence2.configuration import FlorenceConfig
 from librobot_vlm_ros.models.testing.florence2 import edit_json
 
 
@@ -295,7 +295,7 @@ def test_settings_of_no_use(folder: Path, name: str, change: dict | None) -> Non
     assert caught.value.code == ErrorCode.BAD_CONFIG
 
 
-@pytest.mark.parametrize("name", variants())
+@pytest.mark.parametrize("name", FlorenceConfig.variants)
 def test_the_true_configuration_has_as_many_parameters_as_the_published_model(name: str) -> None:
     config = FlorenceConfig(name).to_transformers()
     with torch.device("meta"):

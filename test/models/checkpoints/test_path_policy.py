@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from librobot_vlm_ros.core import BagError, ErrorCode, VlmError
-from librobot_vlm_ros.models.checkpoints.local_weights import hub_cache, shipped_folder
+from librobot_vlm_ros.models.checkpoints.hub import hub_cache, shipped_folder
 from librobot_vlm_ros.models.checkpoints.path_policy import (
     allowed_folders,
     confined,
@@ -74,7 +75,7 @@ def test_a_folder_that_looks_like_an_id_is_a_folder(
 def test_without_a_list_clients_reach_siblings_shipped_weights_and_the_cache(
     models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     (models / "other").mkdir()
     open_folders = open_to_clients((), str(models / "mine"))
     assert not refused(str(models / "other"), *open_folders)

@@ -13,7 +13,7 @@ from librobot_vlm_ros.models import create_vlm
 from librobot_vlm_ros.models.checkpoints import size_limits as proportions
 from librobot_vlm_ros.models.checkpoints.shards import read_config
 from librobot_vlm_ros.models.checkpoints.size_limits import refuse_endless, refuse_oversized
-from librobot_vlm_ros.models.placement import place
+from librobot_vlm_ros.models.placement import resolve_placement
 
 MANY = 10**9
 
@@ -61,18 +61,18 @@ def test_a_model_that_no_memory_of_the_machine_could_hold_is_refused(monkeypatch
     with torch.device("meta"):
         shape = nn.Linear(2**20, 2**20)  # 4.4 TB
     with pytest.raises(VlmError, match=r"takes 4398\.\d GB as cpu, float32") as caught:
-        refuse_oversized(shape, place("cpu", "float32"))
+        refuse_oversized(shape, resolve_placement("cpu", "float32"))
     assert caught.value.code == ErrorCode.OUT_OF_MEMORY
     monkeypatch.setattr(proportions, "_memory_bytes", lambda device: 2**40 * 2 + 2**21)
     with torch.device("meta"):
-        refuse_oversized(nn.Linear(2**20, 2**20), place("cpu", "bfloat16"))  # just fits
+        refuse_oversized(nn.Linear(2**20, 2**20), resolve_placement("cpu", "bfloat16"))  # just fits
 
 
 def test_buffers_count_too(monkeypatch):
     shape = nn.Module()
     shape.register_buffer("positions", torch.empty(10**13, dtype=torch.int64, device="meta"))
     with pytest.raises(VlmError) as caught:
-        refuse_oversized(shape, place("cpu", "float32"))
+        refuse_oversized(shape, resolve_placement("cpu", "float32"))
     assert caught.value.code == ErrorCode.OUT_OF_MEMORY
 
 

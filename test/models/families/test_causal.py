@@ -9,7 +9,7 @@ import torch
 
 from librobot_vlm_ros.core import ErrorCode, ModelError, RequestError
 from librobot_vlm_ros.models import create_vlm, get_vlm
-from librobot_vlm_ros.models.generation.causal_decoder import weave
+from librobot_vlm_ros.models.generation.causal_decoder import merge_order
 
 _VISION = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
 _VISION |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
@@ -95,11 +95,11 @@ def test_words_need_a_tokenizer_and_a_config_known_fields(vlm) -> None:
     ],
 )
 def test_the_image_has_its_place(ids: list[int], count: int, expected: list[int]) -> None:
-    assert weave(ids, (count,) if count else (), image_token=9, begin_token=1) == expected
+    assert merge_order(ids, (count,) if count else (), image_token=9, begin_token=1) == expected
 
 
 @pytest.mark.parametrize(("ids", "count"), [([9, 5, 9], 2), ([9, 9, 9], 2), ([1, 9], 0)])
 def test_an_image_that_does_not_fit_its_tokens_is_refused(ids: list[int], count: int) -> None:
     with pytest.raises(RequestError) as caught:
-        weave(ids, (count,) if count else (), image_token=9, begin_token=1)
+        merge_order(ids, (count,) if count else (), image_token=9, begin_token=1)
     assert caught.value.code == ErrorCode.BAD_PARAMETER

@@ -128,7 +128,7 @@ def test_a_model_resizes_as_it_was_told(tiny_folder, frame):
     for how in ("exact", "fast"):
         vlm = create_vlm("florence-2-base", pretrained=str(tiny_folder), device="cpu", resize=how)
         vlm.backend.prepare_frame(frame)
-        found[how] = vlm.backend.frames.held(frame).pixels
+        found[how] = vlm.backend.frames.lookup(frame).pixels
     assert np.array_equal(found["exact"], squash(frame.pixels, vlm.images))
     assert np.array_equal(found["fast"], squash(frame.pixels, vlm.images, FAST))
     assert 0 < difference(found["fast"], found["exact"])[1] < 0.05

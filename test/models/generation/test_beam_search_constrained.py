@@ -15,15 +15,15 @@ from librobot_vlm_ros.models.families.qwen_vl.processor import parse_token_boxes
 from librobot_vlm_ros.models.generation.beam_search import beam_search, fits
 from librobot_vlm_ros.models.generation.config import CoordinateBins, Generated, GenerationConfig
 from librobot_vlm_ros.models.generation.constraints.box_syntax import TokenBoxes
-from librobot_vlm_ros.models.generation.constraints.location_tokens import BoxGrammar
-from librobot_vlm_ros.models.generation.constraints.token_grammar import notation_grammar
+from librobot_vlm_ros.models.generation.constraints.location_tokens import BoxConstraint
+from librobot_vlm_ros.models.generation.constraints.syntax_constraint import syntax_constraint
 from librobot_vlm_ros.models.generation.loop import generate
 from librobot_vlm_ros.models.testing import qwen_vl as conformance_qwen_folder
 from librobot_vlm_ros.models.tokenizer import CausalTokenizer
 
 #: Tokens 10 to 15 are the locations; 2 ends an answer, 3 to 9 are words.
 FIRST, COUNT, SIZE = 10, 6, 16
-BOXES = BoxGrammar(FIRST, COUNT)
+BOXES = BoxConstraint(FIRST, COUNT)
 RULES = GenerationConfig(
     eos=(2,), pad=1, max_new_tokens=14, num_beams=3, coordinates=CoordinateBins(FIRST, COUNT, 1),
     early_stopping=True, suppressed=(0, 1),
@@ -153,7 +153,7 @@ def test_boxes_that_are_written_as_text(tmp_path: Path) -> None:
             self.rows, self.place = 1, 0
 
     def answer(seed: int, *, bound: bool) -> Generated:
-        grammars = [notation_grammar(words, TokenBoxes(), [eos])] if bound else []
+        grammars = [syntax_constraint(words, TokenBoxes(), [eos])] if bound else []
         (row,) = generate(
             Written(seed), rules, past(), grammars=grammars, again=lambda _: (Written(seed), past())
         )

@@ -13,26 +13,26 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from librobot_vlm_ros.bench.scripted import Scripted
+from librobot_vlm_ros.bench.structured import Scripted
 from librobot_vlm_ros.core import GenerationParams
 from librobot_vlm_ros.models import create_vlm
 from librobot_vlm_ros.models.families.internvl2 import processor as internvl_prompts
 from librobot_vlm_ros.models.families.internvl2.processor import parse_boxes
 from librobot_vlm_ros.models.families.qwen_vl import processor as qwen_prompts
 from librobot_vlm_ros.models.families.qwen_vl.processor import parse_json_boxes, parse_token_boxes
-from librobot_vlm_ros.models.generation.config import Except, Some
+from librobot_vlm_ros.models.generation.config import AllExcept, TokenSet
 from librobot_vlm_ros.models.generation.constraints.box_syntax import (
     JsonBoxes,
     ListBoxes,
     TokenBoxes,
 )
-from librobot_vlm_ros.models.generation.constraints.token_grammar import notation_grammar
+from librobot_vlm_ros.models.generation.constraints.syntax_constraint import syntax_constraint
 from librobot_vlm_ros.models.generation.loop import generate
 from librobot_vlm_ros.models.testing import qwen_vl as conformance_qwen_folder
 from librobot_vlm_ros.models.testing.internvl2 import write_official
 from librobot_vlm_ros.models.tokenizer import CausalTokenizer, added_tokens
 
-NOTATIONS: dict[str, tuple[Any, Callable[..., Any]]] = {
+SYNTAXES: dict[str, tuple[Any, Callable[..., Any]]] = {
     "qwen2": (TokenBoxes(), parse_token_boxes),
     "internvl": (ListBoxes(), parse_boxes),
     "qwen3": (JsonBoxes(), parse_json_boxes),
@@ -69,10 +69,10 @@ BITS = {
 }
 
 
-def read(notation: Any, text: str) -> Any:
-    state = notation.start
+def read(syntax: Any, text: str) -> Any:
+    state = syntax.start
     for char in text:
-        state = notation.step(state, char)
+        state = syntax.step(state, char)
         if state is None:
             return None
     return state
@@ -86,33 +86,33 @@ def mutated(family: str, chance: random.Random) -> str:
     return text
 
 
-@pytest.mark.parametrize("family", sorted(NOTATIONS))
+@pytest.mark.parametrize("family", sorted(SYNTAXES))
 def test_whatever_the_parser_reads_may_be_written(family: str) -> None:
-    notation, parse = NOTATIONS[family]
+    syntax, parse = SYNTAXES[family]
     for text in GOOD[family]:
         assert parse(text, 100, 100)[1] == 0, text
-        assert notation.ends(read(notation, text)), text
+        assert syntax.ends(read(syntax, text)), text
     chance, good = random.Random(5), 0
     for _ in range(10_000):
         text = mutated(family, chance)
         if parse(text, 100, 100)[1]:
             continue
         good += 1
-        state = read(notation, text)
+        state = read(syntax, text)
         assert state is not None, text
-        assert notation.ends(state), text
+        assert syntax.ends(state), text
     assert good > 1000
 
 
 @pytest.mark.parametrize("family", ["qwen2", "internvl"])
 def test_what_may_be_written_is_read_without_a_box_that_is_none(family: str) -> None:
-    notation, parse = NOTATIONS[family]
+    syntax, parse = SYNTAXES[family]
     pieces = {"qwen2": qwen_prompts, "internvl": internvl_prompts}[family]._PIECE
     chance, whole = random.Random(6), 0
     for _ in range(10_000):
         text = mutated(family, chance)
-        state = read(notation, text)
-        if state is None or not notation.ends(state):
+        state = read(syntax, text)
+        if state is None or not syntax.ends(state):
             continue
         regions, malformed = parse(text, 100, 100)
         # An answer without any box counts as one that is none, and bare text is not bound.
@@ -218,13 +218,13 @@ def pieces(tmp_path_factory: pytest.TempPathFactory) -> CausalTokenizer:
     )
 
 
-def holds(some: Some, token: int) -> bool:
+def holds(some: TokenSet, token: int) -> bool:
     if some is None:
         return True
-    return token not in some.tokens if isinstance(some, Except) else token in some
+    return token not in some.tokens if isinstance(some, AllExcept) else token in some
 
 
-def write(grammar: Any, tokenizer: CausalTokenizer, text: str) -> list[int]:
+def write(constraint: Any, tokenizer: CausalTokenizer, text: str) -> list[int]:
     """The text in a splitting of our own: the longest pieces that there are."""
     before = tokenizer.words("0")
     vocabulary = {
@@ -233,7 +233,7 @@ def write(grammar: Any, tokenizer: CausalTokenizer, text: str) -> list[int]:
     ids: list[int] = []
     while text:
         piece = next(text[:n] for n in range(len(text), 0, -1) if text[:n] in vocabulary)
-        assert holds(grammar.allowed(ids), vocabulary[piece]), (text, piece)
+        assert holds(constraint.allowed(ids), vocabulary[piece]), (text, piece)
         ids.append(vocabulary[piece])
         text = text[len(piece) :]
     return ids
@@ -243,38 +243,38 @@ def end_of(tokenizer: CausalTokenizer) -> int:
     return tokenizer.vocabulary.get("<|im_end|>", 2)
 
 
-@pytest.mark.parametrize("family", sorted(NOTATIONS))
+@pytest.mark.parametrize("family", sorted(SYNTAXES))
 def test_every_way_to_split_a_good_answer_is_open(tokenizer, family: str) -> None:
     for text in GOOD[family]:
-        grammar = notation_grammar(tokenizer, NOTATIONS[family][0], [end_of(tokenizer)])
-        ids = write(grammar, tokenizer, text)
-        assert holds(grammar.allowed(ids), end_of(tokenizer))
+        constraint = syntax_constraint(tokenizer, SYNTAXES[family][0], [end_of(tokenizer)])
+        ids = write(constraint, tokenizer, text)
+        assert holds(constraint.allowed(ids), end_of(tokenizer))
         one_by_one = [i for char in text for i in tokenizer.words(char)]
         for n, token in enumerate(one_by_one):
-            assert holds(grammar.allowed(one_by_one[:n]), token)
+            assert holds(constraint.allowed(one_by_one[:n]), token)
 
 
-@pytest.mark.parametrize("family", sorted(NOTATIONS))
-def test_what_may_follow_is_what_the_notation_says(tokenizer, pieces, family: str) -> None:
+@pytest.mark.parametrize("family", sorted(SYNTAXES))
+def test_what_may_follow_is_what_the_syntax_says(tokenizer, pieces, family: str) -> None:
     """Worked out from the vocabulary, against every token tried."""
-    notation = NOTATIONS[family][0]
+    syntax = SYNTAXES[family][0]
     for words in (tokenizer, pieces) if family == "internvl" else (tokenizer,):
         eos = end_of(words)
-        grammar = notation_grammar(words, notation, [eos])
-        known = words.notations[type(notation), (eos,)]
+        constraint = syntax_constraint(words, syntax, [eos])
+        known = words.constraint_cache[type(syntax), (eos,)]
         bound = 0
         for text in GOOD[family]:
             ids = [i for char in text for i in words.words(char)] if words is tokenizer else (
-                write(grammar, words, text)
+                write(constraint, words, text)
             )  # fmt: skip
             for n in range(len(ids)):
-                state, some = read(notation, words.decode(ids[:n])), grammar.allowed(ids[:n])
-                closed = notation.closed(state)
+                state, some = read(syntax, words.decode(ids[:n])), constraint.allowed(ids[:n])
+                closed = syntax.closed(state)
                 bound += some is not None
                 for token in words.vocabulary.values():
                     spelt = known.text(token)
                     if token == eos:
-                        expected = notation.ends(state)
+                        expected = syntax.ends(state)
                     elif not spelt:
                         expected = not closed
                     else:
@@ -283,24 +283,24 @@ def test_what_may_follow_is_what_the_notation_says(tokenizer, pieces, family: st
         assert bound > 20
 
 
-@pytest.mark.parametrize("family", sorted(NOTATIONS))
+@pytest.mark.parametrize("family", sorted(SYNTAXES))
 def test_a_box_that_is_written_at_random_is_a_box(tokenizer, pieces, family: str) -> None:
-    notation, parse = NOTATIONS[family]
+    syntax, parse = SYNTAXES[family]
     words = pieces if family == "internvl" else tokenizer
     begin = {"qwen2": "<|box_start|>", "internvl": "<box>[", "qwen3": '{"bbox_2d":'}[family]
     chance = random.Random(3)
     eos = end_of(words)
-    known = notation_grammar(words, notation, [eos])._tokens
+    known = syntax_constraint(words, syntax, [eos])._tokens
     for _ in range(60):
-        grammar = notation_grammar(words, notation, [eos])
-        ids = write(grammar, words, begin)
-        while isinstance(some := grammar.allowed(ids), tuple):
+        constraint = syntax_constraint(words, syntax, [eos])
+        ids = write(constraint, words, begin)
+        while isinstance(some := constraint.allowed(ids), tuple):
             # Blanks without end are allowed and dull.
             dull = [t for t in some if not known.text(t).strip() and t != eos]
             ids.append(chance.choice([t for t in some if t not in dull] or list(some)))
             if ids[-1] == eos or len(ids) > 200:
                 break
-            where = read(notation, words.decode(ids)).where
+            where = read(syntax, words.decode(ids)).where
             if family == "qwen3" and where in ("after", "more", "free"):
                 break
         text = words.decode(ids)
@@ -380,7 +380,7 @@ def written(vlm: Any, ask: Any, scripts: list[str], *, bound: bool, **params: An
 
 
 def _spelt(tokenizer: CausalTokenizer, text: str) -> list[int]:
-    """Ids of an answer; the notation's marks are tokens of their own."""
+    """Ids of an answer; the syntax's marks are tokens of their own."""
     marks = "|".join(map(re.escape, tokenizer.control_tokens))
     parts = re.split(f"({marks})", text)
     return [
@@ -413,7 +413,7 @@ def test_a_good_answer_comes_out_as_without_a_grammar(chatty, ask, decoder: str)
 
 def test_a_malformed_box_is_led_to_a_box(chatty, ask) -> None:
     chatty.generator.kind = "functional"
-    parse = NOTATIONS[OF_FAMILY[chatty.name]][1]
+    parse = SYNTAXES[OF_FAMILY[chatty.name]][1]
     for text, kept in SCRIPTS[chatty.name].items():
         (free,) = written(chatty, ask, [text], bound=False)
         assert parse(chatty.decode_text(free.ids), 100, 100)[1] > 0
@@ -421,10 +421,10 @@ def test_a_malformed_box_is_led_to_a_box(chatty, ask) -> None:
         found = chatty.decode_text(row.ids)
         assert found.startswith(kept), found
         assert found != text
-        state = read(chatty.processor.notation, found)
+        state = read(chatty.processor.box_syntax, found)
         assert state is not None
         # Behind the script a random model writes; only its length can cut a box off.
-        assert chatty.processor.notation.ends(state) or len(row.ids) == 120
+        assert chatty.processor.box_syntax.ends(state) or len(row.ids) == 120
 
 
 def test_tasks_of_words_are_free(chatty, ask) -> None:

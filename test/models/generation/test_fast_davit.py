@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from librobot_vlm_ros.models import create_vlm
-from librobot_vlm_ros.models.generation.fast import davit as davit_pass
-from librobot_vlm_ros.models.generation.fast.davit import DavitPass, make_pass
+from librobot_vlm_ros.models.generation.fast import davit
+from librobot_vlm_ros.models.generation.fast.davit import FastDavit, make_fast_davit
 from librobot_vlm_ros.models.generation.fast.weights import UnsupportedError
 from librobot_vlm_ros.models.testing.florence2 import TINY_VISION
 
@@ -37,7 +37,7 @@ def same(module: Any, height: int, width: int, batch: int = 1) -> None:
     pixels = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(5))
     with torch.inference_mode():
         expected = module(pixels).last_hidden_state
-        found = DavitPass(module)(pixels)
+        found = FastDavit(module)(pixels)
     assert found.shape == expected.shape
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max() + 1e-5
 
@@ -62,7 +62,7 @@ def test_it_sees_what_the_module_sees(
     packed: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(davit_pass, "_PACKED", 1 << 30 if packed else 0)
+    monkeypatch.setattr(davit, "_PACKED", 1 << 30 if packed else 0)
     same(tower(**vision), height, width, batch)
 
 
@@ -92,21 +92,21 @@ def test_what_it_does_not_know_is_left_to_the_module(change: Any, reason: str) -
     module = tower()
     change(module)
     with pytest.raises(UnsupportedError, match=reason):
-        DavitPass(module)
-    assert make_pass(module) is None
+        FastDavit(module)
+    assert make_fast_davit(module) is None
 
 
 def test_answers_see_through_it_and_learners_through_the_module(
     vlm: Any, frame: Any, ask: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
-    usual = DavitPass.__call__
+    usual = FastDavit.__call__
 
-    def counted(self: DavitPass, pixels: torch.Tensor) -> torch.Tensor:
+    def counted(self: FastDavit, pixels: torch.Tensor) -> torch.Tensor:
         calls.append(len(pixels))
         return usual(self, pixels)
 
-    monkeypatch.setattr(DavitPass, "__call__", counted)
+    monkeypatch.setattr(FastDavit, "__call__", counted)
     expected = vlm.encode_image(frame)
     assert not calls
     (answer,) = vlm.run([ask("embed")])

@@ -13,9 +13,9 @@ from torch import nn
 from librobot_vlm_ros.core import ErrorCode, GenerationParams, ModelAnswer, ModelError
 from librobot_vlm_ros.models import create_vlm
 from librobot_vlm_ros.models.generation.config import Generated
-from librobot_vlm_ros.models.generation.fast.graph_runner import StepPool, bucket
-from librobot_vlm_ros.models.generation.fast.llama import LlamaStep
-from librobot_vlm_ros.models.generation.fast.step_decoders import BartStepDecoder, CausalStepDecoder
+from librobot_vlm_ros.models.generation.fast.bart import FastBartDecoder
+from librobot_vlm_ros.models.generation.fast.graph_runner import GraphRunner, bucket
+from librobot_vlm_ros.models.generation.fast.llama import FastCausalDecoder, FastLlama
 from librobot_vlm_ros.models.generation.loop import generate
 
 _VISION = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1}
@@ -77,7 +77,7 @@ def generated(vlm: Any, decoder: str, rows: list[list[int]], params: GenerationP
     vlm.generator.kind = decoder
     with vlm.inference():
         made, history = vlm.start(None, rows)
-        kind = (CausalStepDecoder, BartStepDecoder)
+        kind = (FastCausalDecoder, FastBartDecoder)
         assert isinstance(made, kind) == (decoder == "functional")
         found = generate(
             made, vlm.processor.generation_config(params), history, seeds=[4, 5, 6][: len(rows)]
@@ -87,7 +87,7 @@ def generated(vlm: Any, decoder: str, rows: list[list[int]], params: GenerationP
 
 
 PARAMS = [
-    GenerationParams(max_new_tokens=90),  # longer than the first buffers
+    GenerationParams(max_new_tokens=90),  # longer than the first cache
     GenerationParams(max_new_tokens=12, num_beams=3),
     GenerationParams(max_new_tokens=12, temperature=0.9),
 ]
@@ -117,8 +117,8 @@ def test_beyond_the_length_that_a_rotary_base_grows_with_the_module_decodes(caus
         causal.generator.kind = "functional"
         with pytest.raises(ModelError, match="depends on the length beyond") as caught:
             causal.start(None, [[5, 6, 7]], new_tokens=room - 3)
-    assert isinstance(near, CausalStepDecoder)
-    assert not isinstance(far, CausalStepDecoder)
+    assert isinstance(near, FastCausalDecoder)
+    assert not isinstance(far, FastCausalDecoder)
     assert caught.value.code == ErrorCode.BAD_CONFIG
 
 
@@ -170,7 +170,7 @@ def test_half_precision_stays_close_to_the_module(name: str) -> None:
 
 
 def test_the_weights_are_the_modules_own(causal) -> None:
-    step = LlamaStep(causal.language_model, causal.module.lm_head)
+    step = FastLlama(causal.language_model, causal.module.lm_head)
     layer = causal.language_model.layers[1]
     assert step.layers[1].up.data_ptr() == layer.mlp.up_proj.weight.data_ptr()
     assert step.layers[1].out.data_ptr() == layer.self_attn.o_proj.weight.data_ptr()
@@ -223,7 +223,7 @@ def test_weights_that_change_between_answers_are_the_ones_used(vlm, ask) -> None
     assert (after.text, after.score) != (before.text, before.score)
 
 
-def test_buffers_come_in_few_sizes() -> None:
+def test_caches_come_in_few_sizes() -> None:
     assert [bucket(n, 256) for n in (1, 256, 257, 1000)] == [256, 256, 512, 1024]
     assert [bucket(n, 1) for n in (1, 2, 3, 8, 9)] == [1, 2, 4, 8, 16]
 
@@ -232,49 +232,49 @@ class _Owner:
     pass
 
 
-def test_a_pool_keeps_the_buffers_that_nobody_uses_and_no_more(causal) -> None:
-    pool = StepPool(LlamaStep(causal.language_model, causal.module.lm_head))
-    pool.cuda, pool.refused = True, "not here"  # the bookkeeping of CUDA, without a graph
+def test_a_runner_keeps_the_caches_that_nobody_uses_and_no_more(causal) -> None:
+    runner = GraphRunner(FastLlama(causal.language_model, causal.module.lm_head))
+    runner.cuda, runner.refused = True, "not here"  # the bookkeeping of CUDA, without a graph
     first, second = _Owner(), _Owner()
     with torch.inference_mode():
-        mine = pool.take(first, 3, 100)
+        mine = runner.static_cache(first, 3, 100)
         assert (mine.rows, mine.capacity) == (4, 256)
         mine.kv.fill_(1.0)
-        mine.slot.fill_(9)
-        assert pool.take(second, 3, 100) is not mine
+        mine.cache_position.fill_(9)
+        assert runner.static_cache(second, 3, 100) is not mine
         del second
-        other = pool.take(first, 4, 200)
+        other = runner.static_cache(first, 4, 200)
         assert other is not mine
         kept = id(other)
         del first, other
         third = _Owner()
-        again = pool.take(third, 4, 256)
+        again = runner.static_cache(third, 4, 256)
         assert id(again) == kept
         assert not again.kv.any()
-        assert int(again.slot) == 0
+        assert int(again.cache_position) == 0
         owners = [_Owner() for _ in range(8)]
         for number, owner in enumerate(owners):
-            pool.take(owner, 1, 256 << number % 6)
-        assert len(pool._kept) <= 4
+            runner.static_cache(owner, 1, 256 << number % 6)
+        assert len(runner._kept) <= 4
 
 
-def test_padded_rows_of_a_pool_do_not_change_the_answers(causal) -> None:
+def test_padded_rows_of_a_cache_do_not_change_the_answers(causal) -> None:
     rows = [[5, 6, 7, 8], [9], [10, 11, 12, 13, 14, 15]]
     params = GenerationParams(max_new_tokens=10)
     expected = generated(causal, "functional", rows, params)
     with causal.inference():
         made, history = causal.start(None, rows)
-        made._pool.cuda, made._pool.refused = True, "not here"
+        made._runner.cuda, made._runner.refused = True, "not here"
         found = generate(made, causal.processor.generation_config(params), history)
         assert [row.ids for row in found] == [row.ids for row in expected]
-        assert made._buffers.rows == 4
+        assert made._cache.rows == 4
 
 
 def test_a_graph_that_cannot_be_captured_is_said_once_and_done_without(
     causal, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pool = StepPool(LlamaStep(causal.language_model, causal.module.lm_head))
-    pool.cuda, pool.refused = True, ""
+    runner = GraphRunner(FastLlama(causal.language_model, causal.module.lm_head))
+    runner.cuda, runner.refused = True, ""
 
     def broken(*_: Any) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
@@ -283,10 +283,10 @@ def test_a_graph_that_cannot_be_captured_is_said_once_and_done_without(
     owner = _Owner()
     with torch.inference_mode():
         for capacity in (100, 300):
-            buffers = pool.take(owner, 1, capacity)
-            assert pool.run(buffers).shape == (1, len(causal.module.lm_head.weight))
+            cache = runner.static_cache(owner, 1, capacity)
+            assert runner.decode_one_token(cache).shape == (1, len(causal.module.lm_head.weight))
     assert caplog.text.count("without a CUDA graph") == 1
-    assert "capturing" in pool.refused
+    assert "capturing" in runner.refused
 
 
 def test_a_folder_tells_nothing_of_the_decoder(tiny_folder: Path) -> None:

@@ -14,13 +14,13 @@ from librobot_vlm_ros.core import EngineError, ErrorCode, GenerationParams
 from librobot_vlm_ros.models import create_vlm
 from librobot_vlm_ros.models.families.florence2.processor import PUBLISHED
 from librobot_vlm_ros.models.generation.config import (
+    AllExcept,
     CoordinateBins,
-    Except,
     Generated,
     GenerationConfig,
-    Some,
+    TokenSet,
 )
-from librobot_vlm_ros.models.generation.constraints.location_tokens import BoxGrammar
+from librobot_vlm_ros.models.generation.constraints.location_tokens import BoxConstraint
 from librobot_vlm_ros.models.generation.decoder import take_in
 from librobot_vlm_ros.models.generation.loop import _Loop, generate
 
@@ -64,10 +64,10 @@ class Extending(Counted):
 class Leaves:
     """After these tokens only those may follow."""
 
-    def __init__(self, **after: Some) -> None:
+    def __init__(self, **after: TokenSet) -> None:
         self.after = {int(name[1:]): some for name, some in after.items()}
 
-    def allowed(self, ids: Sequence[int]) -> Some:
+    def allowed(self, ids: Sequence[int]) -> TokenSet:
         return self.after.get(ids[-1]) if ids else None
 
 
@@ -152,7 +152,7 @@ def test_the_length_counts_tokens_without_a_choice() -> None:
 
 
 def test_all_but_some() -> None:
-    (row,) = run(Counted(CHAIN), Leaves(_3=Except((4, 6))))
+    (row,) = run(Counted(CHAIN), Leaves(_3=AllExcept((4, 6))))
     assert row.ids[:2] == (3, 0)  # the first of those that are alike
     assert math.exp(row.log_probs[1]) == pytest.approx(1 / 5)
 
@@ -162,7 +162,7 @@ def test_a_location_without_a_choice_does_not_count() -> None:
         eos=(2,), pad=1, max_new_tokens=7, coordinates=CoordinateBins(10, 5, 1)
     )
     successors = [14, 0, 0, 0, 0, 0, 0, 0, 0, 0, 14, 14, 14, 14, 14]
-    (row,) = run(Extending(successors), BoxGrammar(10, 5), rules)
+    (row,) = run(Extending(successors), BoxConstraint(10, 5), rules)
     assert row.ids[:4] == (14, 14, 14, 14)
     assert [math.isnan(value) for value in row.log_probs[:4]] == [False, False, True, True]
 

@@ -13,14 +13,14 @@ from librobot_vlm_ros.core import GenerationParams
 from librobot_vlm_ros.models import create_vlm
 from librobot_vlm_ros.models.generation.config import CoordinateBins, Generated, GenerationConfig
 from librobot_vlm_ros.models.generation.constraints.location_tokens import (
-    BoxGrammar,
-    OutlineGrammar,
+    BoxConstraint,
+    PolygonConstraint,
 )
 from librobot_vlm_ros.models.generation.loop import generate
 from librobot_vlm_ros.models.testing import paligemma as conformance_paligemma
 
 #: Tokens 10 to 19 are the locations; 2 ends an answer, 3 to 9 are words.
-BOXES = BoxGrammar(10, 10)
+BOXES = BoxConstraint(10, 10)
 RULES = GenerationConfig(eos=(2,), pad=1, max_new_tokens=12, coordinates=CoordinateBins(10, 10, 1))
 
 
@@ -78,11 +78,11 @@ def test_a_box_that_has_begun_is_finished_the_right_way_round(
 
 
 def test_other_shapes() -> None:
-    quad = BoxGrammar(10, 10, size=8, ordered=False)
+    quad = BoxConstraint(10, 10, size=8, ordered=False)
     assert [quad.allowed([19] * n) is None for n in range(9)] == [n % 8 == 0 for n in range(9)]
-    outline = OutlineGrammar(10, 10)
+    outline = PolygonConstraint(10, 10)
     assert [n for n in range(10) if outline.allowed([12] * n) is None] == [0, 6, 8]
-    mixed = BoxGrammar(10, 10, unless=9)
+    mixed = BoxConstraint(10, 10, unless=9)
     assert mixed.allowed([5, 12])
     assert mixed.allowed([5, 9, 12]) is None
 
@@ -130,7 +130,7 @@ def test_rows_of_a_batch_have_grammars_of_their_own() -> None:
 def test_the_rule_against_repeats_holds_inside_a_box() -> None:
     rules = dataclasses.replace(RULES, no_repeat_ngram=1)
     (free,) = run(Script(5, 12, 12, 12, 2, second=14), None, rules)
-    (bound,) = run(Script(5, 12, 12, 12, 2, second=14), BoxGrammar(10, 10, ordered=False), rules)
+    (bound,) = run(Script(5, 12, 12, 12, 2, second=14), BoxConstraint(10, 10, ordered=False), rules)
     assert len(set(bound.ids)) == len(bound.ids)
     assert all(10 <= token < 20 for token in bound.ids[1:5])
     assert free.ids != bound.ids

@@ -15,6 +15,7 @@ from librobot_vlm_ros.core import Frame
 from librobot_vlm_ros.ros.inputs import camera as camera_module
 from librobot_vlm_ros.ros.inputs.camera import Camera, CameraFaults
 from librobot_vlm_ros.ros.parameters.parameter_syntax import parse_cameras
+from librobot_vlm_ros.ros.parameters.settings import Settings
 
 
 class Engine:
@@ -39,7 +40,7 @@ def camera(engine: Engine) -> Camera:
     (made.setting,) = parse_cameras([], "/image", "raw")
     made.faults = CameraFaults()
     made._engine, made._subscription, made._closed = engine, Subscription(), False  # type: ignore[assignment]
-    made._allow_depth = lambda: False
+    made._settings, made._jpeg_margin = Settings, lambda: 0
     return made
 
 
@@ -53,7 +54,7 @@ def test_what_was_being_decoded_when_it_was_left_is_not_offered(
         assert go_on.wait(5.0)
         return Frame(np.zeros((2, 2, 3), np.uint8), "camera", 1)
 
-    monkeypatch.setattr(camera_module, "frame_from_image", convert)
+    monkeypatch.setattr(camera_module, "frame_from_message", convert)
     run(lambda: camera._take(None, 1, 0), meanwhile=go_on.set)
     assert len(engine.offered) == 1
 

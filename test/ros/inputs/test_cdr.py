@@ -36,7 +36,7 @@ def compressed(frame_id: str, form: str, size: int) -> Any:
 def test_every_field_is_read_as_rclpy_reads_it(frame_id: str, encoding: str) -> None:
     from rclpy.serialization import serialize_message
 
-    from librobot_vlm_ros.ros.inputs.cdr import read_compressed_image, read_image
+    from librobot_vlm_ros.ros.inputs.camera import read_compressed_image, read_image
 
     for size in (0, 1, 7):
         sent = image(frame_id, encoding, size)
@@ -53,14 +53,14 @@ def test_every_field_is_read_as_rclpy_reads_it(frame_id: str, encoding: str) -> 
 def test_the_pixels_are_not_copied() -> None:
     from rclpy.serialization import serialize_message
 
-    from librobot_vlm_ros.ros.inputs.cdr import read_image
+    from librobot_vlm_ros.ros.inputs.camera import read_image
 
     serialized = serialize_message(image("cam", "rgb8", 10))
     assert read_image(serialized).data.obj is serialized
 
 
 def test_bytes_of_the_other_order_are_read() -> None:
-    from librobot_vlm_ros.ros.inputs.cdr import read_compressed_image
+    from librobot_vlm_ros.ros.inputs.camera import read_compressed_image
 
     body = struct.pack(">iI", 7, 8) + struct.pack(">I4s", 4, b"cam\0")
     body += struct.pack(">I5s3x", 5, b"jpeg\0") + struct.pack(">I2s", 2, b"xy")
@@ -72,7 +72,7 @@ def test_bytes_of_the_other_order_are_read() -> None:
 def test_cut_off_and_foreign_bytes_are_refused() -> None:
     from rclpy.serialization import serialize_message
 
-    from librobot_vlm_ros.ros.inputs.cdr import read_image
+    from librobot_vlm_ros.ros.inputs.camera import read_image
 
     serialized = serialize_message(image("camera", "rgb8", 4))
     used = 4 + 8 + 4 + 7 + 1 + 8 + 4 + 5 + 3 + 4 + 4 + 48

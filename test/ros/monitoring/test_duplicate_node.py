@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from librobot_vlm_ros.ros.monitoring.duplicate_node import Namesakes
+from librobot_vlm_ros.ros.monitoring.duplicate_node import DuplicateNodeCheck
 
 
 class Graph:
@@ -39,15 +39,17 @@ def graph() -> Graph:
 
 
 def test_a_name_in_another_namespace_is_none_of_ours(graph: Graph) -> None:
-    looked = Namesakes(graph, ghost_s=0.0)
+    looked = DuplicateNodeCheck(graph, ghost_s=0.0)
     looked.check()
     assert not looked.problem
     assert not graph.said
 
 
-def test_a_lasting_namesake_is_said_once_with_what_to_do_and_when_it_has_gone(graph: Graph) -> None:
+def test_a_lasting_duplicate_is_said_once_with_what_to_do_and_its_end(
+    graph: Graph,
+) -> None:
     now = [100.0]
-    looked = Namesakes(graph, ghost_s=30.0, clock=lambda: now[0])
+    looked = DuplicateNodeCheck(graph, ghost_s=30.0, clock=lambda: now[0])
     graph.nodes.append(("vlm", "/front"))
     for now[0] in (100.0, 115.0, 129.0):
         looked.check()
@@ -65,7 +67,7 @@ def test_a_lasting_namesake_is_said_once_with_what_to_do_and_when_it_has_gone(gr
 
 def test_one_that_goes_in_time_and_another_that_comes_are_two(graph: Graph) -> None:
     now = [0.0]
-    looked = Namesakes(graph, ghost_s=30.0, clock=lambda: now[0])
+    looked = DuplicateNodeCheck(graph, ghost_s=30.0, clock=lambda: now[0])
     for now[0] in range(0, 120, 10):
         graph.nodes = [("vlm", "/front")] * (2 if now[0] % 20 else 1)
         looked.check()

@@ -38,7 +38,7 @@ def stand_in() -> Any:
 
 
 def test_corners_become_centre_and_size_and_a_missing_score_stays_missing() -> None:
-    from librobot_vlm_ros.ros.outputs.detections import detection_array
+    from librobot_vlm_ros.ros.outputs.results import detection_array
 
     regions = [Region("cup", 0.5, 10, 20, 30, 60), Region("box", math.nan, 0, 0, 1, 1)]
     array = detection_array(stand_in(), regions, "header")

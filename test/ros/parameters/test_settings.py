@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from librobot_vlm_ros.core import ErrorCode, RequestError, VlmError
-from librobot_vlm_ros.ros.engine_config import engine_config, load_options, standing_tasks
+from librobot_vlm_ros.ros.engine_config import engine_config, standing_tasks
 from librobot_vlm_ros.ros.inputs.instruction import Instruction
+from librobot_vlm_ros.ros.model_loading import load_options, required_bytes
 from librobot_vlm_ros.ros.parameters.arguments import (
     LAUNCH_PARAMETERS,
     arguments,
@@ -27,9 +28,6 @@ from librobot_vlm_ros.ros.parameters.settings import PARAMETERS, Settings
 
 def test_a_switch_asks_for_the_memory_of_the_model_that_is_wanted() -> None:
     from librobot_vlm_ros.models import model_info
-
-    pytest.importorskip("rclpy")
-    from librobot_vlm_ros.ros.model_loading import required_bytes
 
     info = model_info("florence-2-base")
     wanted = Settings(model="florence-2-base")
@@ -226,14 +224,9 @@ def test_the_name_space_is_part_of_the_loggers_name() -> None:
     assert "__ns:=/a/b" in ros_arguments({"namespace": "a/b/"})
 
 
-def test_the_readme_holds_the_table_as_it_is_declared() -> None:
-    readme = Path(__file__).parents[3] / "README.md"
-    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    if "| parameter | type |" not in text:
-        pytest.skip("README.md holds no table of parameters yet")
-    assert parameter_table(PARAMETERS) in text, (
-        "put the output of `python -m librobot_vlm_ros.ros.parameters.settings` into README.md"
-    )
+def test_the_documentation_holds_the_table_as_it_is_declared() -> None:
+    text = (Path(__file__).parents[3] / "docs/parameters.md").read_text(encoding="utf-8")
+    assert parameter_table(PARAMETERS) in text, "run: tools/run python tools/docs_tables.py"
 
 
 def test_the_table_names_every_parameter_once() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from librobot_vlm_ros.core import ErrorCode, VlmError
-from librobot_vlm_ros.models.checkpoints.local_weights import shipped_folder
+from librobot_vlm_ros.models.checkpoints.hub import shipped_folder
 from librobot_vlm_ros.models.checkpoints.path_policy import open_to_clients
 from librobot_vlm_ros.ros.parameters.settings import Settings
 

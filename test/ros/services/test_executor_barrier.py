@@ -54,17 +54,17 @@ class Node:
 
 
 def test_it_waits_for_the_executor_and_for_the_decoder() -> None:
-    from librobot_vlm_ros.ros.inputs.image_decoder import Decoder
-    from librobot_vlm_ros.ros.services.executor_barrier import CaughtUp
+    from librobot_vlm_ros.ros.latest_worker import LatestWorker
+    from librobot_vlm_ros.ros.services.executor_barrier import ExecutorBarrier
 
-    node, decoder, done = Node(), Decoder(), []
+    node, decoder, done = Node(), LatestWorker("decode"), []
     held = threading.Event()
     decoder.put("front", lambda: (held.wait(10.0), done.append("front")))
-    caught_up = CaughtUp(node, decoder)
-    assert not caught_up.wait(0.05)  # nobody spins
-    waiting = threading.Thread(target=lambda: done.append(caught_up.wait(10.0)))
+    barrier = ExecutorBarrier(node, decoder)
+    assert not barrier.wait(0.05)  # nobody spins
+    waiting = threading.Thread(target=lambda: done.append(barrier.wait(10.0)))
     waiting.start()
-    while len(caught_up._sent) < 2:
+    while len(barrier._sent) < 2:
         time.sleep(0.001)
     node.callback()
     assert done == []
@@ -72,4 +72,4 @@ def test_it_waits_for_the_executor_and_for_the_decoder() -> None:
     waiting.join(10.0)
     assert done == ["front", True]
     decoder.close()
-    assert not caught_up.wait(0.05)
+    assert not barrier.wait(0.05)

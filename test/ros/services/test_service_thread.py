@@ -34,11 +34,11 @@ def unspun(robot: Any) -> Iterator[Any]:
     node.destroy_node()
 
 
-def test_a_node_that_nobody_spins_answers_and_its_intake_ends(unspun: Any, robot: Any) -> None:
+def test_a_node_that_nobody_spins_answers_and_its_thread_ends(unspun: Any, robot: Any) -> None:
     from rclpy.executors import SingleThreadedExecutor
     from std_srvs.srv import SetBool
 
-    from librobot_vlm_ros.ros.services.service_thread import Intake
+    from librobot_vlm_ros.ros.services.service_thread import ServiceThread
 
     told, threads = Told(), []
 
@@ -49,10 +49,10 @@ def test_a_node_that_nobody_spins_answers_and_its_intake_ends(unspun: Any, robot
         reply.send(response)
         reply.send(response)  # does nothing
 
-    intake = Intake(unspun, told)
-    intake.serve(SetBool, "/unspun/a", answer)
-    intake.serve(SetBool, "/unspun/b", answer)
-    intake.start()
+    services = ServiceThread(unspun, told)
+    services.serve(SetBool, "/unspun/a", answer)
+    services.serve(SetBool, "/unspun/b", answer)
+    services.start()
     calls = [robot.call_later(SetBool, f"/unspun/{n}", data=True) for n in "ab" for _ in range(5)]
     assert all(call().success for call in calls)
     # Nor does an executor take any of it, should there be one.
@@ -62,18 +62,18 @@ def test_a_node_that_nobody_spins_answers_and_its_intake_ends(unspun: Any, robot
     executor.spin_once(timeout_sec=0.2)
     assert not later().success
     executor.shutdown()
-    assert set(threads) == {"vlm-intake"}
+    assert set(threads) == {"vlm-services"}
     assert len(threads) == 11
-    assert intake.stop()
+    assert services.stop()
     assert told.lines == []
 
 
-def test_what_a_request_does_wrong_ends_no_intake(
+def test_what_a_request_does_wrong_does_not_end_the_thread(
     unspun: Any, robot: Any, wait_until: Callable[..., Any]
 ) -> None:
     from std_srvs.srv import SetBool
 
-    from librobot_vlm_ros.ros.services.service_thread import Intake
+    from librobot_vlm_ros.ros.services.service_thread import ServiceThread
 
     def answer(request: Any, reply: Any) -> None:
         if not request.data:
@@ -81,13 +81,13 @@ def test_what_a_request_does_wrong_ends_no_intake(
         reply.send(reply.make_response())
 
     told = Told()
-    intake = Intake(unspun, told)
-    intake.serve(SetBool, "/unspun/c", answer)
-    intake.start()
+    services = ServiceThread(unspun, told)
+    services.serve(SetBool, "/unspun/c", answer)
+    services.start()
     robot.call_later(SetBool, "/unspun/c", data=False)
     wait_until(lambda: told.lines, 10.0, "a complaint")
     assert "ZeroDivisionError" in told.lines[0]
     robot.call(SetBool, "/unspun/c", data=True)
     began = time.monotonic()
-    assert intake.stop()
+    assert services.stop()
     assert time.monotonic() - began < 1.0

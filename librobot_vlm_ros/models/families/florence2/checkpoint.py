@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
+from librobot_vlm_ros.models.checkpoints.key_mapping import key_map, renamed
 from librobot_vlm_ros.models.checkpoints.loading import (
     CheckpointLayout,
     LoadPlan,
@@ -19,6 +20,7 @@ from librobot_vlm_ros.models.checkpoints.loading import (
 )
 from librobot_vlm_ros.models.configuration import (
     check_token,
+    from_dict,
 )
 from librobot_vlm_ros.models.families.florence2.configuration import is_original, original_to_native
 
@@ -28,39 +30,36 @@ __all__ = [
 ]
 
 _PROJECTOR = "model.multi_modal_projector"
-#: Official name to transformers' name; the first that matches is applied, then none.
-_RENAMES = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"^vision_tower\.convs\.(\d+)\.proj\.", r"model.vision_tower.convs.\1.conv."),
-        (r"^vision_tower\.convs\.(\d+)\.norm\.", r"model.vision_tower.convs.\1.norm."),
-        (r"^vision_tower\.(blocks\..+?_block)\.(conv[12])\.fn\.dw\.", r"model.vision_tower.\1.\2."),
-        (
-            r"^vision_tower\.(blocks\..+?_block)\.(?:window|channel)_attn\.norm\.",
-            r"model.vision_tower.\1.norm1.",
-        ),
-        (
-            r"^vision_tower\.(blocks\..+?_block)\.((?:window|channel)_attn)\.fn\.(qkv|proj)\.",
-            r"model.vision_tower.\1.\2.\3.",
-        ),
-        (r"^vision_tower\.(blocks\..+?_block)\.ffn\.norm\.", r"model.vision_tower.\1.norm2."),
-        (
-            r"^vision_tower\.(blocks\..+?_block)\.ffn\.fn\.net\.(fc[12])\.",
-            r"model.vision_tower.\1.ffn.\2.",
-        ),
-        (r"^image_projection$", rf"{_PROJECTOR}.image_projection.weight"),
-        (r"^image_proj_norm\.", rf"{_PROJECTOR}.image_proj_norm."),
-        (
-            r"^image_pos_embed\.(row|column)_embeddings\.",
-            rf"{_PROJECTOR}.image_position_embed.\1_embeddings.",
-        ),
-        (
-            r"^visual_temporal_embed\.pos_idx_to_embed$",
-            rf"{_PROJECTOR}.visual_temporal_embed.pos_idx_to_embed",
-        ),
-        (r"^language_model\.model\.", "model.language_model."),
-        (r"^language_model\.lm_head\.", "lm_head."),
-    )
+#: Official name to transformers' name.
+_OFFICIAL = key_map(
+    (r"^vision_tower\.convs\.(\d+)\.proj\.", r"model.vision_tower.convs.\1.conv."),
+    (r"^vision_tower\.convs\.(\d+)\.norm\.", r"model.vision_tower.convs.\1.norm."),
+    (r"^vision_tower\.(blocks\..+?_block)\.(conv[12])\.fn\.dw\.", r"model.vision_tower.\1.\2."),
+    (
+        r"^vision_tower\.(blocks\..+?_block)\.(?:window|channel)_attn\.norm\.",
+        r"model.vision_tower.\1.norm1.",
+    ),
+    (
+        r"^vision_tower\.(blocks\..+?_block)\.((?:window|channel)_attn)\.fn\.(qkv|proj)\.",
+        r"model.vision_tower.\1.\2.\3.",
+    ),
+    (r"^vision_tower\.(blocks\..+?_block)\.ffn\.norm\.", r"model.vision_tower.\1.norm2."),
+    (
+        r"^vision_tower\.(blocks\..+?_block)\.ffn\.fn\.net\.(fc[12])\.",
+        r"model.vision_tower.\1.ffn.\2.",
+    ),
+    (r"^image_projection$", rf"{_PROJECTOR}.image_projection.weight"),
+    (r"^image_proj_norm\.", rf"{_PROJECTOR}.image_proj_norm."),
+    (
+        r"^image_pos_embed\.(row|column)_embeddings\.",
+        rf"{_PROJECTOR}.image_position_embed.\1_embeddings.",
+    ),
+    (
+        r"^visual_temporal_embed\.pos_idx_to_embed$",
+        rf"{_PROJECTOR}.visual_temporal_embed.pos_idx_to_embed",
+    ),
+    (r"^language_model\.model\.", "model.language_model."),
+    (r"^language_model\.lm_head\.", "lm_head."),
 )
 #: What prompts and answers are put together from.
 _TEXT_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
@@ -96,18 +95,11 @@ def plan_for(config: Any) -> LoadPlan:
 
 
 def _plan_native(config: dict[str, Any], folder: Path) -> LoadPlan:
-    from transformers import Florence2Config
-
-    try:
-        native = Florence2Config.from_dict(config)
-    except Exception as error:  # transformers' strict configs raise errors of their own kinds
-        raise ModelError(ErrorCode.BAD_CONFIG, f"config.json of a Florence-2: {error}") from error
-    return plan_for(native)
+    return plan_for(from_dict("Florence2Config", config, "a Florence-2"))
 
 
 def _plan_original(config: dict[str, Any], folder: Path) -> LoadPlan:
     native = original_to_native(config)
-    plan = plan_for(native)
 
     def convert(key: str, value: Tensor) -> Iterable[tuple[str, Tensor]]:
         if key == "language_model.final_logits_bias":
@@ -117,7 +109,7 @@ def _plan_original(config: dict[str, Any], folder: Path) -> LoadPlan:
                     f"{key} is not zero, and transformers' Florence-2 has no place for it",
                 )
             return
-        name = _native_name(key)
+        name = renamed(key, _OFFICIAL)
         if key == "image_projection":
             expect_rank(key, value, 2)
             value = value.t()
@@ -127,20 +119,14 @@ def _plan_original(config: dict[str, Any], folder: Path) -> LoadPlan:
                 value = torch.cat([value, value.new_zeros(1, value.shape[1])])
         yield name, value
 
-    return LoadPlan(plan.model_class, native, convert, attention=attention_parts)
-
-
-def _native_name(key: str) -> str:
-    for pattern, replacement in _RENAMES:
-        name, count = pattern.subn(replacement, key)
-        if count:
-            return name
-    return f"(official key) {key}"  # no parameter is called so: it is reported as strange
-
-
-def _matches_native(config: Mapping[str, Any]) -> bool:
-    return config.get("model_type") == "florence2" and not is_original(config)
+    return dataclasses.replace(plan_for(native), convert=convert)
 
 
 register_layout(CheckpointLayout("florence-2 (official)", is_original, _plan_original))
-register_layout(CheckpointLayout("florence-2 (transformers)", _matches_native, _plan_native))
+register_layout(
+    CheckpointLayout(
+        "florence-2 (transformers)",
+        lambda config: config.get("model_type") == "florence2" and not is_original(config),
+        _plan_native,
+    )
+)

@@ -23,7 +23,6 @@ from librobot_vlm_ros.models.families.florence2.configuration import (
     FlorenceConfig,
     image_tokens,
     is_original,
-    variants,
 )
 from librobot_vlm_ros.models.families.florence2.processor import (
     PUBLISHED,
@@ -40,9 +39,8 @@ from librobot_vlm_ros.models.families.preprocess import (
 )
 from librobot_vlm_ros.models.generation.causal_decoder import pad_rows
 from librobot_vlm_ros.models.generation.decoder import Decoder
-from librobot_vlm_ros.models.generation.fast.bart import BartStep
-from librobot_vlm_ros.models.generation.fast.davit import DavitPass, make_pass
-from librobot_vlm_ros.models.generation.fast.step_decoders import BartStepDecoder
+from librobot_vlm_ros.models.generation.fast.bart import FastBart, FastBartDecoder
+from librobot_vlm_ros.models.generation.fast.davit import FastDavit, make_fast_davit
 from librobot_vlm_ros.models.generation.sampler import columns
 from librobot_vlm_ros.models.placement import Placement
 from librobot_vlm_ros.models.registry import register_vlm
@@ -59,7 +57,7 @@ class FlorenceVLM(AbstractVLM):
     default_name = "florence-2-base"
     processor: FlorenceProcessor
     #: For which `weights` the tower was made arithmetic of, and that; None where it could not be.
-    _tower: tuple[Any, DavitPass | None] | None = None
+    _tower: tuple[Any, FastDavit | None] | None = None
 
     @classmethod
     def build(cls, config: FlorenceConfig, name: str, where: Placement) -> Parts:
@@ -90,7 +88,7 @@ class FlorenceVLM(AbstractVLM):
     @classmethod
     def checked_config(cls, config: Any, name: str) -> Any:
         """See `AbstractVLM`."""
-        if isinstance(config, FlorenceConfig) or name in variants():
+        if isinstance(config, FlorenceConfig) or name in FlorenceConfig.variants:
             return super().checked_config(config, name)
         # Registered under a name of one's own: of the size that the class has by default.
         return super().checked_config({"variant": cls.default_name, **(config or {})}, name)
@@ -147,12 +145,12 @@ class FlorenceVLM(AbstractVLM):
         features: Tensor = model.get_image_features(pixels).pooler_output
         return features
 
-    def _davit(self) -> DavitPass | None:
+    def _davit(self) -> FastDavit | None:
         """The tower as arithmetic, over the weights as they are now; None where it cannot be."""
         if self.generator.kind == "module" or self.torch_device.type != "cpu":
             return None
         if self._tower is None or self._tower[0] is not self.weights:
-            self._tower = self.weights, make_pass(self.vision_encoder)
+            self._tower = self.weights, make_fast_davit(self.vision_encoder)
         found = self._tower[1]
         return None if found is None or found.hooked else found
 
@@ -187,9 +185,9 @@ class FlorenceVLM(AbstractVLM):
         begin = self.config.text_config.decoder_start_token_id
         history = torch.full((len(prompts), 1), begin, dtype=torch.int64, device=self.torch_device)
         text = self.loaded().model.language_model.decoder
-        pool = self.generator.steps(BartStep, text, self.module.lm_head)
+        pool = self.generator.steps(FastBart, text, self.module.lm_head)
         if pool is not None:
-            return BartStepDecoder(pool, hidden, mask, begin), history
+            return FastBartDecoder(pool, hidden, mask, begin), history
         return FlorenceDecoder(self.module, hidden, mask, begin), history
 
     def encode_text(self, text: Any) -> Tensor:

@@ -38,10 +38,14 @@ from librobot_vlm_ros.models.configuration import (
 from librobot_vlm_ros.models.families.florence2.configuration import image_tokens
 from librobot_vlm_ros.models.families.input_ids import token_rows
 from librobot_vlm_ros.models.families.preprocess import ImageSettings, Resizing, squash
-from librobot_vlm_ros.models.generation.config import CoordinateBins, GenerationConfig, Grammar
+from librobot_vlm_ros.models.generation.config import (
+    CoordinateBins,
+    GenerationConfig,
+    TokenConstraint,
+)
 from librobot_vlm_ros.models.generation.constraints.location_tokens import (
-    BoxGrammar,
-    OutlineGrammar,
+    BoxConstraint,
+    PolygonConstraint,
 )
 from librobot_vlm_ros.models.generation.scores import AnswerText, Score, unknown
 from librobot_vlm_ros.models.processor import Box, Processor, Size
@@ -570,13 +574,13 @@ def _is_box(points: Sequence[tuple[float, float]]) -> bool:
 
 
 _FILE = "generation_config.json"
-#: Tokens that settings may force.
-_FORCED = ("forced_bos_token_id", "forced_eos_token_id")
 #: Integers, from and to; beams as a request may ask for them.
 _BOUNDS: dict[str, tuple[int, int | None]] = {
     "num_beams": (1, MAX_BEAMS),
     "max_new_tokens": (1, None),
     "no_repeat_ngram_size": (0, 1024),
+    "forced_bos_token_id": (0, None),
+    "forced_eos_token_id": (0, None),
 }
 #: An answer's length to a power beyond it is no number.
 _MAX_PENALTY = 10.0
@@ -595,10 +599,6 @@ class FlorenceSettings:
     length_penalty: float = 1.0
     max_new_tokens: int = 1024
 
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            _check(_FILE, name, value)
-
     def overlaid(self, found: Mapping[str, Any], file: str = _FILE) -> FlorenceSettings:
         """These settings with those that `found` (the content of `file`) states."""
         stated = {k: v for k, v in found.items() if k in vars(self) and v is not None}
@@ -611,24 +611,20 @@ class FlorenceSettings:
 
     def check_vocabulary(self, size: int) -> None:
         """Raises ModelError BAD_CONFIG for a token that a model of this vocabulary has not."""
-        for name in _FORCED:
-            if getattr(self, name) is not None:
-                check_token(f"{_FILE} or config.json: {name}", getattr(self, name), size)
+        for name in ("forced_bos_token_id", "forced_eos_token_id"):
+            if (token := getattr(self, name)) is not None:
+                check_token(f"{_FILE} or config.json: {name}", token, size)
 
 
 def _check(file: str, name: str, value: Any) -> None:
     """Raises ModelError BAD_CONFIG for a value that no answer can be decoded by."""
     field = f"{file}: {name}"
-    if name in _FORCED:
-        if value is not None:
-            check_integer(field, value, 0)
-    elif name == "early_stopping":
-        if not isinstance(value, bool):
-            raise bad_value(field, value, "true or false")
+    if name in _BOUNDS:
+        check_integer(field, value, *_BOUNDS[name])
     elif name == "length_penalty":
         check_number(field, value, -_MAX_PENALTY, _MAX_PENALTY)
-    else:
-        check_integer(field, value, *_BOUNDS[name])
+    elif not isinstance(value, bool):
+        raise bad_value(field, value, "true or false")
 
 
 #: Settings published with microsoft/Florence-2-base and -large. Conversions to transformers' layout
@@ -755,20 +751,20 @@ class FlorenceProcessor(Processor):
             coordinates=self.coordinates(),
         )
 
-    def constraint(self, task: str) -> Grammar | None:
+    def constraint(self, task: str) -> TokenConstraint | None:
         """Whole boxes, quadrangles and polygons, as the task writes them."""
         if not self.writes_regions(task):
             return None
         first, answer = self.tokenizer.first_location, FLORENCE_TASKS[task].answer
         if answer == "polygons":
-            return OutlineGrammar(first, BINS)
+            return PolygonConstraint(first, BINS)
         if answer == "quads":
-            return BoxGrammar(first, BINS, size=8, ordered=False)
+            return BoxConstraint(first, BINS, size=8, ordered=False)
         # The n-gram rule may forbid what little an order leaves.
         ordered = not self.settings.no_repeat_ngram_size
         ids = self.tokenizer.tokenizer.convert_tokens_to_ids
         poly = ids("<poly>") if answer == "boxes_or_polygons" else None
-        return BoxGrammar(first, BINS, ordered=ordered, unless=poly)
+        return BoxConstraint(first, BINS, ordered=ordered, unless=poly)
 
     def regions(
         self, request: InferenceRequest, answer: AnswerText

@@ -11,7 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
-from librobot_vlm_ros.models.checkpoints.key_mapping import DERIVED, native_tensors, renamed
+from librobot_vlm_ros.models.checkpoints.key_mapping import (
+    DERIVED,
+    key_map,
+    native_tensors,
+    renamed,
+)
 from librobot_vlm_ros.models.checkpoints.loading import (
     CheckpointLayout,
     LoadPlan,
@@ -19,7 +24,7 @@ from librobot_vlm_ros.models.checkpoints.loading import (
     register_layout,
 )
 from librobot_vlm_ros.models.checkpoints.shards import tensor_names
-from librobot_vlm_ros.models.configuration import check_feature_layer, section
+from librobot_vlm_ros.models.configuration import check_feature_layer, from_dict, section
 from librobot_vlm_ros.models.families.internvl2.configuration import (
     is_original,
     original_to_native,
@@ -33,37 +38,34 @@ _TOWER, _READER = "model.vision_tower.", "model.language_model."
 _SEEN = r"^vision_model\.encoder\.layers\.(\d+)\."
 _READ = r"^language_model\.model\.layers\.(\d+)\."
 _SEES, _READS = rf"{_TOWER}encoder.layer.\1.", rf"{_READER}layers.\1."
-_OFFICIAL = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"^vision_model\.embeddings\.class_embedding$", f"{_TOWER}embeddings.cls_token"),
-        (
-            r"^vision_model\.embeddings\.position_embedding$",
-            f"{_TOWER}embeddings.position_embeddings",
-        ),
-        (
-            r"^vision_model\.embeddings\.patch_embedding\.",
-            f"{_TOWER}embeddings.patch_embeddings.projection.",
-        ),
-        (rf"{_SEEN}ls([12])$", rf"{_SEES}lambda_\2"),
-        (rf"{_SEEN}norm1\.", f"{_SEES}layernorm_before."),
-        (rf"{_SEEN}norm2\.", f"{_SEES}layernorm_after."),
-        (rf"{_SEEN}attn\.proj\.", f"{_SEES}attention.projection_layer."),
-        (rf"{_SEEN}attn\.([qk])_norm\.", rf"{_SEES}attention.\2_norm."),
-        (rf"{_SEEN}mlp\.(fc[12])\.", rf"{_SEES}mlp.\2."),
-        (r"^mlp1\.0\.", "model.multi_modal_projector.layer_norm."),
-        (r"^mlp1\.1\.", "model.multi_modal_projector.linear_1."),
-        (r"^mlp1\.3\.", "model.multi_modal_projector.linear_2."),
-        (r"^language_model\.model\.tok_embeddings\.", f"{_READER}embed_tokens."),
-        (r"^language_model\.model\.norm\.", f"{_READER}norm."),
-        (r"^language_model\.output\.", "lm_head."),
-        (rf"{_READ}attention\.wo\.", f"{_READS}self_attn.o_proj."),
-        (rf"{_READ}feed_forward\.w1\.", f"{_READS}mlp.gate_proj."),
-        (rf"{_READ}feed_forward\.w3\.", f"{_READS}mlp.up_proj."),
-        (rf"{_READ}feed_forward\.w2\.", f"{_READS}mlp.down_proj."),
-        (rf"{_READ}attention_norm\.", f"{_READS}input_layernorm."),
-        (rf"{_READ}ffn_norm\.", f"{_READS}post_attention_layernorm."),
-    )
+_OFFICIAL = key_map(
+    (r"^vision_model\.embeddings\.class_embedding$", f"{_TOWER}embeddings.cls_token"),
+    (
+        r"^vision_model\.embeddings\.position_embedding$",
+        f"{_TOWER}embeddings.position_embeddings",
+    ),
+    (
+        r"^vision_model\.embeddings\.patch_embedding\.",
+        f"{_TOWER}embeddings.patch_embeddings.projection.",
+    ),
+    (rf"{_SEEN}ls([12])$", rf"{_SEES}lambda_\2"),
+    (rf"{_SEEN}norm1\.", f"{_SEES}layernorm_before."),
+    (rf"{_SEEN}norm2\.", f"{_SEES}layernorm_after."),
+    (rf"{_SEEN}attn\.proj\.", f"{_SEES}attention.projection_layer."),
+    (rf"{_SEEN}attn\.([qk])_norm\.", rf"{_SEES}attention.\2_norm."),
+    (rf"{_SEEN}mlp\.(fc[12])\.", rf"{_SEES}mlp.\2."),
+    (r"^mlp1\.0\.", "model.multi_modal_projector.layer_norm."),
+    (r"^mlp1\.1\.", "model.multi_modal_projector.linear_1."),
+    (r"^mlp1\.3\.", "model.multi_modal_projector.linear_2."),
+    (r"^language_model\.model\.tok_embeddings\.", f"{_READER}embed_tokens."),
+    (r"^language_model\.model\.norm\.", f"{_READER}norm."),
+    (r"^language_model\.output\.", "lm_head."),
+    (rf"{_READ}attention\.wo\.", f"{_READS}self_attn.o_proj."),
+    (rf"{_READ}feed_forward\.w1\.", f"{_READS}mlp.gate_proj."),
+    (rf"{_READ}feed_forward\.w3\.", f"{_READS}mlp.up_proj."),
+    (rf"{_READ}feed_forward\.w2\.", f"{_READS}mlp.down_proj."),
+    (rf"{_READ}attention_norm\.", f"{_READS}input_layernorm."),
+    (rf"{_READ}ffn_norm\.", f"{_READS}post_attention_layernorm."),
 )
 #: Queries, keys and values in one: of the tower one after the other, of the reader by groups.
 _VISION_PACKED = re.compile(rf"{_SEEN}attn\.qkv\.(weight|bias)$")
@@ -79,8 +81,6 @@ def plan_for(config: Any) -> LoadPlan:
 
 
 def _plan_native(config: dict[str, Any], folder: Path) -> LoadPlan:
-    from transformers import InternVLConfig
-
     kind = section(config, "text_config").get("model_type", "qwen2")
     if kind != "llama":
         raise ModelError(
@@ -88,10 +88,7 @@ def _plan_native(config: dict[str, Any], folder: Path) -> LoadPlan:
             f"config.json of an InternVL: the language model is a {kind}, InternVL2's a llama",
             "InternVL2-2B and InternVL2-8B can be loaded",
         )
-    try:
-        native = InternVLConfig.from_dict(config)
-    except Exception as error:  # transformers' strict configs raise errors of their own kinds
-        raise ModelError(ErrorCode.BAD_CONFIG, f"config.json of an InternVL: {error}") from error
+    native = from_dict("InternVLConfig", config, "an InternVL")
     tile_tokens(native)
     return plan_for(native)
 
@@ -147,7 +144,7 @@ def _completed(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any
     def some(pattern: str) -> bool:
         return any(re.search(pattern, name) for name in names)
 
-    shown = {
+    shown: dict[str, dict[str, Any]] = {
         "vision_config": {
             "qkv_bias": some(r"^vision_model\..*\.attn\.qkv\.bias$"),
             "qk_normalization": some(r"^vision_model\..*\.attn\.q_norm\."),
@@ -163,9 +160,11 @@ def _completed(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any
     return full
 
 
-def _matches_native(config: Mapping[str, Any]) -> bool:
-    return config.get("model_type") == "internvl"
-
-
 register_layout(CheckpointLayout("internvl2 (official)", is_original, _plan_original))
-register_layout(CheckpointLayout("internvl2 (transformers)", _matches_native, _plan_native))
+register_layout(
+    CheckpointLayout(
+        "internvl2 (transformers)",
+        lambda config: config.get("model_type") == "internvl",
+        _plan_native,
+    )
+)

@@ -7,20 +7,25 @@ that are known here, an InternLM2: a Llama whose queries, keys and values lie in
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
-from librobot_vlm_ros.models.configuration import ModelConfig, unreadable
+from librobot_vlm_ros.models.configuration import (
+    FamilyConfig,
+    check_marks,
+    llama_fields,
+    sizes,
+    stated,
+    strict_config,
+    unreadable,
+)
 
 __all__ = ["InternVLConfig", "is_original", "original_to_native", "tile_side", "tile_tokens"]
 
 #: InternViT-300M-448px: the tower of both sizes.
 _INTERNVIT_300M: dict[str, Any] = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
+    **sizes(hidden=1024, inner=4096, layers=24, heads=16),
     "attention_bias": True,
     "image_size": 448,
     "patch_size": 14,
@@ -37,91 +42,47 @@ _TEXT_COMMON: dict[str, Any] = {
     "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1000000.0},
 }
 _VARIANTS: dict[str, dict[str, Any]] = {
-    "internvl2-2b": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-    },
-    "internvl2-8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
+    "internvl2-2b": sizes(hidden=2048, inner=8192, layers=24, heads=16, kv_heads=8),
+    "internvl2-8b": sizes(hidden=4096, inner=14336, layers=32, heads=32, kv_heads=8),
 }
-#: Fields by their official name, and what transformers calls them where that differs.
-_VISION_FIELDS = {
-    "hidden_size": "",
-    "intermediate_size": "",
-    "num_hidden_layers": "",
-    "num_attention_heads": "",
-    "num_channels": "",
-    "image_size": "",
-    "patch_size": "",
-    "hidden_act": "",
-    "layer_norm_eps": "",
-    "norm_type": "",
-    "attention_dropout": "",
-    "dropout": "projection_dropout",
-    "qkv_bias": "attention_bias",
-    "qk_normalization": "use_qk_norm",
-}
-_TEXT_FIELDS = {
-    "vocab_size": "",
-    "hidden_size": "",
-    "intermediate_size": "",
-    "num_hidden_layers": "",
-    "num_attention_heads": "",
-    "num_key_value_heads": "",
-    "max_position_embeddings": "",
-    "rms_norm_eps": "",
-    "hidden_act": "",
-    "bos_token_id": "",
-    "eos_token_id": "",
-    "pad_token_id": "",
-    "bias": "attention_bias",
-}
+#: Fields that have the same name in the official configuration of the tower.
+_VISION_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_channels",
+    "image_size",
+    "patch_size",
+    "hidden_act",
+    "layer_norm_eps",
+    "norm_type",
+    "attention_dropout",
+)
 #: The only epsilon that transformers' InternViT has for the norms of queries and keys.
 _QK_NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class InternVLConfig(ModelConfig):
+class InternVLConfig(FamilyConfig):
     """An InternVL2 architecture: a published variant, and what differs from it.
 
     `vision_config` and `text_config` take the fields of transformers' InternVLVisionConfig and
     LlamaConfig. Raises ModelError BAD_CONFIG for an unknown variant.
     """
 
+    family: ClassVar = "InternVL2"
+    variants: ClassVar = _VARIANTS
+
     variant: str = "internvl2-2b"
-    vision_config: Mapping[str, Any] = field(default_factory=dict)
-    text_config: Mapping[str, Any] = field(default_factory=dict)
     image_token_id: int = _IMAGE_TOKEN
     #: Most tiles of an image, its thumbnail not counted; None means those of the checkpoint.
     max_tiles: int | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.variant not in _VARIANTS:
-            raise ModelError(
-                ErrorCode.BAD_CONFIG,
-                f"there is no InternVL2 variant {self.variant!r}",
-                f"variants: {', '.join(_VARIANTS)}",
-            )
-
     def to_transformers(self) -> Any:
         """transformers' InternVLConfig with a LlamaConfig. Raises ModelError BAD_CONFIG."""
         text = {**_TEXT_COMMON, **_VARIANTS[self.variant], **self.text_config}
-        words = text["vocab_size"]
-        if self.image_token_id >= words:
-            raise ModelError(
-                ErrorCode.BAD_CONFIG,
-                f"image_token_id is {self.image_token_id}, the vocabulary has {words}",
-                "give a smaller vocabulary its own image_token_id",
-            )
+        check_marks({"image_token_id": self.image_token_id}, text["vocab_size"])
         return _native({**_INTERNVIT_300M, **self.vision_config}, text, self.image_token_id)
 
 
@@ -139,20 +100,23 @@ def original_to_native(config: Mapping[str, Any], image_token: int | None) -> An
     with unreadable("config.json of an official InternVL2 cannot be read"):
         vision, text = dict(config["vision_config"]), dict(config["llm_config"])
         _refuse_others(config, vision, text)
-        native_text = _taken(text, _TEXT_FIELDS)
-        rope = dict(text.get("rope_scaling") or {"type": "default"})
-        rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type")
-        native_text["rope_parameters"] = {**rope, "rope_theta": text.get("rope_theta", 10000.0)}
         if image_token is None:
             image_token = int(text["vocab_size"]) - _FROM_IMAGE_TOKEN
-        extra = {
+        extra: dict[str, Any] = {
             "downsample_ratio": float(config.get("downsample_ratio", 0.5)),
             "vision_feature_layer": int(config.get("select_layer", -1)),
         }
         if config.get("system_message"):
             extra["system_message"] = str(config["system_message"])
-        seen = _taken(vision, _VISION_FIELDS)
-    return _native(seen, native_text, image_token, **extra)
+        native_vision = stated(
+            vision,
+            _VISION_FIELDS,
+            projection_dropout="dropout",
+            attention_bias="qkv_bias",
+            use_qk_norm="qk_normalization",
+        )
+        native_text = {**llama_fields(text), **stated(text, (), attention_bias="bias")}
+    return _native(native_vision, native_text, image_token, **extra)
 
 
 def tile_side(config: Any) -> int:
@@ -175,10 +139,6 @@ def tile_tokens(config: Any) -> int:
                 f"tiles of {side} pixels are no grid of {merge}x{merge} patches of {patch} pixels",
             )
     return int(side // (patch * merge)) ** 2
-
-
-def _taken(given: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    return {new or old: given[old] for old, new in names.items() if given.get(old) is not None}
 
 
 def _refuse_others(
@@ -218,7 +178,7 @@ def _native(
     from transformers import InternVLConfig as NativeConfig
     from transformers import InternVLVisionConfig, LlamaConfig
 
-    try:
+    with strict_config("InternVL2 configuration"):
         config = NativeConfig(
             vision_config=InternVLVisionConfig(**vision),
             text_config=LlamaConfig(**{**text, "tie_word_embeddings": False}),
@@ -227,7 +187,5 @@ def _native(
             tie_word_embeddings=False,
             **extra,
         )
-    except Exception as error:  # transformers' strict configs raise errors of their own kinds
-        raise ModelError(ErrorCode.BAD_CONFIG, f"InternVL2 configuration: {error}") from error
     config.image_seq_length = tile_tokens(config)
     return config

@@ -308,7 +308,7 @@ class InternVLProcessor(CausalProcessor):
     """
 
     one_size = False
-    notation = ListBoxes()
+    box_syntax = ListBoxes()
     images: InternVLImages
 
     # Pixels.

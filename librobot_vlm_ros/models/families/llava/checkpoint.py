@@ -18,18 +18,22 @@ import torch
 from torch import Tensor
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
-from librobot_vlm_ros.models.checkpoints.hub import find_weights, in_hub_cache
-from librobot_vlm_ros.models.checkpoints.key_mapping import DERIVED, native_tensors, renamed
+from librobot_vlm_ros.models.checkpoints.hub import find_weights, in_hub_cache, is_hub_id
+from librobot_vlm_ros.models.checkpoints.key_mapping import (
+    DERIVED,
+    key_map,
+    native_tensors,
+    renamed,
+)
 from librobot_vlm_ros.models.checkpoints.loading import (
     CheckpointLayout,
     LoadPlan,
     expect_rank,
     register_layout,
 )
-from librobot_vlm_ros.models.checkpoints.local_weights import is_hub_id
 from librobot_vlm_ros.models.checkpoints.path_policy import refuse_foreign
-from librobot_vlm_ros.models.checkpoints.shards import read_config, tensor_names
-from librobot_vlm_ros.models.configuration import bad_value, check_feature_layer
+from librobot_vlm_ros.models.checkpoints.shards import read_config, tensor_names, weight_files
+from librobot_vlm_ros.models.configuration import bad_value, check_feature_layer, from_dict
 from librobot_vlm_ros.models.families.llava.configuration import (
     CLIP_LARGE_336,
     is_original,
@@ -46,16 +50,13 @@ _CLIP_WIDTH = 768
 _LONGEST_NAME = 1000
 _CLIP_REVISION = "ce19dc912ca5cd21c8a653c79e251e808ccabcd1"
 
-_OFFICIAL = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"^model\.vision_tower\.vision_tower\.(?:vision_model\.)?", "model.vision_tower."),
-        (r"^vision_model\.", "model.vision_tower."),
-        (r"^model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
-        (r"^model\.mm_projector\.2\.", "model.multi_modal_projector.linear_2."),
-        (r"^model\.(embed_tokens|layers|norm)\.", r"model.language_model.\1."),
-        (r"^lm_head\.", "lm_head."),
-    )
+_OFFICIAL = key_map(
+    (r"^model\.vision_tower\.vision_tower\.(?:vision_model\.)?", "model.vision_tower."),
+    (r"^vision_model\.", "model.vision_tower."),
+    (r"^model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
+    (r"^model\.mm_projector\.2\.", "model.multi_modal_projector.linear_2."),
+    (r"^model\.(embed_tokens|layers|norm)\.", r"model.language_model.\1."),
+    (r"^lm_head\.", "lm_head."),
 )
 #: The half of a CLIP checkpoint that reads text.
 _CLIP_TEXT = re.compile(r"^(?:text_model\.|text_projection\.|visual_projection\.|logit_scale$)")
@@ -72,13 +73,7 @@ def plan_for(config: Any) -> LoadPlan:
 
 
 def _plan_native(config: dict[str, Any], folder: Path) -> LoadPlan:
-    from transformers import LlavaConfig
-
-    try:
-        native = LlavaConfig.from_dict(config)
-    except Exception as error:  # transformers' strict configs raise errors of their own kinds
-        raise ModelError(ErrorCode.BAD_CONFIG, f"config.json of a LLaVA: {error}") from error
-    return plan_for(native)
+    return plan_for(from_dict("LlavaConfig", config, "a LLaVA"))
 
 
 def _plan_original(config: dict[str, Any], folder: Path) -> LoadPlan:
@@ -184,9 +179,18 @@ def _config_of_tower(config: Mapping[str, Any], folder: Path) -> dict[str, Any] 
     return None
 
 
-def _matches_native(config: Mapping[str, Any]) -> bool:
-    return config.get("model_type") == "llava" and not is_original(config)
+def _tower_files(config: dict[str, Any], folder: Path) -> dict[str, Path]:
+    """Files of the tower that the official shards do not hold."""
+    tower = tower_folder(config, folder)
+    files = [] if tower is None else weight_files(tower)
+    return {f"vision_tower/{path.name}": path for path in files}
 
 
-register_layout(CheckpointLayout("llava-1.5 (official)", is_original, _plan_original))
-register_layout(CheckpointLayout("llava-1.5 (transformers)", _matches_native, _plan_native))
+register_layout(CheckpointLayout("llava-1.5 (official)", is_original, _plan_original, _tower_files))
+register_layout(
+    CheckpointLayout(
+        "llava-1.5 (transformers)",
+        lambda config: config.get("model_type") == "llava" and not is_original(config),
+        _plan_native,
+    )
+)

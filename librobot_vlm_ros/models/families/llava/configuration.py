@@ -9,20 +9,24 @@ vocabulary, padded to a multiple of 64 as in the published conversions.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
-from librobot_vlm_ros.models.configuration import ModelConfig, unreadable
+from librobot_vlm_ros.models.configuration import (
+    FamilyConfig,
+    llama_fields,
+    sizes,
+    stated,
+    strict_config,
+    unreadable,
+)
 
 __all__ = ["LlavaConfig", "is_original", "original_to_native"]
 
 #: CLIP ViT-L/14 at 336 pixels: the tower of both published sizes.
 CLIP_LARGE_336: dict[str, Any] = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
+    **sizes(hidden=1024, inner=4096, layers=24, heads=16),
     "image_size": 336,
     "patch_size": 14,
     "projection_dim": 768,
@@ -36,38 +40,15 @@ _TEXT_COMMON: dict[str, Any] = {
     "pad_token_id": 0,
 }
 _VARIANTS: dict[str, dict[str, Any]] = {
-    "llava-v1.5-7b": {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-    },
-    "llava-v1.5-13b": {
-        "hidden_size": 5120,
-        "intermediate_size": 13824,
-        "num_hidden_layers": 40,
-        "num_attention_heads": 40,
-    },
+    "llava-v1.5-7b": sizes(hidden=4096, inner=11008, layers=32, heads=32),
+    "llava-v1.5-13b": sizes(hidden=5120, inner=13824, layers=40, heads=40),
 }
 _VISION_FIELDS = (*CLIP_LARGE_336, "num_channels", "hidden_act", "layer_norm_eps")
-_TEXT_FIELDS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "hidden_act",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-)
 _ROW_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
-class LlavaConfig(ModelConfig):
+class LlavaConfig(FamilyConfig):
     """A LLaVA-1.5 architecture: a published variant, and what differs from it.
 
     `vision_config` and `text_config` take the fields of transformers' CLIPVisionConfig and
@@ -75,18 +56,10 @@ class LlavaConfig(ModelConfig):
     BAD_CONFIG for an unknown variant.
     """
 
-    variant: str = "llava-v1.5-7b"
-    vision_config: Mapping[str, Any] = field(default_factory=dict)
-    text_config: Mapping[str, Any] = field(default_factory=dict)
+    family: ClassVar = "LLaVA"
+    variants: ClassVar = _VARIANTS
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.variant not in _VARIANTS:
-            raise ModelError(
-                ErrorCode.BAD_CONFIG,
-                f"there is no LLaVA variant {self.variant!r}",
-                f"variants: {', '.join(_VARIANTS)}",
-            )
+    variant: str = "llava-v1.5-7b"
 
     def to_transformers(self) -> Any:
         """transformers' LlavaConfig."""
@@ -121,17 +94,13 @@ def original_to_native(config: Mapping[str, Any], vision: Mapping[str, Any]) -> 
                 f"config.json of a LLaVA: {name} is {config[name]!r}, LLaVA-1.5 has {value!r}",
             )
     with unreadable("config.json of an official LLaVA cannot be read"):
-        text = {name: config[name] for name in _TEXT_FIELDS if config.get(name) is not None}
-        text["vocab_size"] = int(config["vocab_size"])
-        rope = dict(config.get("rope_scaling") or {"type": "default"})
-        rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type")
-        text["rope_parameters"] = {**rope, "rope_theta": config.get("rope_theta", 10000.0)}
+        text = {**llama_fields(config), "vocab_size": int(config["vocab_size"])}
         layer = int(config["mm_vision_select_layer"])
         kind = {"patch": "default", "cls_patch": "full"}[
             config.get("mm_vision_select_feature", "patch")
         ]
-        seen = {name: vision[name] for name in _VISION_FIELDS if vision.get(name) is not None}
-    return _native(seen, text, layer, kind)
+        tower = stated(vision, _VISION_FIELDS)
+    return _native(tower, text, layer, kind)
 
 
 def _native(vision: Mapping[str, Any], text: Mapping[str, Any], layer: int, kind: str) -> Any:
@@ -141,7 +110,7 @@ def _native(vision: Mapping[str, Any], text: Mapping[str, Any], layer: int, kind
     words = int(text["vocab_size"])
     # Behind the words: the image's token and a pad token.
     rows = -(-(words + 2) // _ROW_MULTIPLE) * _ROW_MULTIPLE
-    try:
+    with strict_config("LLaVA configuration"):
         return NativeConfig(
             vision_config=CLIPVisionConfig(**vision),
             text_config=LlamaConfig(**{**text, "vocab_size": rows, "tie_word_embeddings": False}),
@@ -150,5 +119,3 @@ def _native(vision: Mapping[str, Any], text: Mapping[str, Any], layer: int, kind
             vision_feature_select_strategy=kind,
             tie_word_embeddings=False,
         )
-    except Exception as error:  # transformers' strict configs raise errors of their own kinds
-        raise ModelError(ErrorCode.BAD_CONFIG, f"LLaVA configuration: {error}") from error

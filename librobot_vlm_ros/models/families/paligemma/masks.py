@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
-from librobot_vlm_ros.models.checkpoints.file_checks import check_archive
-from librobot_vlm_ros.models.checkpoints.shards import iterate_tensors
+from librobot_vlm_ros.models.checkpoints.shards import check_archive, iterate_tensors
 
 __all__ = [
     "CODES",

@@ -14,7 +14,8 @@ from librobot_vlm_ros.core import ErrorCode, ModelError
 from librobot_vlm_ros.models.checkpoints.loading import load_module
 from librobot_vlm_ros.models.checkpoints.shards import read_json
 from librobot_vlm_ros.models.families.causal_lm import CausalLM
-from librobot_vlm_ros.models.families.paligemma.configuration import PaliGemmaConfig, plan_for
+from librobot_vlm_ros.models.families.paligemma.checkpoint import plan_for
+from librobot_vlm_ros.models.families.paligemma.configuration import PaliGemmaConfig
 from librobot_vlm_ros.models.families.paligemma.masks import (
     MaskDecoder,
     find_mask_decoder,

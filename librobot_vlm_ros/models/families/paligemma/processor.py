@@ -30,8 +30,8 @@ from librobot_vlm_ros.models.families.paligemma.masks import (
 )
 from librobot_vlm_ros.models.families.preprocess import ImageSettings, Resizing, squash
 from librobot_vlm_ros.models.families.prompts import question
-from librobot_vlm_ros.models.generation.config import CoordinateBins, Grammar
-from librobot_vlm_ros.models.generation.constraints.location_tokens import BoxGrammar
+from librobot_vlm_ros.models.generation.config import CoordinateBins, TokenConstraint
+from librobot_vlm_ros.models.generation.constraints.location_tokens import BoxConstraint
 from librobot_vlm_ros.models.generation.scores import AnswerText, Score, unknown
 from librobot_vlm_ros.models.processor import Box, Size
 
@@ -209,11 +209,11 @@ class PaliGemmaProcessor(CausalProcessor):
             return None
         return CoordinateBins(self.tokenizer.vocabulary["<loc0000>"], BINS, radius=BINS // 100)
 
-    def constraint(self, task: str) -> Grammar | None:
+    def constraint(self, task: str) -> TokenConstraint | None:
         """Whole boxes; y and x in turn, so the second corner's bounds are the first one's, too."""
         if not self.writes_regions(task):
             return None
-        return BoxGrammar(self.tokenizer.vocabulary["<loc0000>"], BINS)
+        return BoxConstraint(self.tokenizer.vocabulary["<loc0000>"], BINS)
 
     def regions(
         self, request: InferenceRequest, answer: AnswerText

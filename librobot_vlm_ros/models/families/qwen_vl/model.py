@@ -21,7 +21,8 @@ from librobot_vlm_ros.models.checkpoints.loading import load_module
 from librobot_vlm_ros.models.checkpoints.shards import read_json
 from librobot_vlm_ros.models.configuration import tokens
 from librobot_vlm_ros.models.families.causal_lm import CausalLM
-from librobot_vlm_ros.models.families.qwen_vl.configuration import QwenVLConfig, plan_for
+from librobot_vlm_ros.models.families.qwen_vl.checkpoint import plan_for
+from librobot_vlm_ros.models.families.qwen_vl.configuration import QwenVLConfig
 from librobot_vlm_ros.models.families.qwen_vl.processor import (
     BEGIN,
     END,

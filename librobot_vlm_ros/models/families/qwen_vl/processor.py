@@ -38,8 +38,8 @@ from librobot_vlm_ros.models.families.preprocess import (
 from librobot_vlm_ros.models.families.prompts import question
 from librobot_vlm_ros.models.generation.constraints.box_syntax import (
     JSON_PLACES,
+    BoxSyntax,
     JsonBoxes,
-    Notation,
     TokenBoxes,
 )
 from librobot_vlm_ros.models.generation.scores import AnswerText, Score, Span, unknown
@@ -349,7 +349,7 @@ class Generation:
     system: str
     #: A question for each task.
     questions: Mapping[str, str]
-    notation: Notation
+    box_syntax: BoxSyntax
     #: Reads the notation.
     parse: Callable[..., tuple[tuple[Region, ...], int]]
     #: Image settings where a folder states none.
@@ -387,9 +387,9 @@ class QwenProcessor(CausalProcessor):
         return GENERATIONS[self.config.model_type]
 
     @property
-    def notation(self) -> Notation:  # type: ignore[override]
+    def box_syntax(self) -> BoxSyntax:  # type: ignore[override]
         """See `CausalProcessor`."""
-        return self.generation.notation
+        return self.generation.box_syntax
 
     # Pixels.
 

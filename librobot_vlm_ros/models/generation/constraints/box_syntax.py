@@ -1,9 +1,10 @@
-"""Boxes that are written as text, read one character at a time.
+"""The syntaxes in which models write boxes as text, as automata over characters.
 
-A notation says after each character whether what has been written can still become a box that the
-family's parser reads, or is lost. It follows the parser exactly: marks count however they were
-spelt, blanks stand where the parser lets them, and what stands outside of a box is free.
-`token_grammar` makes a token mask of it."""
+A syntax says after each character whether the text can still become a box that the family's parser
+reads, or is lost. It follows the parser exactly: marks count however they were spelt, blanks stand
+where the parser lets them, and what stands outside of a box is free. `syntax_constraint` makes
+token masks of it.
+"""
 
 from __future__ import annotations
 
@@ -12,31 +13,34 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from librobot_vlm_ros.models.families.boxes import MOST_BLANKS, SCALE
-
 __all__ = [
     "BLANKS",
-    "Corners",
     "JSON_PLACES",
+    "MOST_BLANKS",
+    "SCALE",
+    "BoxSyntax",
     "JsonBoxes",
     "ListBoxes",
-    "Notation",
-    "Tail",
     "TokenBoxes",
 ]
 
+#: What stands for the whole width or height of an image.
+SCALE = 1000
+#: Blanks that may stand in a row within a box: a model that finds no way on must not write them
+#: until its answer is cut off.
+MOST_BLANKS = 64
 #: What `\s` matches in ASCII.
 BLANKS = " \t\n\r\f\v"
 _DIGITS = frozenset(string.digits)
 
 
-class Notation(Protocol):
-    """A way to write boxes. States are opaque; the first is `start`."""
+class BoxSyntax(Protocol):
+    """A way to write boxes: an automaton with opaque states, the first of which is `start`."""
 
     start: Hashable
 
     def step(self, state: Any, char: str) -> Any:
-        """The state behind one more character; None where no box can come of it any more."""
+        """The state after one more character; None where no box can come of it any more."""
 
     def ends(self, state: Any) -> bool:
         """Whether an answer may end here."""
@@ -50,40 +54,41 @@ class Notation(Protocol):
         """
 
 
-class Corners(NamedTuple):
-    """Four numbers on their way. `item`: place in the template; `text`: of the number there."""
+class _Corners(NamedTuple):
+    """The four numbers of a box, as far as they are written."""
 
+    #: Where in the template, and the text of the number there.
     item: int = 0
     text: str = ""
-    #: The first corner in `Box`'s unit, as far as it is written: the second must not lie before it.
+    #: The first corner in units of `_Box`: the second must not lie before it.
     near: tuple[int, ...] = ()
     #: Blanks that stand last.
     blanks: int = 0
 
-    def blank(self) -> Corners | None:
-        """The state behind one blank more."""
+    def blank(self) -> _Corners | None:
+        """The state after one more blank."""
         return self._replace(blanks=self.blanks + 1) if self.blanks < MOST_BLANKS else None
 
 
 @dataclass
-class Box:
-    """How four numbers are written: characters, and "" where a number stands; blanks between."""
+class _Box:
+    """How four numbers are written: characters, "" where a number stands, blanks in between."""
 
     template: Sequence[str]
     blanks: str = BLANKS
-    #: Digits before and behind the point, and whether the first may be a 0 that adds nothing.
-    whole: int = 5
-    places: int = 6
-    zeros: bool = True
+    #: Digits before and after the point, and whether leading zeros are read.
+    digits: int = 5
+    decimals: int = 6
+    leading_zeros: bool = True
 
     def __post_init__(self) -> None:
         #: Numbers are counted in the smallest that can be written.
-        self._unit = 10**self.places
+        self._unit: int = 10**self.decimals
         self._most = SCALE * self._unit
 
-    def step(self, state: Corners, char: str) -> Corners | None:
-        """See `Notation`. A state whose item is `len(template)` is a whole box."""
-        if state.item == len(self.template):
+    def step(self, state: _Corners, char: str) -> _Corners | None:
+        """See `BoxSyntax`."""
+        if self.complete(state):
             return self._blank(state, char)
         wanted = self.template[state.item]
         if wanted:
@@ -102,16 +107,20 @@ class Box:
         near = state.near
         if len(near) < 2:
             near = (*near, self._value(state.text))
-        return self.step(Corners(state.item + 1, "", near), char)
+        return self.step(_Corners(state.item + 1, "", near), char)
 
-    def _blank(self, state: Corners, char: str) -> Corners | None:
+    def complete(self, state: _Corners) -> bool:
+        """Whether all of the box is written."""
+        return state.item == len(self.template)
+
+    def _blank(self, state: _Corners, char: str) -> _Corners | None:
         return state.blank() if char in self.blanks else None
 
     def _value(self, text: str) -> int:
         whole, _, part = text.partition(".")
-        return int(whole + part.ljust(self.places, "0"))
+        return int(whole + part.ljust(self.decimals, "0"))
 
-    def _low(self, state: Corners) -> int:
+    def _low(self, state: _Corners) -> int:
         """What the number here must be at least."""
         number = self.template[: state.item].count("")
         return state.near[number - 2] if number >= 2 else 0
@@ -119,29 +128,30 @@ class Box:
     def _can_be(self, text: str, low: int) -> bool:
         """Whether `text` is, or can become, a number from `low` to the end of the scale."""
         whole, point, part = text.partition(".")
-        if len(whole) > self.whole or len(part) > self.places or "." in part:
+        if len(whole) > self.digits or len(part) > self.decimals or "." in part:
             return False
         nought = whole[0] == "0"
-        if nought and len(whole) > 1 and not self.zeros:
+        if nought and len(whole) > 1 and not self.leading_zeros:
             return False
         if point:
             least = self._value(text)
-            return least <= self._most and least + 10 ** (self.places - len(part)) > low
+            step: int = 10 ** (self.decimals - len(part))
+            return least <= self._most and least + step > low
         # With more digits before the point it begins at ten times the number, and so on.
         least, end = int(whole) * self._unit, (int(whole) + 1) * self._unit
-        for _ in range(self.whole - len(whole) + 1):
+        for _ in range(self.digits - len(whole) + 1):
             if least > self._most:
                 return False
             if end > low:
                 return True
-            if nought and not self.zeros:
+            if nought and not self.leading_zeros:
                 return False
             least, end = least * 10, end * 10
         return False
 
 
-class Tail:
-    """Finds marks in a text by what stands at its end."""
+class _Tail:
+    """Finds marks in a text by how it ends."""
 
     def __init__(self, *marks: str) -> None:
         self.marks = frozenset(marks)
@@ -156,13 +166,15 @@ class Tail:
 
 
 class _At(NamedTuple):
-    """A state: where, with what else is known."""
+    """A state of the syntaxes with marks."""
 
+    #: free; box (of `TokenBoxes`); inside a pair of marks, open (after a bracket), list.
     where: str
+    #: The beginning of a mark that stands last.
     tail: str = ""
-    box: Corners = Corners()
-    #: How many lists of numbers there were in this pair of marks: 0, or 1 for some.
-    some: int = 0
+    box: _Corners = _Corners()
+    #: Whether this pair of marks has a list of numbers already.
+    some: bool = False
 
 
 class TokenBoxes:
@@ -171,16 +183,16 @@ class TokenBoxes:
     """
 
     start = _At("free")
-    _box = Box(("(", "", ",", "", ")", ",", "(", "", ",", "", ")"))
-    _opening = Tail("<|box_start|>")
-    _closing = Tail("<|box_", "<|object_ref_")
+    _box = _Box(("(", "", ",", "", ")", ",", "(", "", ",", "", ")"))
+    _opening = _Tail("<|box_start|>")
+    _closing = _Tail("<|box_", "<|object_ref_")
 
     def step(self, state: _At, char: str) -> _At | None:
-        """See `Notation`."""
+        """See `BoxSyntax`."""
         if state.where == "free":
             tail = self._opening.step(state.tail, char)
             return _At("box") if tail in self._opening.marks else _At("free", tail)
-        if state.tail or (char == "<" and self._whole(state)):
+        if state.tail or (char == "<" and self._box.complete(state.box)):
             tail = self._closing.step(state.tail, char)
             if tail != state.tail + char:
                 return None
@@ -190,19 +202,16 @@ class TokenBoxes:
         box = self._box.step(state.box, char)
         return None if box is None else state._replace(box=box)
 
-    def _whole(self, state: _At) -> bool:
-        return state.box.item == len(self._box.template)
-
     def ends(self, state: _At) -> bool:
-        """See `Notation`."""
-        return state.where == "free" or (self._whole(state) and not state.tail)
+        """See `BoxSyntax`."""
+        return state.where == "free" or (self._box.complete(state.box) and not state.tail)
 
     def closed(self, state: _At) -> bool:
-        """See `Notation`."""
+        """See `BoxSyntax`."""
         return state.where == "box"
 
     def fatal(self, state: _At) -> str:
-        """See `Notation`."""
+        """See `BoxSyntax`."""
         return ">" if state.tail else ""
 
 
@@ -212,12 +221,12 @@ class ListBoxes:
     """
 
     start = _At("free")
-    _box = Box(("", ",", "", ",", "", ",", "", "]"))
-    _opening = Tail("<box>")
-    _marks = Tail("<box>", "</box>", "<ref>", "</ref>")
+    _box = _Box(("", ",", "", ",", "", ",", "", "]"))
+    _opening = _Tail("<box>")
+    _marks = _Tail("<box>", "</box>", "<ref>", "</ref>")
 
     def step(self, state: _At, char: str) -> _At | None:
-        """See `Notation`."""
+        """See `BoxSyntax`."""
         if state.where == "free":
             tail = self._opening.step(state.tail, char)
             return _At("inside") if tail in self._opening.marks else _At("free", tail)
@@ -232,7 +241,7 @@ class ListBoxes:
             return _At("inside" if tail == "<box>" else "free")
         if state.where == "open":
             if char == "[":
-                return state._replace(box=Corners())
+                return state._replace(box=_Corners())
             if char in BLANKS:
                 box = state.box.blank()
                 return None if box is None else state._replace(box=box)
@@ -240,32 +249,31 @@ class ListBoxes:
         box = self._box.step(state.box, char)
         if box is None:
             return None
-        whole = box.item == len(self._box.template)
-        return _At("inside", some=1) if whole else state._replace(box=box)
+        return _At("inside", some=True) if self._box.complete(box) else state._replace(box=box)
 
     def ends(self, state: _At) -> bool:
-        """See `Notation`."""
-        return state.where == "free" or (state.where == "inside" and bool(state.some))
+        """See `BoxSyntax`."""
+        return state.where == "free" or (state.where == "inside" and state.some)
 
     def closed(self, state: _At) -> bool:
-        """See `Notation`."""
+        """See `BoxSyntax`."""
         return state.where in ("open", "list")
 
     def fatal(self, state: _At) -> str:
-        """See `Notation`."""
+        """See `BoxSyntax`."""
         return "[>" if state.where == "inside" or state.tail else ""
 
 
 _KEY = "bbox_2d"
 _BLANKS = " \t\n\r"
-#: Digits behind the point that a number of a box may have: floats keep the order of such numbers.
+#: Digits after the point that a number of a box may have: floats keep the order of such numbers.
 JSON_PLACES = 12
 _JSON_DIGITS, _HEX = frozenset(string.digits), frozenset(string.hexdigits)
 #: What cannot stand in a string as it is.
 _CONTROL = "".join(map(chr, range(32)))
 #: What Python's parser takes for a value, less strings, numbers, lists and objects.
 _WORDS = {"t": "true", "f": "false", "n": "null", "N": "NaN", "I": "Infinity"}
-#: Where a number is to where each kind of character leads; those in _WHOLE may be its end.
+#: Where each kind of character leads within a number; it may end in a state of _WHOLE.
 _NUMBER = {
     "sign": {"0": "nought", "1": "whole"},
     "nought": {".": "point", "e": "power"},
@@ -280,24 +288,23 @@ _WHOLE = frozenset({"nought", "whole", "part", "powers"})
 
 
 class _In(NamedTuple):
-    """A place in a text; `stack` holds the brackets that are open, from the outermost on.
+    """A state of `JsonBoxes`."""
 
-    `where`: free; name (behind a brace), more (behind a comma: another name), key, colon, first
-    (behind a bracket: a value or its end), value, string, word, after a value; a number's places;
-    of a box's value: box (before it), list (behind its first bracket), corners, between, next.
-    """
-
+    #: free; name (after a brace), more (after a comma: another name), key, colon, first (after a
+    #: bracket: a value or its end), value, string, word, after a value; those of `_NUMBER`; of a
+    #: box's value: box (before it), list (after its first bracket), corners, between, next.
     where: str
+    #: The brackets that are open, from the outermost on.
     stack: str = ""
     #: Of a key: what was read of it while it can be the one of boxes, else None.
     key: str | None = None
-    #: Of a string: 5 behind a backslash, 4 to 1 digits of an escape to come.
+    #: Of a string: 5 after a backslash, 4 to 1 digits of an escape to come.
     escape: int = 0
     #: Of a word: its rest.
     rest: str = ""
     #: Of a box's value: whether it is a list of boxes.
     several: bool = False
-    corners: Corners = Corners()
+    corners: _Corners = _Corners()
 
 
 class JsonBoxes:
@@ -311,14 +318,14 @@ class JsonBoxes:
     """
 
     start = _In("free")
-    _box = Box(
+    _box = _Box(
         ("", ",", "", ",", "", ",", "", "]"),
-        blanks=_BLANKS, whole=4, places=JSON_PLACES, zeros=False,
+        blanks=_BLANKS, digits=4, decimals=JSON_PLACES, leading_zeros=False,
     )  # fmt: skip
     _BOXED = frozenset({"box", "list", "corners", "between", "next"})
 
     def step(self, state: _In, char: str) -> _In | None:
-        """See `Notation`."""
+        """See `BoxSyntax`."""
         where, stack = state.where, state.stack
         if where in self._BOXED:
             return self._in_box(state, char)
@@ -348,15 +355,15 @@ class JsonBoxes:
         return _closed(stack) if char == {"{": "}", "[": "]"}[stack[-1]] else None
 
     def ends(self, state: _In) -> bool:
-        """See `Notation`."""
+        """See `BoxSyntax`."""
         return state.where == "free"
 
     def closed(self, state: _In) -> bool:
-        """See `Notation`."""
+        """See `BoxSyntax`."""
         return state.where not in ("free", "string", "key") or state.escape > 0
 
     def fatal(self, state: _In) -> str:
-        """See `Notation`."""
+        """See `BoxSyntax`."""
         return "" if state.where == "free" else f'"\\{_CONTROL}'
 
     def _in_box(self, state: _In, char: str) -> _In | None:
@@ -368,11 +375,11 @@ class JsonBoxes:
             corners = self._box.step(state.corners, char)
             if corners is None:
                 return None
-            if corners.item < len(self._box.template):
+            if not self._box.complete(corners):
                 return state._replace(where="corners", corners=corners)
             return _In("between" if state.several else "after", stack)
         if where == "list":
-            several = state._replace(several=True, corners=Corners())
+            several = state._replace(several=True, corners=_Corners())
             return None if state.several else several
         if where == "box":
             return _In("list", stack) if char == "[" else None
@@ -428,5 +435,5 @@ def _word(stack: str, rest: str) -> _In:
 
 
 def _closed(stack: str) -> _In:
-    """Behind the bracket that closes the innermost one."""
+    """The state after the bracket that closes the innermost one."""
     return _In("after", stack[:-1]) if len(stack) > 1 else _In("free")

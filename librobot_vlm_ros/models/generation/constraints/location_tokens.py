@@ -1,25 +1,24 @@
-"""Notations of boxes as grammars: which tokens may follow what has been written.
+"""Boxes and outlines of models whose coordinates are tokens: which tokens may follow.
 
 A location is one token, and the tokens of all locations stand in a row. Once a box has begun, only
 locations can follow until it is whole, and its far corner does not lie before its near one: so
 much less of the output layer has to be computed, and no box comes out that cannot be read. Only an
-answer that is cut off by its length can still end inside a box. Answers that are well formed are
-not changed; what that takes of beams is in `beam_grammar`. Boxes that are written as text have
-their grammars in `notation_grammar`.
+answer that is cut off by its length can still end inside a box. Well-formed answers are not
+changed; what that takes of beams is in `beam_search`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["BoxGrammar", "OutlineGrammar"]
+__all__ = ["BoxConstraint", "PolygonConstraint"]
 
 
-class BoxGrammar:
+class BoxConstraint:
     """Four locations in a row are a box: near corner, far corner, on the same axes in turn.
 
     `first`, `count`: the tokens of the locations. `size`: locations of a shape; `ordered`: whether
-    the second corner must not lie before the first. `unless`: a token that marks another notation.
+    the second corner must not lie before the first. `unless`: a token that marks another syntax.
     """
 
     def __init__(
@@ -31,30 +30,29 @@ class BoxGrammar:
         ordered: bool = True,
         unless: int | None = None,
     ) -> None:
-        self._first, self._end = first, first + count
-        self._all = range(first, first + count)
+        self._locations = range(first, first + count)
         self._size, self._ordered, self._unless = size, ordered, unless
 
     def allowed(self, ids: Sequence[int]) -> range | None:
-        """See `decode_rules.Grammar`."""
-        written = _run(ids, self._all) % self._size
+        """See `TokenConstraint`."""
+        written = _run(ids, self._locations) % self._size
         if not written or (self._unless is not None and self._unless in ids):
             return None
         if self._ordered and written >= 2:
-            return range(ids[-2], self._end)
-        return self._all
+            return range(ids[-2], self._locations.stop)
+        return self._locations
 
 
-class OutlineGrammar:
+class PolygonConstraint:
     """Locations in a row are the corners of a polygon: an even number, three corners at least."""
 
     def __init__(self, first: int, count: int) -> None:
-        self._all = range(first, first + count)
+        self._locations = range(first, first + count)
 
     def allowed(self, ids: Sequence[int]) -> range | None:
-        """See `decode_rules.Grammar`."""
-        written = _run(ids, self._all)
-        return self._all if written % 2 or 0 < written < 6 else None
+        """See `TokenConstraint`."""
+        written = _run(ids, self._locations)
+        return self._locations if written % 2 or 0 < written < 6 else None
 
 
 def _run(ids: Sequence[int], locations: range) -> int:

@@ -1,1 +1,1 @@
-"""Decode steps and a vision tower as plain arithmetic on the modules' own weights."""
+"""The fast path: static caches and decode steps as plain arithmetic, replayed as CUDA graphs."""

@@ -1,8 +1,8 @@
-"""One decode step of BART's decoder as plain arithmetic on its module's own weights.
+"""Decode steps of BART's decoder as plain arithmetic on the module's own weights.
 
 Learned positions, post-norm layers, attention to what was written and to the encoder's states.
-Keys and values of the encoder's states are computed once an answer, and stand there once a prompt:
-its beams are further rows of the same attention. See `step_llama` for why.
+Keys and values of the encoder's states are computed once an answer and stand there once a prompt:
+its beams are further rows of the same attention. See `llama` for why.
 """
 
 from __future__ import annotations
@@ -12,23 +12,29 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
+from librobot_vlm_ros.models.generation.fast.graph_runner import (
+    FastDecoder,
+    FastModel,
+    GraphRunner,
+    StaticCache,
+)
 from librobot_vlm_ros.models.generation.fast.weights import (
     Activation,
+    Norm,
     UnsupportedError,
     activation,
-    addresses,
-    plain,
+    layer_norm,
+    linear_weights,
+    norm_weights,
     project,
-    weight_of,
 )
 
-__all__ = ["BartBuffers", "BartStep"]
+__all__ = ["BartStaticCache", "FastBart", "FastBartDecoder"]
 
 _Linear = tuple[Tensor, Tensor]
-_Norm = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -37,196 +43,213 @@ class _Layer:
 
     qkv: tuple[_Linear, ...]
     out: _Linear
-    norm: _Norm
+    norm: Norm
     cross_q: _Linear
     cross_kv: tuple[_Linear, ...]
     cross_out: _Linear
-    cross_norm: _Norm
+    cross_norm: Norm
     fc1: _Linear
     fc2: _Linear
-    last_norm: _Norm
+    last_norm: Norm
 
 
-class BartBuffers:
-    """Everything a step writes, for `rows` rows with room for `capacity` tokens each.
+class BartStaticCache(StaticCache):
+    """Keys and values of the answers and of `prompts` prompts' encoder states of `width` positions.
 
-    `prompts` encoder rows of `width` places; each has `rows // prompts` rows in a row.
+    Each prompt has `rows // prompts` rows, side by side.
     """
 
-    def __init__(self, step: BartStep, rows: int, capacity: int, prompts: int, width: int) -> None:
-        self.rows, self.capacity, self.prompts, self.width = rows, capacity, prompts, width
-        options: dict[str, Any] = {"dtype": step.dtype, "device": step.device}
-        heads, size, depth = step.heads, step.head_dim, len(step.layers)
-        #: [layers, 2, rows, heads, capacity, D]; zero where nothing is, for 0 * NaN is NaN.
-        self.kv = torch.zeros((depth, 2, rows, heads, capacity, size), **options)
+    def __init__(self, model: FastBart, rows: int, capacity: int, prompts: int, width: int) -> None:
+        super().__init__(model, rows, capacity, model.heads, prompts, width)
+        options: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
+        heads, size, depth = model.heads, model.head_dim, len(model.layers)
         #: [layers, 2, prompts, heads, width, D], of the encoder's states.
-        self.cross = torch.zeros((depth, 2, prompts, heads, width, size), **options)
-        #: Added to the attentions' scores: 0 where a row looks, else -inf.
-        self.mask = torch.full((rows, 1, 1, capacity), -math.inf, **options)
+        self.cross_kv = torch.zeros((depth, 2, prompts, heads, width, size), **options)
         self.cross_mask = torch.zeros((prompts, 1, 1, width), **options)
-        self.tokens = torch.zeros(rows, dtype=torch.int64, device=step.device)
-        #: Of `StepPool`: a graph over these buffers, what it writes, and who uses them now.
-        self.graph: Any = None
-        self.logits: Any = None
-        self.owner: Any = lambda: None
-        #: Where the next token goes.
-        self.slot = torch.zeros(1, dtype=torch.int64, device=step.device)
+        #: Whether some position of the encoder's states is padding. A graph is captured before
+        #: that is known.
+        self.padded = model.device.type == "cuda"
         qkv = torch.empty((3, rows, heads, size), **options)
         self.q_k_v = tuple(qkv.view(3, rows, -1))
         self.query = qkv[0].unsqueeze(2)
         self.new_kv = qkv[1:].unsqueeze(3)
-        beams = rows // prompts
-        asked = torch.empty((rows, heads * size), **options)
-        self.asked = asked
-        self.cross_query = asked.view(prompts, beams, heads, size).transpose(1, 2)
-        #: Whether some place of the encoder's states is not looked at. A graph is captured before
-        #: that is known.
-        self.padded = step.device.type == "cuda"
+        self.cross_q = torch.empty((rows, heads * size), **options)
+        self.cross_query = self.cross_q.view(prompts, rows // prompts, heads, size).transpose(1, 2)
         self.layers = [
             (kv, kv[0], kv[1], cross[0], cross[1])
-            for kv, cross in zip(self.kv, self.cross, strict=True)
+            for kv, cross in zip(self.kv, self.cross_kv, strict=True)
         ]
 
-    def look_as(self, other: BartBuffers, prompts: Tensor | None) -> None:
-        """Take over what `BartStep.look` has put into buffers of the same width, for prompt p that
-        of prompt prompts[p] (None: its own).
+    def copy_encoder_states(self, other: BartStaticCache, prompts: Tensor | None) -> None:
+        """Take those of a cache of the same width: for prompt p those of prompt prompts[p] (None:
+        its own).
         """
-        cross, mask = other.cross, other.cross_mask
+        cross_kv, mask = other.cross_kv, other.cross_mask
         if prompts is not None:
-            cross, mask = cross.index_select(2, prompts), mask.index_select(0, prompts)
-        self.cross.copy_(cross)
+            cross_kv, mask = cross_kv.index_select(2, prompts), mask.index_select(0, prompts)
+        self.cross_kv.copy_(cross_kv)
         self.cross_mask.copy_(mask)
         self.padded = self.padded or other.padded
 
     def clear(self) -> None:
-        """As they were when made."""
-        self.kv.zero_()
-        self.cross.zero_()
-        self.mask.fill_(-math.inf)
+        """Make it as it was when new."""
+        super().clear()
+        self.cross_kv.zero_()
         self.cross_mask.zero_()
-        self.slot.zero_()
 
 
-class BartStep:
-    """The arithmetic of a decoder and its head; holds views of their weights.
-
-    Raises UnsupportedError, with the reason, for what it does not know: quantised and adapted
-    layers, hooks.
-    """
-
-    #: See `LlamaStep.longest`: its table of positions bounds answers, not the arithmetic.
-    longest: int | None = None
+class FastBart(FastModel):
+    """The decode step of BART's decoder."""
 
     def __init__(self, decoder: Any, head: Any) -> None:
+        super().__init__(decoder, head)
         config = decoder.config
-        self._modules = decoder, head
         kind = type(decoder.layers[0]).__name__
         if kind != "BartDecoderLayer":
             raise UnsupportedError(f"a {kind} is not known")
         self.heads = int(config.decoder_attention_heads)
         self.head_dim = int(config.d_model) // self.heads
         self.act: Activation = activation(config, "activation_function")
-        self.embedding = weight_of(decoder.embed_tokens, nn.Embedding)
         scale = float(getattr(decoder.embed_tokens, "embed_scale", None) or 1.0)
         self.embed_scale = None if scale == 1.0 else scale
-        self.offset = int(decoder.embed_positions.offset)
-        self.positions = decoder.embed_positions.weight.detach()[self.offset :]
-        self.first_norm = _norm(decoder.layernorm_embedding)
-        self.head, self.head_bias = plain(head)
-        self.dtype, self.device = self.embedding.dtype, self.embedding.device
+        self.positions = decoder.embed_positions.weight.detach()
+        self.positions = self.positions[int(decoder.embed_positions.offset) :]
+        self.first_norm = norm_weights(decoder.layernorm_embedding)
         self.layers = [_layer(layer) for layer in decoder.layers]
-        #: Weights of its largest matrix, but for the head.
         self.largest = max(layer.fc1[0].numel() for layer in self.layers)
 
-    def buffers(self, rows: int, capacity: int, prompts: int, width: int) -> BartBuffers:
-        """Room for a batch."""
-        return BartBuffers(self, rows, capacity, prompts, width)
+    def new_cache(self, rows: int, capacity: int, prompts: int, width: int) -> BartStaticCache:
+        """See `FastModel`."""
+        return BartStaticCache(self, rows, capacity, prompts, width)
 
-    def look(self, buffers: BartBuffers, hidden: Tensor, mask: Tensor | None) -> None:
-        """Take in the encoder's states [prompts, T, D] and their mask [prompts, T], T <= width."""
+    def set_encoder_states(
+        self, cache: BartStaticCache, hidden: Tensor, mask: Tensor | None
+    ) -> None:
+        """Write keys and values of the encoder's states [prompts, T, D], T <= width, and their mask
+        [prompts, T].
+        """
         length = hidden.shape[1]
-        for layer, (_, _, _, keys, values) in zip(self.layers, buffers.layers, strict=True):
+        for layer, (*_, keys, values) in zip(self.layers, cache.layers, strict=True):
             for (weight, bias), into in zip(layer.cross_kv, (keys, values), strict=True):
                 found = (hidden @ weight).add_(bias)
                 into[:, :, :length].copy_(found.unflatten(-1, (self.heads, -1)).transpose(1, 2))
-        buffers.padded = buffers.padded or mask is not None or length < buffers.width
-        if buffers.padded:
-            buffers.cross_mask[..., length:] = -math.inf
+        cache.padded = cache.padded or mask is not None or length < cache.width
+        if cache.padded:
+            cache.cross_mask[..., length:] = -math.inf
         if mask is not None:
-            unseen = (mask == 0)[:, None, None]
-            buffers.cross_mask[..., :length].masked_fill_(unseen, -math.inf)
+            cache.cross_mask[..., :length].masked_fill_((mask == 0)[:, None, None], -math.inf)
 
-    def weights(self) -> tuple[Any, ...]:
-        """Where its weights lie and what they are; equal while a captured graph is valid."""
-        return addresses(*self._modules)
-
-    def __call__(self, buffers: BartBuffers, allowed: range | Tensor | None = None) -> Tensor:
-        """Take `buffers.tokens` in, one a row; gives the logits [rows, V] of what follows.
-
-        `allowed`: only those columns.
-        """
-        rows, slot = buffers.rows, buffers.slot
-        attend = functional.scaled_dot_product_attention
-        cross_mask = buffers.cross_mask if buffers.padded else None
-        buffers.mask.index_fill_(3, slot, 0.0)
-        hidden = functional.embedding(buffers.tokens, self.embedding)
+    def decode_one_token(
+        self, cache: BartStaticCache, allowed: range | Tensor | None = None
+    ) -> Tensor:
+        """See `FastModel`."""
+        rows, position = cache.rows, cache.cache_position
+        attention = functional.scaled_dot_product_attention
+        cross_mask = cache.cross_mask if cache.padded else None
+        cache.mask.index_fill_(3, position, 0.0)
+        hidden = functional.embedding(cache.tokens, self.embedding)
         if self.embed_scale is not None:
             hidden = hidden * self.embed_scale
-        hidden = hidden + self.positions.index_select(0, slot)
-        hidden = self._normed(hidden, self.first_norm)
-        for layer, (both, keys, values, far_keys, far_values) in zip(
-            self.layers, buffers.layers, strict=True
+        hidden = hidden + self.positions.index_select(0, position)
+        hidden = layer_norm(hidden, self.first_norm)
+        for layer, (kv, keys, values, cross_keys, cross_values) in zip(
+            self.layers, cache.layers, strict=True
         ):
-            for (weight, bias), into in zip(layer.qkv, buffers.q_k_v, strict=True):
+            for (weight, bias), into in zip(layer.qkv, cache.q_k_v, strict=True):
                 torch.addmm(bias, hidden, weight, out=into)
-            both.index_copy_(3, slot, buffers.new_kv)
-            seen = attend(buffers.query, keys, values, buffers.mask)
-            hidden = hidden + _linear(seen.reshape(rows, -1), layer.out)
-            hidden = self._normed(hidden, layer.norm)
+            kv.index_copy_(3, position, cache.new_kv)
+            attended = attention(cache.query, keys, values, cache.mask)
+            hidden = hidden + _linear(attended.reshape(rows, -1), layer.out)
+            hidden = layer_norm(hidden, layer.norm)
 
             weight, bias = layer.cross_q
-            torch.addmm(bias, hidden, weight, out=buffers.asked)
-            seen = attend(buffers.cross_query, far_keys, far_values, cross_mask)
-            hidden = hidden + _linear(seen.transpose(1, 2).reshape(rows, -1), layer.cross_out)
-            hidden = self._normed(hidden, layer.cross_norm)
+            torch.addmm(bias, hidden, weight, out=cache.cross_q)
+            attended = attention(cache.cross_query, cross_keys, cross_values, cross_mask)
+            attended = attended.transpose(1, 2).reshape(rows, -1)
+            hidden = layer_norm(hidden + _linear(attended, layer.cross_out), layer.cross_norm)
 
             wide = self.act(_linear(hidden, layer.fc1))
-            hidden = self._normed(hidden + _linear(wide, layer.fc2), layer.last_norm)
-        slot.add_(1)
+            hidden = layer_norm(hidden + _linear(wide, layer.fc2), layer.last_norm)
+        position.add_(1)
         return project(hidden, self.head, self.head_bias, allowed)
-
-    def _normed(self, x: Tensor, norm: _Norm) -> Tensor:
-        return torch.layer_norm(x, x.shape[-1:], norm[0], norm[1], 1e-5)
 
 
 def _layer(layer: Any) -> _Layer:
-    own, far = layer.self_attn, layer.encoder_attn
+    own, cross = layer.self_attn, layer.encoder_attn
     return _Layer(
-        qkv=tuple(_both(getattr(own, f"{x}_proj")) for x in "qkv"),
-        out=_both(own.out_proj),
-        norm=_norm(layer.self_attn_layer_norm),
-        cross_q=_both(far.q_proj),
-        cross_kv=tuple(_both(getattr(far, f"{x}_proj")) for x in "kv"),
-        cross_out=_both(far.out_proj),
-        cross_norm=_norm(layer.encoder_attn_layer_norm),
-        fc1=_both(layer.fc1),
-        fc2=_both(layer.fc2),
-        last_norm=_norm(layer.final_layer_norm),
+        qkv=tuple(_with_bias(getattr(own, f"{x}_proj")) for x in "qkv"),
+        out=_with_bias(own.out_proj),
+        norm=norm_weights(layer.self_attn_layer_norm),
+        cross_q=_with_bias(cross.q_proj),
+        cross_kv=tuple(_with_bias(getattr(cross, f"{x}_proj")) for x in "kv"),
+        cross_out=_with_bias(cross.out_proj),
+        cross_norm=norm_weights(layer.encoder_attn_layer_norm),
+        fc1=_with_bias(layer.fc1),
+        fc2=_with_bias(layer.fc2),
+        last_norm=norm_weights(layer.final_layer_norm),
     )
 
 
-def _both(layer: Any) -> _Linear:
-    weight, bias = plain(layer)
+def _with_bias(layer: Any) -> _Linear:
+    weight, bias = linear_weights(layer)
     if bias is None:
         raise UnsupportedError("a linear layer has no bias")
     return weight, bias
 
 
-def _norm(layer: Any) -> _Norm:
-    if type(layer) is not nn.LayerNorm or layer.eps != 1e-5:
-        raise UnsupportedError(f"a {type(layer).__name__} stands in a norm's place")
-    return layer.weight.detach(), layer.bias.detach()
-
-
 def _linear(x: Tensor, layer: _Linear) -> Tensor:
     return torch.addmm(layer[1], x, layer[0])
+
+
+class FastBartDecoder(FastDecoder):
+    """Decodes with a `FastBart` about encoder states `hidden` [B, T, D], `mask` [B, T] or None."""
+
+    def __init__(
+        self, runner: GraphRunner, hidden: Tensor, mask: Tensor | None, start_token: int
+    ) -> None:
+        super().__init__(runner, len(hidden))
+        #: Dropped once the static cache holds their keys and values.
+        self._states: tuple[Tensor, Tensor | None] | None = (hidden, mask)
+        #: Prompts whose encoder states the cache holds, and the positions of each.
+        self._prompts, self._width = hidden.shape[:2]
+        self._start = torch.full_like(self._prompt, start_token)
+
+    def prefill(self) -> Tensor:
+        """See `Decoder`."""
+        return self.decode(self._start)
+
+    def _prefill_cache(self) -> None:
+        self.decode(self._start, range(0))
+
+    def reorder(self, rows: Tensor, within: bool = False) -> None:
+        """See `Decoder`."""
+        if self._reordered_in_place(rows, within):
+            return
+        self._prompt = self._prompt[rows]
+        # As many rows of each prompt, side by side, share its encoder states.
+        shared = torch.arange(self._prompts, device=rows.device)
+        shared = shared.repeat_interleave(len(rows) // self._prompts)
+        if torch.equal(shared, self._prompt):
+            self._move(rows)
+        else:
+            self._move(rows, encoded=self._prompt)
+            self._prompt = torch.arange(len(rows), device=rows.device)
+
+    def _move(self, rows: Tensor | None, encoded: Tensor | None = None) -> None:
+        """`encoded`: prompt p gets the encoder states of what was prompt encoded[p]."""
+        old, length = self._cache, self._length
+        count = self._rows if rows is None else len(rows)
+        self._prompts = self._prompts if encoded is None else len(encoded)
+        cache = self._runner.static_cache(self, count, length + 1, self._prompts, self._width)
+        if self._states is not None:
+            model: FastBart = self._runner.model  # type: ignore[assignment]
+            model.set_encoder_states(cache, *self._states)
+            self._states = None
+        else:
+            kv = old.kv[:, :, : self._rows, :, :length]
+            kv = kv if rows is None else kv.index_select(2, rows)
+            cache.kv[:, :, :count, :, :length].copy_(kv)
+            cache.mask[:count, ..., :length] = 0.0
+            cache.copy_encoder_states(old, encoded)
+        cache.cache_position.fill_(length)
+        self._cache, self._rows = cache, count

@@ -1,9 +1,9 @@
-"""DaViT's tower as plain arithmetic on its module's own weights, for a CPU.
+"""DaViT's vision tower as plain arithmetic on its module's own weights, for a CPU.
 
 The module carries each block's result from channels last to channels first and back, and adds what
 a convolution could have added. Here the channels stay last, and on small towers the matrices are
-laid out once as oneDNN multiplies them. The module remains the reference, takes what is not known
-here, and trains.
+laid out once as oneDNN multiplies them. The module remains the reference: it trains, and sees where
+something is not known here.
 """
 
 from __future__ import annotations
@@ -18,16 +18,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from librobot_vlm_ros.models.generation.fast.weights import UnsupportedError, plain
+from librobot_vlm_ros.models.generation.fast.weights import (
+    Norm,
+    UnsupportedError,
+    layer_norm,
+    linear_weights,
+    norm_weights,
+)
 
-__all__ = ["DavitPass", "make_pass"]
+__all__ = ["FastDavit", "make_fast_davit"]
 
 _log = logging.getLogger(__name__)
 
 #: Bytes of matrices up to which a second copy of them, laid out for oneDNN, is worth its memory.
 _PACKED = 64 << 20
-
-_Norm = tuple[Tensor, Tensor, float]
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class _Linear:
     """x W + b, `packed` for oneDNN or as the module has it."""
 
     def __init__(self, layer: Any, packed: bool) -> None:
-        weight, self.bias = plain(layer)
+        weight, self.bias = linear_weights(layer)
         self.weight, self._packed = weight.t(), packed
         if packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), 144)
@@ -71,18 +75,18 @@ class _Linear:
 class _Half:
     """Half a block: a convolution, attention in windows or among channels, another, an MLP."""
 
-    before: _Conv
-    norm: _Norm
+    conv1: _Conv
+    norm: Norm
     qkv: _Linear
     out: _Linear
-    between: _Conv
-    mlp_norm: _Norm
-    wide: _Linear
-    narrow: _Linear
+    conv2: _Conv
+    mlp_norm: Norm
+    fc1: _Linear
+    fc2: _Linear
     heads: int
 
 
-class DavitPass:
+class FastDavit:
     """The tower [B, 3, H, W] to [B, D, h, w]; holds views of its weights, and copies of small ones.
 
     Raises UnsupportedError, with the reason, for what it does not know.
@@ -105,7 +109,7 @@ class DavitPass:
         self._window = int(config.window_size)
         self._stages = [
             (
-                _norm(embed.norm),
+                norm_weights(embed.norm),
                 bool(embed.pre_norm),
                 _conv(embed.conv),
                 [
@@ -121,21 +125,21 @@ class DavitPass:
 
     @property
     def hooked(self) -> bool:
-        """Whether somebody waits for what a module of the tower does, which it does not do here."""
+        """Whether a module of the tower has hooks, which are not called here."""
         return any(m._forward_hooks or m._forward_pre_hooks for m in self._modules)
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """See the class."""
         x = pixels.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
         for norm, first, conv, blocks in self._stages:
-            x = conv(_normed(x, norm)) if first else _normed(conv(x), norm)
+            x = conv(layer_norm(x, norm)) if first else layer_norm(conv(x), norm)
             for spatial, channel in blocks:
-                x = _applied(spatial, x, self._in_windows)
-                x = _applied(channel, x, _among_channels)
+                x = _half_block(spatial, x, self._in_windows)
+                x = _half_block(channel, x, _among_channels)
         return x.permute(0, 3, 1, 2)
 
     def _in_windows(self, half: _Half, normed: Tensor, x: Tensor) -> Tensor:
-        """x and what attention within each window finds in `normed`, both [B, H, W, C]."""
+        """x plus attention within each window of `normed`, both [B, H, W, C]."""
         batch, height, width, size = x.shape
         side = self._window
         below, right = -height % side, -width % side
@@ -154,26 +158,28 @@ class DavitPass:
         return x + found[:, :height, :width]
 
 
-def make_pass(tower: Any) -> DavitPass | None:
-    """A pass over the tower's weights; None where the module itself is to see."""
+def make_fast_davit(tower: Any) -> FastDavit | None:
+    """A `FastDavit` over the tower's weights; None where the module itself is to see."""
     try:
-        return DavitPass(tower)
+        return FastDavit(tower)
     except (UnsupportedError, AttributeError) as reason:
         _log.debug("%s sees through its module: %s", type(tower).__name__, reason)
         return None
 
 
-def _applied(half: _Half, x: Tensor, attend: Callable[[_Half, Tensor, Tensor], Tensor]) -> Tensor:
-    x = half.before(x)
-    x = attend(half, _normed(x, half.norm), x)
-    x = half.between(x)
+def _half_block(
+    half: _Half, x: Tensor, attend: Callable[[_Half, Tensor, Tensor], Tensor]
+) -> Tensor:
+    x = half.conv1(x)
+    x = attend(half, layer_norm(x, half.norm), x)
+    x = half.conv2(x)
     # oneDNN could do both in its multiplication, and takes longer for it.
-    wide = functional.gelu(half.wide(_normed(x, half.mlp_norm)))
-    return half.narrow(wide).add_(x)
+    wide = functional.gelu(half.fc1(layer_norm(x, half.mlp_norm)))
+    return half.fc2(wide).add_(x)
 
 
 def _among_channels(half: _Half, normed: Tensor, x: Tensor) -> Tensor:
-    """x and what attention among the channels of each group finds in `normed`."""
+    """x plus attention among the channels of each group of `normed`, both [B, H, W, C]."""
     batch, height, width, size = x.shape
     count = height * width
     qkv = half.qkv(normed.reshape(batch, count, size)).view(batch, count, 3, half.heads, -1)
@@ -184,20 +190,16 @@ def _among_channels(half: _Half, normed: Tensor, x: Tensor) -> Tensor:
     return half.out(seen).view(x.shape).add_(x)
 
 
-def _normed(x: Tensor, norm: _Norm) -> Tensor:
-    return torch.layer_norm(x, x.shape[-1:], norm[0], norm[1], norm[2])
-
-
 def _half(block: Any, attention: Any, packed: bool) -> _Half:
     return _Half(
-        before=_conv(block.conv1, plus_input=True),
-        norm=_norm(block.norm1),
+        conv1=_conv(block.conv1, plus_input=True),
+        norm=norm_weights(block.norm1),
         qkv=_Linear(attention.qkv, packed),
         out=_Linear(attention.proj, packed),
-        between=_conv(block.conv2, plus_input=True),
-        mlp_norm=_norm(block.norm2),
-        wide=_Linear(block.ffn.fc1, packed),
-        narrow=_Linear(block.ffn.fc2, packed),
+        conv2=_conv(block.conv2, plus_input=True),
+        mlp_norm=norm_weights(block.norm2),
+        fc1=_Linear(block.ffn.fc1, packed),
+        fc2=_Linear(block.ffn.fc2, packed),
         heads=int(attention.num_heads if hasattr(attention, "num_heads") else attention.groups),
     )
 
@@ -214,12 +216,6 @@ def _conv(layer: Any, *, plus_input: bool = False) -> _Conv:
         weight[:, 0, weight.shape[2] // 2, weight.shape[3] // 2] += 1.0
     weight = weight.contiguous(memory_format=torch.channels_last)
     return _Conv(weight, layer.bias.detach(), layer.stride, layer.padding, layer.groups)
-
-
-def _norm(layer: Any) -> _Norm:
-    if type(layer) is not nn.LayerNorm:
-        raise UnsupportedError(f"a {type(layer).__name__} stands in a norm's place")
-    return layer.weight.detach(), layer.bias.detach(), float(layer.eps)
 
 
 def _can_pack() -> bool:

@@ -1,7 +1,4 @@
-"""What the functional decode steps take from a module: weights as they are, or a refusal.
-
-Which step fits a model is found out here, too: `make_step` gives one or says why not.
-"""
+"""What the fast path takes from a module: weights as they are, or a refusal that says why."""
 
 from __future__ import annotations
 
@@ -18,11 +15,13 @@ from librobot_vlm_ros.core import ErrorCode, ModelError
 __all__ = [
     "DECODERS",
     "Activation",
+    "Norm",
     "UnsupportedError",
     "activation",
-    "addresses",
-    "make_step",
-    "plain",
+    "layer_norm",
+    "linear_weights",
+    "make_fast",
+    "norm_weights",
     "project",
     "states",
     "weight_of",
@@ -34,30 +33,38 @@ _log = logging.getLogger(__name__)
 DECODERS = ("auto", "module", "functional")
 
 Activation = Callable[[Tensor], Tensor]
+#: Weight, bias and epsilon of a LayerNorm.
+Norm = tuple[Tensor, Tensor, float]
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "relu": functional.relu,
+}
 
 
 class UnsupportedError(Exception):
-    """The module does something that the functional step does not know; the text says what."""
+    """The module does something that the fast path does not know; the text says what."""
 
 
-def make_step(kind: type[Any], model: Any, head: Any, wanted: str, length: int = 0) -> Any:
-    """A `kind` over the text model's weights; None where the module itself is to take the steps.
+def make_fast(kind: type[Any], model: Any, head: Any, wanted: str, length: int = 0) -> Any:
+    """A `FastLlama` or `FastBart` over a text model's weights; None where its module decodes.
 
-    `length`: places of the longest prompt and its answer together.
-    `wanted`: one of DECODERS. Raises ModelError BAD_CONFIG when "functional" cannot be.
+    `wanted`: one of DECODERS. `length`: tokens of the longest prompt and its answer together.
+    Raises ModelError BAD_CONFIG when "functional" cannot be.
     """
     if wanted == "module":
         return None
     try:
         if model.training:
             raise UnsupportedError("it is in training mode")
-        step = kind(model, head)
-        if step.longest is not None and length > step.longest:
+        fast = kind(model, head)
+        if fast.longest is not None and length > fast.longest:
             raise UnsupportedError(
-                f"its rotary embedding depends on the length beyond {step.longest} places, "
+                f"its rotary embedding depends on the length beyond {fast.longest} places, "
                 f"prompt and answer may take {length}"
             )
-        return step
+        return fast
     except (UnsupportedError, AttributeError) as reason:
         if wanted == "functional":
             raise ModelError(
@@ -69,21 +76,17 @@ def make_step(kind: type[Any], model: Any, head: Any, wanted: str, length: int =
         return None
 
 
-def plain(layer: Any) -> tuple[Tensor, Tensor | None]:
-    """The weight [in, out], as a view, and the bias of a linear layer that is nothing more."""
-    weight = weight_of(layer, nn.Linear)
-    bias = None if layer.bias is None else layer.bias.detach()
-    return weight.t(), bias
-
-
 def weight_of(layer: Any, kind: type[nn.Module] | None) -> Tensor:
-    """The weight of a layer without hooks, of this class or (of embeddings) a scaled one."""
+    """The weight of a layer without hooks: of this class, of an embedding also a scaled one.
+
+    None: of an RMSNorm, which each family has a class of its own for.
+    """
     name = type(layer).__name__
-    fits = kind is None or type(layer) is kind or (kind is nn.Embedding and _is_scaled(layer))
-    if not fits:
-        raise UnsupportedError(f"a {name} stands in a {kind.__name__ if kind else 'layer'}'s place")
+    scaled = isinstance(layer, nn.Embedding) and name.endswith("ScaledWordEmbedding")
     if kind is None and not name.endswith("RMSNorm"):
         raise UnsupportedError(f"a {name} stands in a norm's place")
+    if kind is not None and type(layer) is not kind and not (kind is nn.Embedding and scaled):
+        raise UnsupportedError(f"a {name} stands in a {kind.__name__}'s place")
     if layer._forward_hooks or layer._forward_pre_hooks:
         raise UnsupportedError(f"a {name} has hooks")
     weight: Tensor = layer.weight.detach()
@@ -92,22 +95,30 @@ def weight_of(layer: Any, kind: type[nn.Module] | None) -> Tensor:
     return weight
 
 
-def _is_scaled(layer: Any) -> bool:
-    return isinstance(layer, nn.Embedding) and type(layer).__name__.endswith("ScaledWordEmbedding")
+def linear_weights(layer: Any) -> tuple[Tensor, Tensor | None]:
+    """The weight [in, out], as a view, and the bias of a linear layer that is nothing more."""
+    weight = weight_of(layer, nn.Linear)
+    return weight.t(), None if layer.bias is None else layer.bias.detach()
+
+
+def norm_weights(layer: Any) -> Norm:
+    """Those of a LayerNorm."""
+    if type(layer) is not nn.LayerNorm:
+        raise UnsupportedError(f"a {type(layer).__name__} stands in a norm's place")
+    return layer.weight.detach(), layer.bias.detach(), float(layer.eps)
+
+
+def layer_norm(x: Tensor, norm: Norm) -> Tensor:
+    """LayerNorm over the last axis."""
+    return torch.layer_norm(x, x.shape[-1:], *norm)
 
 
 def activation(config: Any, field: str) -> Activation:
     """The function that config.json names under `field`."""
-    known: dict[str, Activation] = {
-        "silu": functional.silu,
-        "gelu": functional.gelu,
-        "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
-        "relu": functional.relu,
-    }
     name = getattr(config, field)
-    if name not in known:
+    if name not in _ACTIVATIONS:
         raise UnsupportedError(f"activation {name!r} is not known")
-    return known[name]
+    return _ACTIVATIONS[name]
 
 
 def project(
@@ -124,11 +135,9 @@ def project(
     return torch.mm(hidden, head) if bias is None else torch.addmm(bias, hidden, head)
 
 
-def addresses(*modules: nn.Module) -> tuple[Any, ...]:
-    """Where the weights of `modules` lie, what they are, and how often they were changed."""
-    return states([weight for module in modules for weight in module.parameters()])
-
-
 def states(weights: Iterable[Tensor]) -> tuple[Any, ...]:
-    """`addresses` of tensors. What is written through ``.data`` does not count as a change."""
+    """Where weights lie, what they are, and how often they were changed.
+
+    What is written through ``.data`` does not count as a change.
+    """
     return tuple((w.data_ptr(), w.dtype, 0 if w.is_inference() else w._version) for w in weights)

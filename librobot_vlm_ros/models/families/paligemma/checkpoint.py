@@ -1,0 +1,48 @@
+"""The layout of PaliGemma's checkpoints, which is transformers' own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from librobot_vlm_ros.models.checkpoints.key_mapping import native_tensors
+from librobot_vlm_ros.models.checkpoints.loading import CheckpointLayout, LoadPlan, register_layout
+from librobot_vlm_ros.models.configuration import from_dict
+from librobot_vlm_ros.models.families.paligemma.masks import find_mask_decoder
+
+__all__ = ["plan_for"]
+
+
+def plan_for(config: Any) -> LoadPlan:
+    """Keys as transformers names them, for its PaliGemmaConfig."""
+    from transformers import PaliGemmaForConditionalGeneration
+
+    return LoadPlan(
+        PaliGemmaForConditionalGeneration, config, native_tensors, attention=_attention_parts
+    )
+
+
+def _attention_parts(attention: str) -> str | dict[str, str]:
+    """flash-attn serves the tower only: it cannot let a prompt see all of itself."""
+    if attention != "flash_attention_2":
+        return attention
+    return {"": "sdpa", "text_config": "sdpa", "vision_config": attention}
+
+
+def _plan(config: dict[str, Any], folder: Path) -> LoadPlan:
+    return plan_for(from_dict("PaliGemmaConfig", config, "a PaliGemma"))
+
+
+def _mask_decoder(config: dict[str, Any], folder: Path) -> dict[str, Path]:
+    path = find_mask_decoder(folder)
+    return {} if path is None else {path.name: path}
+
+
+register_layout(
+    CheckpointLayout(
+        "paligemma (transformers)",
+        lambda config: config.get("model_type") == "paligemma",
+        _plan,
+        _mask_decoder,
+    )
+)

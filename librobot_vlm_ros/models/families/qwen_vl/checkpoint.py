@@ -1,0 +1,65 @@
+"""The layout of Qwen2-VL's and Qwen3-VL's checkpoints, official and transformers' own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from librobot_vlm_ros.models.checkpoints.key_mapping import key_map, renaming
+from librobot_vlm_ros.models.checkpoints.loading import CheckpointLayout, LoadPlan, register_layout
+from librobot_vlm_ros.models.configuration import bad_value
+from librobot_vlm_ros.models.families.qwen_vl.configuration import native_config
+
+__all__ = ["plan_for"]
+
+#: Names as published with either generation, and as newer versions of transformers write them.
+_TENSORS = renaming(
+    key_map(
+        (r"^(?:model\.)?visual\.", "model.visual."),
+        (r"^(?:language_model\.)?lm_head\.", "lm_head."),
+        (
+            r"^(?:model\.language_model|language_model\.model|language_model|model)\.",
+            "model.language_model.",
+        ),
+    )
+)
+
+
+def _check_sections(text: Any) -> None:
+    """The numbers that a place's time, row and column get, of each head's, must be all of them."""
+    stated = (getattr(text, "rope_parameters", None) or {}).get("mrope_section")
+    if stated is None:
+        return
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    whole = isinstance(stated, (list, tuple)) and all(type(n) is int and n >= 0 for n in stated)
+    if not whole or len(stated) != 3 or sum(stated) != head // 2:
+        raise bad_value(
+            "config.json: mrope_section", stated, f"three integers that make {head // 2}"
+        )
+
+
+def plan_for(config: Any) -> LoadPlan:
+    """How a Qwen2VLConfig or Qwen3VLConfig of transformers becomes a model.
+
+    Raises ModelError BAD_CONFIG.
+    """
+    from transformers import Qwen2VLForConditionalGeneration, Qwen3VLForConditionalGeneration
+
+    _check_sections(config.text_config)
+    two = config.model_type == "qwen2_vl"
+    kind = Qwen2VLForConditionalGeneration if two else Qwen3VLForConditionalGeneration
+    return LoadPlan(kind, config, _TENSORS)
+
+
+def _plan(config: dict[str, Any], folder: Path) -> LoadPlan:
+    return plan_for(native_config(config))
+
+
+for _type in ("qwen2_vl", "qwen3_vl"):
+    register_layout(
+        CheckpointLayout(
+            f"{_type} (official and transformers)",
+            lambda config, kind=_type: config.get("model_type") == kind,  # type: ignore[misc]
+            _plan,
+        )
+    )
