@@ -257,7 +257,7 @@ def number_texts(tokenizer: Any) -> dict[int, str]:
     Digits and points, also where a vocabulary has several in one token, or signs and blanks around
     them. Found once a tokenizer.
     """
-    found: dict[int, str] | None = tokenizer.notations.get(number_texts)
+    found: dict[int, str] | None = tokenizer.constraint_cache.get(number_texts)
     if found is None:
         anchor = tokenizer.words("0")
         before = len(tokenizer.decode(anchor))
@@ -267,5 +267,5 @@ def number_texts(tokenizer: Any) -> dict[int, str]:
                 text = tokenizer.decode([*anchor, token])[before:]
                 if _NUMBER_PIECE.fullmatch(text):
                     found[token] = text
-        tokenizer.notations[number_texts] = found
+        tokenizer.constraint_cache[number_texts] = found
     return found
