@@ -26,6 +26,7 @@ __all__ = [
     "from_dict",
     "llama_fields",
     "section",
+    "sizes",
     "stated",
     "strict_config",
     "tokens",
@@ -126,6 +127,23 @@ def from_dict(kind: str, config: Mapping[str, Any], what: str) -> Any:
 
     with strict_config(f"config.json of {what}"):
         return getattr(transformers, kind).from_dict(dict(config))
+
+
+def sizes(
+    hidden: int, inner: int, layers: int, heads: int, kv_heads: int | None = None
+) -> dict[str, Any]:
+    """Sizes of a stack of layers as most of transformers' configurations call them.
+
+    `hidden`: width; `inner`: width inside the MLP; `kv_heads`: heads of keys and values, where they
+    are fewer than those of queries.
+    """
+    found = {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }
+    return found if kv_heads is None else {**found, "num_key_value_heads": kv_heads}
 
 
 def stated(config: Mapping[str, Any], names: Iterable[str], **renamed: str) -> dict[str, Any]:

@@ -212,9 +212,7 @@ def _fill(
     should_cancel: Callable[[], bool],
 ) -> None:
     """Copy every tensor to its place. Raises when a key is strange or a parameter stays empty."""
-    targets = dict(module.named_parameters(remove_duplicate=False))
-    persistent = module.state_dict(keep_vars=True)
-    targets.update((name, value) for name, value in persistent.items() if name not in targets)
+    targets = module.state_dict(keep_vars=True)
     filled: dict[int, str] = {}  # parameter -> the name that filled it
     strange: list[str] = []
     files = list(files)

@@ -38,6 +38,7 @@ __all__ = [
     "Hooks",
     "check_model",
     "hooks_of",
+    "our_pixels",
 ]
 
 #: Largest difference of a logit that a conversion may make, in float32.
@@ -162,6 +163,18 @@ def hooks_of(info: ModelInfo) -> Any:
     return found.hooks(info.family) if hasattr(found, "hooks") else found
 
 
+def our_pixels(vlm: Any, image: npt.NDArray[np.uint8], **settings: Any) -> Any:
+    """Normalised views [N, 3, H, W] that the model makes of an image [H, W, 3], so set."""
+    import torch
+
+    from librobot_vlm_ros.models.families.preprocess import normalise
+
+    vlm.images = dataclasses.replace(vlm.images, **settings)
+    prepared = vlm._pixels(image)
+    views = prepared if prepared.ndim == 4 else [prepared]  # several tiles, or one image
+    return normalise(views, vlm.images, torch.device("cpu"), torch.float32)
+
+
 def _parameters(info: ModelInfo, hooks: Any) -> int:
     """Parameters of the full-size configuration, tied ones counted once, no memory used."""
     import torch
@@ -175,11 +188,10 @@ def _parameters(info: ModelInfo, hooks: Any) -> int:
         folder = find_weights(info, None).folder
         config = read_config(folder)
         plan, added = find_layout(config).plan(config, folder), lambda module: 0
-    elif hasattr(hooks, "full_size"):
-        plan = hooks.full_size(info.name)
     else:
-        cls = get_vlm(info.name)
-        plan = cls._plan(cls.config_class(variant=info.name).to_transformers())
+        family = importlib.import_module(f"{info.full_module.rpartition('.')[0]}.checkpoint")
+        config = get_vlm(info.name).config_class(variant=info.name)
+        plan = family.plan_for(config.to_transformers())
     with torch.device("meta"):
         module = plan.model_class(plan.config)
     module.tie_weights()

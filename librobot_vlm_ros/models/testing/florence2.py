@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -16,11 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from librobot_vlm_ros.models.checkpoints.loading import LoadPlan
 from librobot_vlm_ros.models.families.florence2.checkpoint import (
     FlorenceParts,
     FlorenceSettings,
-    plan_for,
     write_folder,
 )
 from librobot_vlm_ros.models.families.florence2.configuration import FlorenceConfig
@@ -29,9 +26,8 @@ from librobot_vlm_ros.models.families.preprocess import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     ImageSettings,
-    normalise,
-    squash,
 )
+from librobot_vlm_ros.models.testing.conformance import our_pixels
 from librobot_vlm_ros.models.testing.parts import (
     RandomWeights,
     State,
@@ -52,7 +48,6 @@ __all__ = [
     "Weights",
     "added_parameters",
     "difference",
-    "full_size",
     "official_config",
     "original_logits",
     "pixels",
@@ -288,11 +283,6 @@ def original_logits(w: Weights, pixels: Tensor, words: Tensor, answer: Tensor) -
 SIDE, POSITIONS, FFN, MAX_POSITIONS = 768, 20, 40, 150
 
 
-def full_size(name: str) -> LoadPlan:
-    """The true configuration of a published variant."""
-    return plan_for(FlorenceConfig(name).to_transformers())
-
-
 def added_parameters(module: Any) -> int:
     """transformers' place holder for the image is one row that the published models have not."""
     return int(module.config.text_config.d_model)
@@ -434,13 +424,10 @@ def pixels(vlm: Any, image: npt.NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
     """The published side's pixels [1, 3, H, W]: ours, and the reference processor's."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    settings = dataclasses.replace(vlm.images, height=SIDE, width=SIDE)
-    cpu = torch.device("cpu")
-    ours = normalise([squash(image, settings)], settings, cpu, torch.float32)
     reference = CLIPImageProcessorPil(
         size={"height": SIDE, "width": SIDE},
         do_center_crop=False,
         image_mean=list(IMAGENET_MEAN),
         image_std=list(IMAGENET_STD),
     )
-    return ours, reference_pixels(reference, image)
+    return our_pixels(vlm, image, height=SIDE, width=SIDE), reference_pixels(reference, image)

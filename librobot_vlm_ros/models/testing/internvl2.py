@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from librobot_vlm_ros.models.configuration import sizes
 from librobot_vlm_ros.models.families.internvl2.processor import INTERNVL_TASKS, SYSTEM
-from librobot_vlm_ros.models.families.preprocess import normalise
+from librobot_vlm_ros.models.testing.conformance import our_pixels
 from librobot_vlm_ros.models.testing.parts import (
     RandomWeights,
     State,
@@ -47,10 +47,8 @@ __all__ = [
     "write_official",
 ]
 
-VISION: dict[str, Any] = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3}
-VISION |= {"num_attention_heads": 2, "image_size": 56, "patch_size": 14}
-TEXT: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+VISION = {**sizes(hidden=24, inner=40, layers=3, heads=2), "image_size": 56, "patch_size": 14}
+TEXT = sizes(hidden=32, inner=48, layers=2, heads=4, kv_heads=2)
 #: Tokens that take the place of pieces, and tokens that stand behind all pieces, in this order.
 _RENAMED = (
     *("<|plugin|>", "<|interpreter|>", "<|action_end|>", "<|action_start|>"),
@@ -254,8 +252,7 @@ def pixels(vlm: Any, image: npt.NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
         GotOcr2ImageProcessorPil,
     )
 
-    vlm.images = settings = dataclasses.replace(vlm.images, side=SIDE)
-    ours = normalise(vlm._pixels(image), settings, torch.device("cpu"), torch.float32)
+    settings = vlm.images
     reference = GotOcr2ImageProcessorPil(
         crop_to_patches=True,
         min_patches=settings.min_tiles,
@@ -264,7 +261,7 @@ def pixels(vlm: Any, image: npt.NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
         image_mean=list(settings.mean),
         image_std=list(settings.std),
     )
-    return ours, reference_pixels(reference, image)
+    return our_pixels(vlm, image, side=SIDE), reference_pixels(reference, image)
 
 
 def image_features(state: State, config: dict[str, Any], tile: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ class token, an MLP of two layers, put in the image's place), CLIP (Radford et a
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from librobot_vlm_ros.models.configuration import sizes
 from librobot_vlm_ros.models.families.llava.model import CLIP_MEAN, CLIP_STD
 from librobot_vlm_ros.models.families.llava.processor import BEFORE_IMAGE, LLAVA_TASKS
-from librobot_vlm_ros.models.families.preprocess import normalise
+from librobot_vlm_ros.models.testing.conformance import our_pixels
 from librobot_vlm_ros.models.testing.parts import (
     RandomWeights,
     State,
@@ -42,10 +42,13 @@ from librobot_vlm_ros.models.testing.parts import (
 __all__ = ["difference", "original_logits", "pixels", "read_weights", "write_official"]
 
 SIDE = 336
-VISION: dict[str, Any] = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3}
-VISION |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14, "projection_dim": 16}
-TEXT: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+VISION: dict[str, Any] = {
+    **sizes(hidden=24, inner=40, layers=3, heads=2),
+    "image_size": 28,
+    "patch_size": 14,
+    "projection_dim": 16,
+}
+TEXT = sizes(hidden=32, inner=48, layers=2, heads=4, kv_heads=2)
 PATCHES, EPS = 4, 1e-5
 #: Token ids; the image stands behind the first.
 IDS = [1, 300, 301, 7, 20, 33]
@@ -149,8 +152,6 @@ def pixels(vlm: Any, image: npt.NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
     """The published side's pixels [1, 3, H, W]: ours, and the reference processor's."""
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-    vlm.images = dataclasses.replace(vlm.images, height=SIDE, width=SIDE)
-    ours = normalise([vlm._pixels(image)], vlm.images, torch.device("cpu"), torch.float32)
     reference = LlavaImageProcessorPil(
         do_pad=True,
         size={"shortest_edge": SIDE},
@@ -158,7 +159,7 @@ def pixels(vlm: Any, image: npt.NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
         image_mean=list(CLIP_MEAN),
         image_std=list(CLIP_STD),
     )
-    return ours, reference_pixels(reference, image)
+    return our_pixels(vlm, image, height=SIDE, width=SIDE), reference_pixels(reference, image)
 
 
 def read_weights(folder: Path) -> State:

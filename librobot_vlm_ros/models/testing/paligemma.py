@@ -7,7 +7,6 @@ published under and knows nothing of transformers.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from librobot_vlm_ros.models.families.preprocess import normalise
+from librobot_vlm_ros.models.configuration import sizes
+from librobot_vlm_ros.models.testing.conformance import our_pixels
 from librobot_vlm_ros.models.testing.parts import (
     RandomWeights,
     State,
@@ -38,10 +38,8 @@ from librobot_vlm_ros.models.testing.parts import (
 __all__ = ["difference", "mask_decoder_weights", "original_logits", "pixels", "write_official"]
 
 SIDE = 224
-VISION: dict[str, Any] = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
-VISION |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-TEXT: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 8}
+VISION = {**sizes(hidden=24, inner=40, layers=2, heads=2), "image_size": 28, "patch_size": 14}
+TEXT = {**sizes(hidden=32, inner=48, layers=2, heads=4, kv_heads=1), "head_dim": 8}
 PATCHES, EPS = 4, 1e-6
 #: Token ids behind the image.
 IDS = [2, 30, 31, 40, 21, 35, 50]
@@ -147,10 +145,8 @@ def pixels(vlm: Any, image: npt.NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
     """The published side's pixels [1, 3, H, W]: ours, and the reference processor's."""
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-    vlm.images = dataclasses.replace(vlm.images, height=SIDE, width=SIDE)
-    ours = normalise([vlm._pixels(image)], vlm.images, torch.device("cpu"), torch.float32)
     reference = SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE}, resample=3)
-    return ours, reference_pixels(reference, image)
+    return our_pixels(vlm, image, height=SIDE, width=SIDE), reference_pixels(reference, image)
 
 
 def _siglip_features(state: State, image: Tensor) -> Tensor:

@@ -7,7 +7,9 @@ nothing of transformers."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from librobot_vlm_ros.models.configuration import sizes
 from librobot_vlm_ros.models.families.qwen_vl.processor import patches
 from librobot_vlm_ros.models.testing.parts import (
     LETTERS,
@@ -84,11 +87,7 @@ def tokenizer() -> Any:
 
 def _config(tiny: Tiny) -> dict[str, Any]:
     text: dict[str, Any] = {
-        "hidden_size": HIDDEN,
-        "intermediate_size": INNER,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
+        **sizes(HIDDEN, INNER, LAYERS, HEADS, KV_HEADS),
         "vocab_size": VOCABULARY,
         "max_position_embeddings": 4096,
         "rms_norm_eps": EPS,
@@ -309,27 +308,6 @@ def difference(folder: Path, module: Any, tiny: Tiny) -> float:
     return float((found - expected).abs().max())
 
 
-@dataclass(frozen=True)
-class _Hooks:
-    """See `conformance.Hooks`, for one of the two generations."""
-
-    tiny: Tiny
-
-    def write_official(self, folder: Path) -> None:
-        write_official(folder, self.tiny)
-
-    def difference(self, folder: Path, module: Any) -> float:
-        return difference(folder, module, self.tiny)
-
-    def pixels(self, vlm: Any, image: npt.NDArray[np.uint8]) -> tuple[Any, Any]:
-        return pixels(vlm, image)
-
-
-def hooks(family: str) -> _Hooks:
-    """The hooks of "qwen2-vl" or "qwen3-vl"."""
-    return _Hooks({"qwen2-vl": SECOND, "qwen3-vl": THIRD}[family])
-
-
 def pixels(vlm: Any, image: npt.NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
     """Ours, and those of transformers' own processor on Pillow, as patches."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -347,3 +325,13 @@ def pixels(vlm: Any, image: npt.NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
     theirs = reference(image, return_tensors="pt", input_data_format="channels_last")
     ours = patches(vlm._pixels(image), settings, torch.device("cpu"), torch.float32)
     return ours, torch.as_tensor(theirs["pixel_values"])
+
+
+def hooks(family: str) -> Any:
+    """See `conformance.Hooks`; for "qwen2-vl" or "qwen3-vl"."""
+    tiny = {"qwen2-vl": SECOND, "qwen3-vl": THIRD}[family]
+    return SimpleNamespace(
+        write_official=partial(write_official, tiny=tiny),
+        difference=partial(difference, tiny=tiny),
+        pixels=pixels,
+    )

@@ -50,21 +50,15 @@ _TAKEN = (
     "use_dora",
     "lora_bias",
 )
-#: Fields that say how it came about, or nothing by themselves.
+#: Fields that say how it came about.
 _IGNORED = (
     "auto_mapping",
     "base_model_name_or_path",
-    "corda_config",
-    "ensure_weight_tying",
     "eva_config",
     "inference_mode",
     "init_lora_weights",
-    "loftq_config",
-    "lora_ga_config",
-    "megatron_core",
     "peft_type",
     "peft_version",
-    "qalora_group_size",
     "revision",
     "task_type",
 )
@@ -277,9 +271,12 @@ def _lora_config(stated: Mapping[str, Any]) -> Any:
             f"{_CONFIG}: init_lora_weights {init!r} changes the base weights, too",
             "convert it to a plain LoRA when saving it (see peft's documentation)",
         )
-    neutral: tuple[Any, ...] = (None, False, "none", [], {})
-    known = {*_TAKEN, *_IGNORED}
-    strange = [key for key in stated if key not in known and stated[key] not in neutral]
+    usual = _peft().LoraConfig().to_dict()
+    strange = [
+        key
+        for key, value in stated.items()
+        if value and key not in (*_TAKEN, *_IGNORED) and value != usual.get(key)
+    ]
     if strange:
         raise ModelError(
             ErrorCode.BAD_CONFIG,

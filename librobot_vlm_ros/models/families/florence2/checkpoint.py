@@ -151,13 +151,13 @@ register_layout(
 
 
 _FILE = "generation_config.json"
-#: Tokens that settings may force.
-_FORCED = ("forced_bos_token_id", "forced_eos_token_id")
 #: Integers, from and to; beams as a request may ask for them.
 _BOUNDS: dict[str, tuple[int, int | None]] = {
     "num_beams": (1, MAX_BEAMS),
     "max_new_tokens": (1, None),
     "no_repeat_ngram_size": (0, 1024),
+    "forced_bos_token_id": (0, None),
+    "forced_eos_token_id": (0, None),
 }
 #: An answer's length to a power beyond it is no number.
 _MAX_PENALTY = 10.0
@@ -176,10 +176,6 @@ class FlorenceSettings:
     length_penalty: float = 1.0
     max_new_tokens: int = 1024
 
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            _check(_FILE, name, value)
-
     def overlaid(self, found: Mapping[str, Any], file: str = _FILE) -> FlorenceSettings:
         """These settings with those that `found` (the content of `file`) states."""
         stated = {k: v for k, v in found.items() if k in vars(self) and v is not None}
@@ -192,24 +188,20 @@ class FlorenceSettings:
 
     def check_vocabulary(self, size: int) -> None:
         """Raises ModelError BAD_CONFIG for a token that a model of this vocabulary has not."""
-        for name in _FORCED:
-            if getattr(self, name) is not None:
-                check_token(f"{_FILE} or config.json: {name}", getattr(self, name), size)
+        for name in ("forced_bos_token_id", "forced_eos_token_id"):
+            if (token := getattr(self, name)) is not None:
+                check_token(f"{_FILE} or config.json: {name}", token, size)
 
 
 def _check(file: str, name: str, value: Any) -> None:
     """Raises ModelError BAD_CONFIG for a value that no answer can be decoded by."""
     field = f"{file}: {name}"
-    if name in _FORCED:
-        if value is not None:
-            check_integer(field, value, 0)
-    elif name == "early_stopping":
-        if not isinstance(value, bool):
-            raise bad_value(field, value, "true or false")
+    if name in _BOUNDS:
+        check_integer(field, value, *_BOUNDS[name])
     elif name == "length_penalty":
         check_number(field, value, -_MAX_PENALTY, _MAX_PENALTY)
-    else:
-        check_integer(field, value, *_BOUNDS[name])
+    elif not isinstance(value, bool):
+        raise bad_value(field, value, "true or false")
 
 
 #: Settings published with microsoft/Florence-2-base and -large. Conversions to transformers' layout

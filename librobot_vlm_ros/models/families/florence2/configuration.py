@@ -40,43 +40,28 @@ _TEXT_COMMON: dict[str, Any] = {
     "is_encoder_decoder": True,
     "scale_embedding": False,
 }
+
+
+def _davit(width: int, projection: int) -> dict[str, Any]:
+    """DaViT whose four stages have one, two, four and eight times `width`, by heads of 32."""
+    widths = [width * factor for factor in (1, 2, 4, 8)]
+    heads = [stage // 32 for stage in widths]
+    own = {"embed_dim": widths, "num_heads": heads, "num_groups": heads}
+    return {**_VISION_COMMON, **own, "projection_dim": projection}
+
+
+def _bart(width: int, inner: int, layers: int, heads: int, positions: int) -> dict[str, Any]:
+    own: dict[str, Any] = {"d_model": width, "max_position_embeddings": positions}
+    for side in ("encoder", "decoder"):
+        own |= {f"{side}_layers": layers, f"{side}_ffn_dim": inner}
+        own[f"{side}_attention_heads"] = heads
+    return {**_TEXT_COMMON, **own}
+
+
+#: Vision and text model of each size.
 _VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "florence-2-base": (
-        {
-            "embed_dim": [128, 256, 512, 1024],
-            "num_heads": [4, 8, 16, 32],
-            "num_groups": [4, 8, 16, 32],
-            "projection_dim": 768,
-        },
-        {
-            "d_model": 768,
-            "encoder_layers": 6,
-            "decoder_layers": 6,
-            "encoder_attention_heads": 12,
-            "decoder_attention_heads": 12,
-            "encoder_ffn_dim": 3072,
-            "decoder_ffn_dim": 3072,
-            "max_position_embeddings": 1024,
-        },
-    ),
-    "florence-2-large": (
-        {
-            "embed_dim": [256, 512, 1024, 2048],
-            "num_heads": [8, 16, 32, 64],
-            "num_groups": [8, 16, 32, 64],
-            "projection_dim": 1024,
-        },
-        {
-            "d_model": 1024,
-            "encoder_layers": 12,
-            "decoder_layers": 12,
-            "encoder_attention_heads": 16,
-            "decoder_attention_heads": 16,
-            "encoder_ffn_dim": 4096,
-            "decoder_ffn_dim": 4096,
-            "max_position_embeddings": 4096,
-        },
-    ),
+    "florence-2-base": (_davit(128, 768), _bart(768, 3072, layers=6, heads=12, positions=1024)),
+    "florence-2-large": (_davit(256, 1024), _bart(1024, 4096, layers=12, heads=16, positions=4096)),
 }
 
 
@@ -106,10 +91,8 @@ class FlorenceConfig(FamilyConfig):
     def to_transformers(self) -> Any:
         """transformers' Florence2Config; the image token is the last of the vocabulary."""
         vision, text = _VARIANTS[self.variant]
-        text = {**_TEXT_COMMON, **text, **self.text_config}
-        return _native(
-            {**_VISION_COMMON, **vision, **self.vision_config}, text, text["vocab_size"] - 1
-        )
+        text = {**text, **self.text_config}
+        return _native({**vision, **self.vision_config}, text, text["vocab_size"] - 1)
 
 
 def is_original(config: Mapping[str, Any]) -> bool:

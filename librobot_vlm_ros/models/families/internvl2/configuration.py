@@ -15,6 +15,7 @@ from librobot_vlm_ros.models.configuration import (
     FamilyConfig,
     check_marks,
     llama_fields,
+    sizes,
     stated,
     strict_config,
     unreadable,
@@ -24,10 +25,7 @@ __all__ = ["InternVLConfig", "is_original", "original_to_native", "tile_side", "
 
 #: InternViT-300M-448px: the tower of both sizes.
 _INTERNVIT_300M: dict[str, Any] = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
+    **sizes(hidden=1024, inner=4096, layers=24, heads=16),
     "attention_bias": True,
     "image_size": 448,
     "patch_size": 14,
@@ -44,20 +42,8 @@ _TEXT_COMMON: dict[str, Any] = {
     "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1000000.0},
 }
 _VARIANTS: dict[str, dict[str, Any]] = {
-    "internvl2-2b": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-    },
-    "internvl2-8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
+    "internvl2-2b": sizes(hidden=2048, inner=8192, layers=24, heads=16, kv_heads=8),
+    "internvl2-8b": sizes(hidden=4096, inner=14336, layers=32, heads=32, kv_heads=8),
 }
 #: Fields that have the same name in the official configuration of the tower.
 _VISION_FIELDS = (

@@ -16,6 +16,7 @@ from librobot_vlm_ros.core import ErrorCode, ModelError
 from librobot_vlm_ros.models.configuration import (
     FamilyConfig,
     llama_fields,
+    sizes,
     stated,
     strict_config,
     unreadable,
@@ -25,10 +26,7 @@ __all__ = ["LlavaConfig", "is_original", "original_to_native"]
 
 #: CLIP ViT-L/14 at 336 pixels: the tower of both published sizes.
 CLIP_LARGE_336: dict[str, Any] = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
+    **sizes(hidden=1024, inner=4096, layers=24, heads=16),
     "image_size": 336,
     "patch_size": 14,
     "projection_dim": 768,
@@ -42,18 +40,8 @@ _TEXT_COMMON: dict[str, Any] = {
     "pad_token_id": 0,
 }
 _VARIANTS: dict[str, dict[str, Any]] = {
-    "llava-v1.5-7b": {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-    },
-    "llava-v1.5-13b": {
-        "hidden_size": 5120,
-        "intermediate_size": 13824,
-        "num_hidden_layers": 40,
-        "num_attention_heads": 40,
-    },
+    "llava-v1.5-7b": sizes(hidden=4096, inner=11008, layers=32, heads=32),
+    "llava-v1.5-13b": sizes(hidden=5120, inner=13824, layers=40, heads=40),
 }
 _VISION_FIELDS = (*CLIP_LARGE_336, "num_channels", "hidden_act", "layer_norm_eps")
 _ROW_MULTIPLE = 64

@@ -5,26 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from librobot_vlm_ros.models.configuration import FamilyConfig, strict_config
+from librobot_vlm_ros.models.configuration import FamilyConfig, sizes, strict_config
 
 __all__ = ["PaliGemmaConfig"]
 
 _VISION: dict[str, Any] = {
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "num_hidden_layers": 27,
-    "num_attention_heads": 16,
+    **sizes(hidden=1152, inner=4304, layers=27, heads=16),
     "image_size": 224,
     "patch_size": 14,
     "vision_use_head": False,
 }
 _TEXT: dict[str, Any] = {
+    **sizes(hidden=2048, inner=16384, layers=18, heads=8, kv_heads=1),
     "vocab_size": 257216,
-    "hidden_size": 2048,
-    "intermediate_size": 16384,
-    "num_hidden_layers": 18,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 1,
     "head_dim": 256,
     "bos_token_id": 2,
     "eos_token_id": 1,

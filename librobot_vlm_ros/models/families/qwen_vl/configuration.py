@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from librobot_vlm_ros.models.configuration import FamilyConfig, check_marks, from_dict
+from librobot_vlm_ros.models.configuration import FamilyConfig, check_marks, from_dict, sizes
 
 __all__ = ["QwenVLConfig", "native_config"]
 
-_CHAT_IDS = {"bos_token_id": 151643, "eos_token_id": 151645}
 _QWEN2_TEXT: dict[str, Any] = {
-    **_CHAT_IDS,
-    "num_hidden_layers": 28,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
     "max_position_embeddings": 32768,
     "rms_norm_eps": 1e-6,
     "rope_theta": 1000000.0,
@@ -21,11 +20,9 @@ _QWEN2_TEXT: dict[str, Any] = {
 }
 _QWEN2_VISION: dict[str, Any] = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4}
 _QWEN3_TEXT: dict[str, Any] = {
-    **_CHAT_IDS,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
     "vocab_size": 151936,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
     "head_dim": 128,
     "max_position_embeddings": 262144,
     "rms_norm_eps": 1e-6,
@@ -36,54 +33,38 @@ _QWEN3_TEXT: dict[str, Any] = {
         "mrope_interleaved": True,
     },
 }
+
+
+def _qwen3_vision(depth: int, width: int, inner: int, deep: list[int]) -> dict[str, Any]:
+    return {
+        "depth": depth,
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_heads": 16,
+        "deepstack_visual_indexes": deep,
+    }
+
+
 #: Text model, vision model, and whether the output layer is the word table.
 _VARIANTS: Mapping[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "qwen2-vl-2b": (
-        {
-            **_QWEN2_TEXT,
-            "vocab_size": 151936,
-            "hidden_size": 1536,
-            "intermediate_size": 8960,
-            "num_attention_heads": 12,
-            "num_key_value_heads": 2,
-        },
-        {**_QWEN2_VISION, "hidden_size": 1536},
+        {**_QWEN2_TEXT, "vocab_size": 151936, **sizes(1536, 8960, 28, heads=12, kv_heads=2)},
+        _QWEN2_VISION,
         True,
     ),
     "qwen2-vl-7b": (
-        {
-            **_QWEN2_TEXT,
-            "vocab_size": 152064,
-            "hidden_size": 3584,
-            "intermediate_size": 18944,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-        },
-        {**_QWEN2_VISION, "hidden_size": 3584},
+        {**_QWEN2_TEXT, "vocab_size": 152064, **sizes(3584, 18944, 28, heads=28, kv_heads=4)},
+        _QWEN2_VISION,
         False,
     ),
     "qwen3-vl-4b": (
-        {**_QWEN3_TEXT, "hidden_size": 2560, "intermediate_size": 9728},
-        {
-            "depth": 24,
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_heads": 16,
-            "out_hidden_size": 2560,
-            "deepstack_visual_indexes": [5, 11, 17],
-        },
+        {**_QWEN3_TEXT, **sizes(2560, 9728, 36, heads=32, kv_heads=8)},
+        _qwen3_vision(24, 1024, 4096, deep=[5, 11, 17]),
         True,
     ),
     "qwen3-vl-8b": (
-        {**_QWEN3_TEXT, "hidden_size": 4096, "intermediate_size": 12288},
-        {
-            "depth": 27,
-            "hidden_size": 1152,
-            "intermediate_size": 4304,
-            "num_heads": 16,
-            "out_hidden_size": 4096,
-            "deepstack_visual_indexes": [8, 16, 24],
-        },
+        {**_QWEN3_TEXT, **sizes(4096, 12288, 36, heads=32, kv_heads=8)},
+        _qwen3_vision(27, 1152, 4304, deep=[8, 16, 24]),
         False,
     ),
 }
