@@ -97,6 +97,8 @@ def test_float_tensors_count_as_normalised_and_keep_their_size() -> None:
         "picture.png",
         None,
         torch.zeros(2, 4, 8, 8),
+        [torch.zeros(3, 8, 8), torch.zeros(3, 9, 9)],
+        [torch.zeros(3, 8, 8), noise(8, 8)],
         [],
         [[], []],
         [[noise(4, 4)], [noise(4, 4), noise(4, 4)]],

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from librobot_vlm_ros.models import create_vlm
-from librobot_vlm_ros.models.generation.fast import davit
 from librobot_vlm_ros.models.generation.fast.davit import FastDavit, make_fast_davit
 from librobot_vlm_ros.models.generation.fast.weights import UnsupportedError
 from librobot_vlm_ros.models.testing.florence2 import TINY_VISION
@@ -42,7 +41,6 @@ def same(module: Any, height: int, width: int, batch: int = 1) -> None:
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max() + 1e-5
 
 
-@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize(
     ("vision", "height", "width", "batch"),
     [
@@ -55,14 +53,8 @@ def same(module: Any, height: int, width: int, batch: int = 1) -> None:
     ],
 )
 def test_it_sees_what_the_module_sees(
-    vision: dict[str, Any],
-    height: int,
-    width: int,
-    batch: int,
-    packed: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    vision: dict[str, Any], height: int, width: int, batch: int
 ) -> None:
-    monkeypatch.setattr(davit, "_PACKED", 1 << 30 if packed else 0)
     same(tower(**vision), height, width, batch)
 
 

@@ -1,15 +1,13 @@
 """DaViT's vision tower as plain arithmetic on its module's own weights, for a CPU.
 
 The module carries each block's result from channels last to channels first and back, and adds what
-a convolution could have added. Here the channels stay last, and on small towers the matrices are
-laid out once as oneDNN multiplies them. The module remains the reference: it trains, and sees where
-something is not known here.
+a convolution could have added; here the channels stay last. The module remains the reference: it
+trains, and sees where something is not known here.
 """
 
 from __future__ import annotations
 
 import logging
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,9 +27,6 @@ from librobot_vlm_ros.models.generation.fast.weights import (
 __all__ = ["FastDavit", "make_fast_davit"]
 
 _log = logging.getLogger(__name__)
-
-#: Bytes of matrices up to which a second copy of them, laid out for oneDNN, is worth its memory.
-_PACKED = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -53,22 +48,15 @@ class _Conv:
 
 
 class _Linear:
-    """x W + b, `packed` for oneDNN or as the module has it."""
+    """x W + b."""
 
-    def __init__(self, layer: Any, packed: bool) -> None:
+    def __init__(self, layer: Any) -> None:
         weight, self.bias = linear_weights(layer)
-        self.weight, self._packed = weight.t(), packed
-        if packed:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), 144)
+        self.weight = weight.t()
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
-        if not self._packed:
-            return functional.linear(x, self.weight, self.bias)
-        found: Tensor = torch.ops.mkldnn._linear_pointwise(
-            x, self.weight, self.bias, "none", [], ""
-        )
-        return found
+        return functional.linear(x, self.weight, self.bias)
 
 
 @dataclass(frozen=True)
@@ -87,7 +75,7 @@ class _Half:
 
 
 class FastDavit:
-    """The tower [B, 3, H, W] to [B, D, h, w]; holds views of its weights, and copies of small ones.
+    """The tower [B, 3, H, W] to [B, D, h, w]; holds views of its matrices, copies of its kernels.
 
     Raises UnsupportedError, with the reason, for what it does not know.
     """
@@ -104,8 +92,6 @@ class FastDavit:
         self._modules = tuple(tower.modules())
         if self.hooked:
             raise UnsupportedError("a module of it has hooks")
-        matrices = sum(w.nbytes for w in weights if w.dim() == 2)
-        packed = matrices <= _PACKED and _can_pack()
         self._window = int(config.window_size)
         self._stages = [
             (
@@ -114,8 +100,8 @@ class FastDavit:
                 _conv(embed.conv),
                 [
                     (
-                        _half(block.spatial_block, block.spatial_block.window_attn, packed),
-                        _half(block.channel_block, block.channel_block.channel_attn, packed),
+                        _half(block.spatial_block, block.spatial_block.window_attn),
+                        _half(block.channel_block, block.channel_block.channel_attn),
                     )
                     for block in blocks
                 ],
@@ -173,7 +159,6 @@ def _half_block(
     x = half.conv1(x)
     x = attend(half, layer_norm(x, half.norm), x)
     x = half.conv2(x)
-    # oneDNN could do both in its multiplication, and takes longer for it.
     wide = functional.gelu(half.fc1(layer_norm(x, half.mlp_norm)))
     return half.fc2(wide).add_(x)
 
@@ -190,16 +175,16 @@ def _among_channels(half: _Half, normed: Tensor, x: Tensor) -> Tensor:
     return half.out(seen).view(x.shape).add_(x)
 
 
-def _half(block: Any, attention: Any, packed: bool) -> _Half:
+def _half(block: Any, attention: Any) -> _Half:
     return _Half(
         conv1=_conv(block.conv1, plus_input=True),
         norm=norm_weights(block.norm1),
-        qkv=_Linear(attention.qkv, packed),
-        out=_Linear(attention.proj, packed),
+        qkv=_Linear(attention.qkv),
+        out=_Linear(attention.proj),
         conv2=_conv(block.conv2, plus_input=True),
         mlp_norm=norm_weights(block.norm2),
-        fc1=_Linear(block.ffn.fc1, packed),
-        fc2=_Linear(block.ffn.fc2, packed),
+        fc1=_Linear(block.ffn.fc1),
+        fc2=_Linear(block.ffn.fc2),
         heads=int(attention.num_heads if hasattr(attention, "num_heads") else attention.groups),
     )
 
@@ -216,14 +201,3 @@ def _conv(layer: Any, *, plus_input: bool = False) -> _Conv:
         weight[:, 0, weight.shape[2] // 2, weight.shape[3] // 2] += 1.0
     weight = weight.contiguous(memory_format=torch.channels_last)
     return _Conv(weight, layer.bias.detach(), layer.stride, layer.padding, layer.groups)
-
-
-def _can_pack() -> bool:
-    """Whether this build of torch has oneDNN's linear layers (they are what its compiler uses).
-
-    Measured on x86-64 alone: elsewhere another library may do the work.
-    """
-    if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
-        return False
-    names = ("_reorder_linear_weight", "_linear_pointwise")
-    return all(hasattr(torch.ops.mkldnn, name) for name in names)
