@@ -94,8 +94,8 @@ import torch
 import numpy as np
 if sys.argv[1] == "ours":
     from librobot_vlm_ros.core import Frame, InferenceRequest
-    from librobot_vlm_ros.models import create_vlm
-    vlm = create_vlm("florence-2-tabletop", device=sys.argv[2])
+    from librobot_vlm_ros.models import create_backend
+    vlm = create_backend("florence-2-tabletop", device=sys.argv[2])
     vlm.warm_up()
     frame = Frame(np.zeros((480, 640, 3), np.uint8), "c", 1)
     vlm.run([InferenceRequest("r", frame, "caption")])

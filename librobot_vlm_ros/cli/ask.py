@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> int:
     """Ask, print and draw. Everything that can be wrong is found before the model is loaded."""
     from librobot_vlm_ros.core import Frame, GenerationParams, VlmError, get_task, make_request
     from librobot_vlm_ros.core.images.picture_files import read_picture
-    from librobot_vlm_ros.models import create_vlm, model_info
+    from librobot_vlm_ros.models import create_backend, model_info
 
     info = model_info(args.model)
     _check_task(info, get_task(args.task).name)
@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> int:
         params=GenerationParams(max_new_tokens=args.max_new_tokens or None),
     )
     with log_on_stderr():
-        vlm = create_vlm(
+        vlm = create_backend(
             info.name,
             pretrained=args.weights,
             device=args.device,

@@ -189,9 +189,9 @@ def _is_finite(name: str, weights: str, device: str, dtype: str) -> bool:
     """Whether an answer comes without NaN: the guard leaves the dtype when one is met."""
     import numpy as np
 
-    from librobot_vlm_ros.models.registry import create_vlm
+    from librobot_vlm_ros.models.registry import create_backend
 
-    vlm = create_vlm(name, pretrained=weights, device=device, dtype=dtype)
+    vlm = create_backend(name, pretrained=weights, device=device, dtype=dtype)
     try:
         pixels = np.random.default_rng(1).integers(0, 256, (240, 320, 3), dtype=np.uint8)
         request = InferenceRequest(

@@ -9,8 +9,9 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from librobot_vlm_ros import models
 from librobot_vlm_ros.core import ErrorCode, ModelError, as_vlm_error
-from librobot_vlm_ros.models import create_vlm, model_info
+from librobot_vlm_ros.models import model_info
 from librobot_vlm_ros.models.checkpoints.hub import shipped_folder
 from librobot_vlm_ros.models.checkpoints.path_policy import confined, confined_to
 from librobot_vlm_ros.ros.parameters.settings import Settings
@@ -34,7 +35,7 @@ def create_backend(name: str, *, open_folders: Sequence[Path] | None = None, **o
     anywhere.
     """
     with confined_to(open_folders):
-        return create_vlm(name, **options)
+        return models.create_backend(name, **options)
 
 
 def load_options(settings: Settings) -> dict[str, Any]:

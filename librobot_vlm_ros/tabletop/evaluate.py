@@ -96,9 +96,9 @@ def evaluate(
             f"seeds {seed} to {seed + frames - 1} reach into those of the training renders, which "
             f"begin at {FIRST_TRAINING_SEED}; choose a smaller SEED"
         )
-    from librobot_vlm_ros.models import create_vlm
+    from librobot_vlm_ros.models import create_backend
 
-    model = create_vlm(model_name, pretrained=weights)
+    model = create_backend(model_name, pretrained=weights)
     world, begun = World(), time.monotonic()
     scenes = []
     for number in range(frames):
