@@ -47,35 +47,21 @@ __all__ = [
     "write_folder",
 ]
 
-_PROJECTOR = "model.multi_modal_projector"
+_BLOCK = r"^vision_tower\.(blocks\..+?_block)\."
+_TOWER, _PROJECTOR = "model.vision_tower", "model.multi_modal_projector"
 #: Official name to transformers' name.
 _OFFICIAL = key_map(
-    (r"^vision_tower\.convs\.(\d+)\.proj\.", r"model.vision_tower.convs.\1.conv."),
-    (r"^vision_tower\.convs\.(\d+)\.norm\.", r"model.vision_tower.convs.\1.norm."),
-    (r"^vision_tower\.(blocks\..+?_block)\.(conv[12])\.fn\.dw\.", r"model.vision_tower.\1.\2."),
-    (
-        r"^vision_tower\.(blocks\..+?_block)\.(?:window|channel)_attn\.norm\.",
-        r"model.vision_tower.\1.norm1.",
-    ),
-    (
-        r"^vision_tower\.(blocks\..+?_block)\.((?:window|channel)_attn)\.fn\.(qkv|proj)\.",
-        r"model.vision_tower.\1.\2.\3.",
-    ),
-    (r"^vision_tower\.(blocks\..+?_block)\.ffn\.norm\.", r"model.vision_tower.\1.norm2."),
-    (
-        r"^vision_tower\.(blocks\..+?_block)\.ffn\.fn\.net\.(fc[12])\.",
-        r"model.vision_tower.\1.ffn.\2.",
-    ),
-    (r"^image_projection$", rf"{_PROJECTOR}.image_projection.weight"),
-    (r"^image_proj_norm\.", rf"{_PROJECTOR}.image_proj_norm."),
-    (
-        r"^image_pos_embed\.(row|column)_embeddings\.",
-        rf"{_PROJECTOR}.image_position_embed.\1_embeddings.",
-    ),
-    (
-        r"^visual_temporal_embed\.pos_idx_to_embed$",
-        rf"{_PROJECTOR}.visual_temporal_embed.pos_idx_to_embed",
-    ),
+    (r"^vision_tower\.convs\.(\d+)\.proj\.", rf"{_TOWER}.convs.\1.conv."),
+    (r"^vision_tower\.convs\.(\d+)\.norm\.", rf"{_TOWER}.convs.\1.norm."),
+    (rf"{_BLOCK}(conv[12])\.fn\.dw\.", rf"{_TOWER}.\1.\2."),
+    (rf"{_BLOCK}(?:window|channel)_attn\.norm\.", rf"{_TOWER}.\1.norm1."),
+    (rf"{_BLOCK}((?:window|channel)_attn)\.fn\.(qkv|proj)\.", rf"{_TOWER}.\1.\2.\3."),
+    (rf"{_BLOCK}ffn\.norm\.", rf"{_TOWER}.\1.norm2."),
+    (rf"{_BLOCK}ffn\.fn\.net\.(fc[12])\.", rf"{_TOWER}.\1.ffn.\2."),
+    (r"^image_projection$", f"{_PROJECTOR}.image_projection.weight"),
+    (r"^image_proj_norm\.", f"{_PROJECTOR}.image_proj_norm."),
+    (r"^image_pos_embed\.(row|column)_", rf"{_PROJECTOR}.image_position_embed.\1_"),
+    (r"^visual_temporal_embed\.", f"{_PROJECTOR}.visual_temporal_embed."),
     (r"^language_model\.model\.", "model.language_model."),
     (r"^language_model\.lm_head\.", "lm_head."),
 )

@@ -35,19 +35,14 @@ from librobot_vlm_ros.models.tokenizer import added_tokens
 __all__ = ["plan_for"]
 
 _TOWER, _READER = "model.vision_tower.", "model.language_model."
+_SEEN_FIRST = r"^vision_model\.embeddings\."
 _SEEN = r"^vision_model\.encoder\.layers\.(\d+)\."
 _READ = r"^language_model\.model\.layers\.(\d+)\."
 _SEES, _READS = rf"{_TOWER}encoder.layer.\1.", rf"{_READER}layers.\1."
 _OFFICIAL = key_map(
-    (r"^vision_model\.embeddings\.class_embedding$", f"{_TOWER}embeddings.cls_token"),
-    (
-        r"^vision_model\.embeddings\.position_embedding$",
-        f"{_TOWER}embeddings.position_embeddings",
-    ),
-    (
-        r"^vision_model\.embeddings\.patch_embedding\.",
-        f"{_TOWER}embeddings.patch_embeddings.projection.",
-    ),
+    (rf"{_SEEN_FIRST}class_embedding$", f"{_TOWER}embeddings.cls_token"),
+    (rf"{_SEEN_FIRST}position_embedding$", f"{_TOWER}embeddings.position_embeddings"),
+    (rf"{_SEEN_FIRST}patch_embedding\.", f"{_TOWER}embeddings.patch_embeddings.projection."),
     (rf"{_SEEN}ls([12])$", rf"{_SEES}lambda_\2"),
     (rf"{_SEEN}norm1\.", f"{_SEES}layernorm_before."),
     (rf"{_SEEN}norm2\.", f"{_SEES}layernorm_after."),
