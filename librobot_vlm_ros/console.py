@@ -14,8 +14,6 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
-__all__ = ["Console", "Progress", "log_on_stderr", "table"]
-
 _REDRAW_S = 0.1
 _PLAIN_PERIOD_S = 3.0
 _ENDLESS = 10_000

@@ -22,17 +22,6 @@ if TYPE_CHECKING:
     from librobot_vlm_ros.ros.parameters.settings import Settings
     from librobot_vlm_ros.runtime import StandingTask
 
-__all__ = [
-    "TEXT_TYPE",
-    "Job",
-    "Options",
-    "check_tasks",
-    "make_job",
-    "open_bags",
-    "standing_tasks_under",
-    "topic_types",
-]
-
 TEXT_TYPE = "std_msgs/msg/String"
 _ENDINGS = ("compressed", "image_raw", "image_rect", "image_rect_color", "image_color", "image")
 

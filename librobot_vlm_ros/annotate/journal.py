@@ -20,16 +20,6 @@ from librobot_vlm_ros.annotate.plan import FramePlan
 from librobot_vlm_ros.bags.writer import disk_full, is_disk_full
 from librobot_vlm_ros.core import BagError, EngineError, ErrorCode
 
-__all__ = [
-    "BadFrame",
-    "Journal",
-    "ResultRow",
-    "SegmentDone",
-    "check_work",
-    "journal_folder",
-    "remove_work",
-]
-
 _FILE = "journal.db"
 _LOCK = "lock"
 _FOLDERS = ("bag", "old")  # the new bag being written, and the one it replaces

@@ -15,8 +15,6 @@ from librobot_vlm_ros.bags import BagReader, BagWriter
 from librobot_vlm_ros.bags.writer import BagSummary, Storage
 from librobot_vlm_ros.core import BagError, ErrorCode
 
-__all__ = ["is_finished", "put_in_place", "storage_of", "write_bag"]
-
 #: Key of what `annotate` notes in metadata.yaml.
 _NOTE = "librobot_vlm_annotate"
 

@@ -16,8 +16,6 @@ from librobot_vlm_ros.core import BagError, ErrorCode, VlmError
 from librobot_vlm_ros.replay.message_types import IMAGE_TYPES, header_stamp_ns
 from librobot_vlm_ros.runtime.scheduler import RateGate
 
-__all__ = ["FramePlan", "Numbering", "Planner", "in_time_order"]
-
 #: Frames that are done or not done together: what a kill costs at most, times the workers.
 SEGMENT_FRAMES = 16
 

@@ -36,8 +36,6 @@ from librobot_vlm_ros.core import BagError, ErrorCode, RequestError, VlmError, g
 if TYPE_CHECKING:
     from librobot_vlm_ros.runtime.loader import LoadReport
 
-__all__ = ["Summary", "annotate"]
-
 #: Single faults shown in words; all are counted.
 _SHOWN = 5
 

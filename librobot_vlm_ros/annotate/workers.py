@@ -35,8 +35,6 @@ from librobot_vlm_ros.core import (
 if TYPE_CHECKING:
     from librobot_vlm_ros.runtime.loader import LoadReport
 
-__all__ = ["ResultRecorder", "run_here", "run_in_processes"]
-
 #: (number of the segment, its frames)
 Segments = Iterator[tuple[int, list[FramePlan]]]
 #: (text, how many-th instruction it is)

@@ -22,18 +22,6 @@ from librobot_vlm_ros.bags.reader import BagReader
 from librobot_vlm_ros.bags.writer import BagSummary, BagWriter, Storage
 from librobot_vlm_ros.core import BagError, Box, ErrorCode, decode_compressed, decode_image
 
-__all__ = [
-    "TRUTH_TOPIC",
-    "AnyObject",
-    "FrameTruth",
-    "Pixels",
-    "TruthObject",
-    "decode_frame",
-    "read_truth",
-    "shipped_bag",
-    "write_camera_bag",
-]
-
 TRUTH_TOPIC = "/ground_truth"
 
 

@@ -13,8 +13,6 @@ from pathlib import Path
 from librobot_vlm_ros.core import BagError, ErrorCode, VlmError, as_vlm_error
 from librobot_vlm_ros.core.files import kind_of
 
-__all__ = ["check_kinds", "check_path", "explain"]
-
 _MCAP_MAGIC = b"\x89MCAP0\r\n"
 _SQLITE_MAGIC = b"SQLite format 3\0"
 _STORAGE = (".mcap", ".db3")

@@ -15,8 +15,6 @@ from rosbags.interfaces import (
     QosTime,
 )
 
-__all__ = ["BagQos", "from_recorded", "to_recorded"]
-
 _MAX_DEPTH = 1000
 
 

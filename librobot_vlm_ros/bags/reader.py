@@ -24,8 +24,6 @@ from librobot_vlm_ros.bags.salvage import SalvageReader
 from librobot_vlm_ros.bags.typestore import extended_typestore
 from librobot_vlm_ros.core import BagError, ErrorCode, VlmError
 
-__all__ = ["BagMessage", "BagReader", "BagTopic"]
-
 
 @dataclass(frozen=True)
 class BagTopic:

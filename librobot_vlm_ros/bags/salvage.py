@@ -28,8 +28,6 @@ from rosbags.interfaces import (
 from rosbags.rosbag2.errors import ReaderError
 from rosbags.rosbag2.metadata import parse_qos
 
-__all__ = ["SalvageReader", "storage_files"]
-
 _FORMATS = {
     "ros2msg": MessageDefinitionFormat.MSG,
     "ros2idl": MessageDefinitionFormat.IDL,

@@ -11,8 +11,6 @@ import numpy as np
 from librobot_vlm_ros.bags.camera_bag import Pixels, TruthObject, write_camera_bag
 from librobot_vlm_ros.bags.writer import BagSummary
 
-__all__ = ["rectangle_frames", "write_rectangle_bag"]
-
 START_NS = 1_700_000_000_000_000_000
 _COLOURS = {
     "red box": (220, 40, 40),

@@ -17,8 +17,6 @@ from rosbags.typesys.store import Typestore
 
 from librobot_vlm_ros.core import BagError, ErrorCode
 
-__all__ = ["PACKAGE", "extended_typestore", "message_folder", "package_typestore"]
-
 PACKAGE = "librobot_vlm_ros"
 
 

@@ -24,8 +24,6 @@ from librobot_vlm_ros.bags.qos import BagQos, to_recorded
 from librobot_vlm_ros.bags.typestore import extended_typestore
 from librobot_vlm_ros.core import BagError, ErrorCode, VlmError, as_vlm_error
 
-__all__ = ["BagSummary", "BagWriter", "Storage", "disk_full", "is_disk_full"]
-
 Storage = Literal["mcap", "db3"]
 _PLUGINS = {"mcap": StoragePlugin.MCAP, "db3": StoragePlugin.SQLITE3}
 _VERSION: Literal[9] = 9  # of metadata.yaml; what Jazzy writes

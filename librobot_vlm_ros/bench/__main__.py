@@ -8,9 +8,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["configure", "main", "run"]
-
-
 _EPILOG = """\
 Both sides get the same inputs in turns; what counts is the ratio. The folder OUT gets summary.json,
 a table and a plot. Exit code 1 when a row failed or tokens differ in full precision.

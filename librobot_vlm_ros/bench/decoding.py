@@ -11,8 +11,6 @@ import torch
 from librobot_vlm_ros.bench.measure import Bench
 from librobot_vlm_ros.bench.models import TINY, Pair, build, pair_of
 
-__all__ = ["deep_decoder", "families", "florence", "florence_base", "qwen_2b", "seven_b"]
-
 
 def deep_decoder(bench: Bench) -> None:
     """A decoder of 24 layers, as deep as a 2B model's, small enough that only overhead counts."""

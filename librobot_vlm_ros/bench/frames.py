@@ -31,8 +31,6 @@ from librobot_vlm_ros.models.families.preprocess import (
     squash,
 )
 
-__all__ = ["ask", "noise", "one_frame", "preprocessing", "shipped_frames", "tabletop"]
-
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 

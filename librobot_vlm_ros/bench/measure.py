@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["Bench", "Measurement"]
-
 
 @dataclass(frozen=True)
 class Measurement:

@@ -13,8 +13,6 @@ from typing import Any
 
 from librobot_vlm_ros.bench.measure import Bench
 
-__all__ = ["growth", "in_a_process", "loading", "starting", "write_large"]
-
 #: The shapes of a folder of about 200 MB: few layers, wide.
 _LARGE: dict[str, Any] = {
     "text_config": {

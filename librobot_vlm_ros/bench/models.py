@@ -13,16 +13,6 @@ from transformers import GenerationConfig
 
 from librobot_vlm_ros.models import create_vlm
 
-__all__ = [
-    "Pair",
-    "TINY",
-    "build",
-    "qwen_with_tokenizer",
-    "pair_of",
-    "published_settings",
-    "qwen_tokenizer",
-]
-
 _VISION = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
 _VISION |= {"num_attention_heads": 2, "image_size": 56, "patch_size": 14}
 _MARKS = {"image_token_id": 1100, "video_token_id": 1101}

@@ -14,8 +14,6 @@ from typing import Any
 from librobot_vlm_ros.bench.measure import Measurement
 from librobot_vlm_ros.console import table as in_columns
 
-__all__ = ["machine", "markdown", "plot", "table", "write"]
-
 
 def machine(device: str) -> dict[str, Any]:
     """What it was measured on, and when (UTC)."""

@@ -15,8 +15,6 @@ from librobot_vlm_ros.models import create_vlm
 from librobot_vlm_ros.models.generation.config import Generated
 from librobot_vlm_ros.models.generation.loop import generate
 
-__all__ = ["Scripted", "structured"]
-
 #: More than any two logits differ by.
 _LEAN = 1.0e4
 

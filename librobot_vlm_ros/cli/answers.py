@@ -9,8 +9,6 @@ from typing import Any
 
 from librobot_vlm_ros.console import Console
 
-__all__ = ["Box", "describe_embedding", "number_or_none", "print_answer", "region_as_dict"]
-
 Box = tuple[float, float, float, float]
 """x_min, y_min, x_max, y_max in pixels."""
 

@@ -6,19 +6,6 @@ import argparse
 import re
 from typing import Any
 
-__all__ = [
-    "add_model_arguments",
-    "add_node_argument",
-    "add_region_argument",
-    "at_least_one",
-    "count",
-    "node_name",
-    "positive",
-    "remapping",
-    "seconds",
-    "stamp",
-]
-
 _MOST = 1e9
 _MOST_OF_A_NAME = 200  # characters; of DDS's 255 for a topic, which is longer
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from librobot_vlm_ros.bench.__main__ import configure, run
-
-__all__ = ["SUMMARY", "configure", "main"]
+from librobot_vlm_ros.bench.__main__ import configure as configure
+from librobot_vlm_ros.bench.__main__ import run
 
 SUMMARY = "measure this package against transformers' own processor and generate"
 

@@ -15,8 +15,6 @@ from librobot_vlm_ros import __version__
 from librobot_vlm_ros.client import signals
 from librobot_vlm_ros.ros.third_party import let_libraries_warn
 
-__all__ = ["COMMANDS", "in_flags", "main"]
-
 #: Subcommands in the order of the help; each is a module of this folder (`_` for `-`) with
 #: `SUMMARY`, `configure(parser)` and `main(args) -> exit code`.
 COMMANDS = (

@@ -15,8 +15,6 @@ from pathlib import Path
 from librobot_vlm_ros.client.session import Session
 from librobot_vlm_ros.core import EngineError, ErrorCode, VlmError, make_error
 
-__all__ = ["NodeProcess"]
-
 _ACTIVE = 3  # lifecycle_msgs/State.PRIMARY_STATE_ACTIVE
 _ORDERLY_END_S = 8.0
 _ERROR_LINE = re.compile(r"^\[ERROR\]|^\[FATAL\]|^(vlm_node|librobot-vlm)\b")

@@ -11,8 +11,6 @@ from pathlib import Path
 
 from librobot_vlm_ros.core import EngineError, ErrorCode
 
-__all__ = ["claimed_domain", "isolated_ros"]
-
 #: Fast DDS makes port numbers from the domain; from 102 on they meet Linux's ephemeral ports. 0 is
 #: what everyone else uses by default.
 _DOMAINS = range(1, 102)

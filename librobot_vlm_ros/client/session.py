@@ -10,8 +10,6 @@ from typing import Any
 from librobot_vlm_ros.client import signals
 from librobot_vlm_ros.core import EngineError, ErrorCode
 
-__all__ = ["Session", "resolve"]
-
 
 class Session:
     """A context manager: `session.node` is an rclpy node, `spin_until` lets its callbacks run.

@@ -12,8 +12,6 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["Terminated", "delayed", "install"]
-
 
 class Terminated(BaseException):
     """SIGTERM came; raised so that every `finally` on the way out is run."""

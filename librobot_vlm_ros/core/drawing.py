@@ -14,21 +14,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from librobot_vlm_ros.core.results import Region
 
-__all__ = [
-    "Rgb",
-    "colour_of",
-    "draw",
-    "draw_outlines",
-    "draw_tags",
-    "font",
-    "hexadecimal",
-    "ink_on",
-    "region_words",
-    "scaled_box",
-    "tag",
-    "wrapped",
-]
-
 Rgb = tuple[int, int, int]
 
 _NAMED: dict[str, Rgb] = {

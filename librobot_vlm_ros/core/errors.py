@@ -18,19 +18,6 @@ from enum import IntEnum
 
 from librobot_vlm_ros.core.logtext import escape_for_log
 
-__all__ = [
-    "BagError",
-    "EngineError",
-    "ErrorCode",
-    "ImageError",
-    "InferenceError",
-    "ModelError",
-    "RequestError",
-    "VlmError",
-    "as_vlm_error",
-    "make_error",
-]
-
 MAX_MESSAGE_CHARS = 2000
 
 

@@ -9,8 +9,6 @@ import numpy.typing as npt
 
 from librobot_vlm_ros.core.errors import ErrorCode, ImageError
 
-__all__ = ["Frame"]
-
 
 @dataclass(frozen=True, eq=False)
 class Frame:

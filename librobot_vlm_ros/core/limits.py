@@ -6,8 +6,6 @@ from dataclasses import dataclass, fields
 
 from librobot_vlm_ros.core.errors import ErrorCode, RequestError
 
-__all__ = ["DEFAULT_LIMITS", "Limits"]
-
 
 @dataclass(frozen=True)
 class Limits:

@@ -7,8 +7,6 @@ fill the disk.
 
 from __future__ import annotations
 
-__all__ = ["escape_for_log", "shortened"]
-
 
 def _escape_character(character: str) -> str:
     """One character as itself when printable, else as a Python escape such as ``\\n``."""

@@ -17,8 +17,6 @@ from librobot_vlm_ros.core.errors import ErrorCode, RequestError
 from librobot_vlm_ros.core.limits import DEFAULT_LIMITS, Limits
 from librobot_vlm_ros.core.logtext import shortened
 
-__all__ = ["clean_prompt"]
-
 # What the families use, and what looks like it. Control tokens hold no white space, so that
 # "a < b and c > d" is left alone.
 _TOKEN_LIKE = re.compile(

@@ -15,8 +15,6 @@ from librobot_vlm_ros.core.logtext import shortened
 from librobot_vlm_ros.core.prompts import clean_prompt
 from librobot_vlm_ros.core.tasks import TaskSpec, get_task
 
-__all__ = ["Box", "GenerationParams", "InferenceRequest", "make_request"]
-
 Box = tuple[float, float, float, float]
 
 _MAX_SEED = 2**63 - 1

@@ -10,8 +10,6 @@ import numpy.typing as npt
 
 from librobot_vlm_ros.core.errors import ErrorCode, InferenceError, VlmError
 
-__all__ = ["EmbeddingData", "InferenceInfo", "ModelAnswer", "Region", "Result"]
-
 
 @dataclass(frozen=True)
 class Region:

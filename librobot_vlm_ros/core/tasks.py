@@ -15,8 +15,6 @@ from typing import Literal
 from librobot_vlm_ros.core.errors import ErrorCode, RequestError
 from librobot_vlm_ros.core.logtext import shortened
 
-__all__ = ["TASKS", "TaskOutput", "TaskSpec", "get_task"]
-
 TaskOutput = Literal["text", "regions", "embedding"]
 
 _MAX_NAME_CHARS = 64

@@ -14,8 +14,6 @@ from librobot_vlm_ros.bags import FrameTruth
 from librobot_vlm_ros.core import Region
 from librobot_vlm_ros.replay.lock_step import ResultMessage
 
-__all__ = ["Answer", "DemoRun", "FrameRecord", "answer_of", "truth_regions"]
-
 
 @dataclass(frozen=True)
 class Answer:

@@ -21,8 +21,6 @@ from librobot_vlm_ros.core.drawing import (
 from librobot_vlm_ros.demo.data import DemoRun, FrameRecord
 from librobot_vlm_ros.demo.scores import missed_objects
 
-__all__ = ["annotated", "duration", "save_frames", "save_overview"]
-
 
 def duration(seconds: float) -> str:
     """`212 ms`, or `29.6 s` from ten seconds on."""

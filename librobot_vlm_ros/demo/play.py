@@ -16,8 +16,6 @@ from librobot_vlm_ros.replay.lock_step import NodeLink, ResultMessage
 from librobot_vlm_ros.replay.message_types import IMAGE_TYPES, header_stamp_ns
 from librobot_vlm_ros.replay.player import Player, PlayOptions
 
-__all__ = ["INSTRUCTION_TOPIC", "read_frames", "run_live"]
-
 NODE = "/vlm"
 INSTRUCTION_TOPIC = "/instruction"
 _QUESTIONS = 8

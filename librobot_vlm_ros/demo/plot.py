@@ -10,8 +10,6 @@ import numpy as np
 from librobot_vlm_ros.demo.data import DemoRun
 from librobot_vlm_ros.demo.pictures import duration
 
-__all__ = ["TASK_CLASSES", "latency_plot", "similarity_plot"]
-
 #: CSS classes of the series; the report's style sheet gives them their colours.
 TASK_CLASSES = {"caption": "s1", "detect": "s2", "ground": "s3", "embed": "s4"}
 

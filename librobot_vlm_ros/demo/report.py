@@ -23,8 +23,6 @@ from librobot_vlm_ros.demo.pictures import duration
 from librobot_vlm_ros.demo.plot import TASK_CLASSES, latency_plot, similarity_plot
 from librobot_vlm_ros.demo.scores import Summary, answer_is_right, missed_objects, vocabulary
 
-__all__ = ["save_report"]
-
 _JPEG_QUALITY = 88
 _TILES = (
     ("precision", "detection precision", "boxes with the right name at IoU ≥ 0.5"),

@@ -20,8 +20,6 @@ from librobot_vlm_ros.demo.scores import Summary, answer_is_right, summarize, vo
 from librobot_vlm_ros.models import model_info
 from librobot_vlm_ros.models.backend import ModelInfo
 
-__all__ = ["TARGETS", "run_demo"]
-
 _TASKS = ("caption", "detect", "ground", "embed")
 
 #: What the embedded model is held to on the bag that ships.

@@ -18,8 +18,6 @@ from librobot_vlm_ros.evaluation.metrics import (
 )
 from librobot_vlm_ros.tabletop.labels import LABELS
 
-__all__ = ["Summary", "answer_is_right", "missed_objects", "summarize", "vocabulary"]
-
 Figure = int | float | bool | str | None
 #: What summary.json holds.
 Summary = dict[str, Figure]

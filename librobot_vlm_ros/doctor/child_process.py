@@ -30,8 +30,6 @@ from librobot_vlm_ros.core import (
     as_vlm_error,
 )
 
-__all__ = ["ask_python", "ask_torch", "last_words"]
-
 #: What a line with a fact begins with; libraries print lines of their own.
 _MARK = "::vlm-fact:: "
 _ROOT = Path(librobot_vlm_ros.__file__).parents[1]

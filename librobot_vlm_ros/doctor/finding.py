@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Literal
 
-__all__ = ["Finding", "found_by", "gib"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Finding:

@@ -13,8 +13,6 @@ from librobot_vlm_ros.doctor.child_process import ask_torch
 from librobot_vlm_ros.doctor.finding import Finding, gib
 from librobot_vlm_ros.models.backend import ModelInfo
 
-__all__ = ["ModelDoctor"]
-
 #: The least versions that work, as in setup.py (a test compares).
 MINIMUM = {"torch": (2, 4), "transformers": (5, 0)}
 _PROBE_S = 1800.0

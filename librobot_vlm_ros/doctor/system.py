@@ -14,8 +14,6 @@ from librobot_vlm_ros.doctor.child_process import ask_python
 from librobot_vlm_ros.doctor.finding import Finding, gib
 from librobot_vlm_ros.ros.dds import SHARED_MEMORY, profile_in_force, segment_bytes
 
-__all__ = ["check_cv_bridge", "check_packages", "check_python", "check_ros", "check_transport"]
-
 _TESTED_PYTHON = ((3, 10), (3, 13))
 _TESTED_DISTRO = "jazzy"
 #: Versions of rclpy by the distribution that they came with.

@@ -13,21 +13,6 @@ import numpy.typing as npt
 
 from librobot_vlm_ros.core.results import Region
 
-__all__ = [
-    "AveragePrecision",
-    "DetectionScores",
-    "Match",
-    "average_precision",
-    "caption_exact",
-    "detection_scores",
-    "grounding_hit",
-    "iou",
-    "iou_matrix",
-    "match_boxes",
-    "match_regions",
-    "named_objects",
-]
-
 
 def iou(first: Sequence[float], second: Sequence[float]) -> float:
     """Intersection over union of two boxes, 0 to 1; 0 where both have no area."""

@@ -20,8 +20,6 @@ from librobot_vlm_ros.core import (
     VlmError,
 )
 
-__all__ = ["BYTES_PER_PARAMETER", "ModelInfo", "OnToken", "ShouldStop", "VlmBackend", "stop_reason"]
-
 #: Called as on_token(index of the request in the batch, new text) while text is generated.
 OnToken = Callable[[int, str], None]
 #: Called as should_stop(index of the request in the batch), before each token.

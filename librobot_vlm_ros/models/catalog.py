@@ -11,8 +11,6 @@ from functools import partial
 
 from librobot_vlm_ros.models.backend import ModelInfo
 
-__all__ = ["CATALOG"]
-
 
 def _tasks(names: str) -> tuple[str, ...]:
     return tuple(sorted(names.split()))

@@ -14,25 +14,6 @@ from typing import Any, ClassVar
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
 
-__all__ = [
-    "FamilyConfig",
-    "ModelConfig",
-    "bad_value",
-    "check_feature_layer",
-    "check_integer",
-    "check_marks",
-    "check_number",
-    "check_token",
-    "from_dict",
-    "llama_fields",
-    "section",
-    "sizes",
-    "stated",
-    "strict_config",
-    "tokens",
-    "unreadable",
-]
-
 
 def bad_value(field: str, value: object, expected: str) -> ModelError:
     """The error for a field, named with its file: "config.json: text_config.vocab_size"."""

@@ -31,8 +31,6 @@ from librobot_vlm_ros.core import (
 from librobot_vlm_ros.models.backend import OnToken, ShouldStop, stop_reason
 from librobot_vlm_ros.models.registry import model_info, register_vlm
 
-__all__ = ["FakeConfig", "FakeVlm"]
-
 #: Loading asks this many times whether it was cancelled.
 _LOAD_SLICES = 20
 _OPTIONS = ("sleep", "now_ns", "should_cancel")

@@ -39,8 +39,6 @@ from librobot_vlm_ros.models.generation.loop import generate
 from librobot_vlm_ros.models.generation.streaming import TextStream
 from librobot_vlm_ros.models.placement import free_bytes, usable_cores
 
-__all__ = ["LocalBackend", "PreparedRequest"]
-
 _POOLINGS = ("mean", "none")
 
 

@@ -14,20 +14,6 @@ from torch import nn
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
 
-__all__ = [
-    "ATTENTIONS",
-    "Placement",
-    "dtype_name",
-    "free_bytes",
-    "is_light",
-    "missing_for_flash",
-    "move_module",
-    "resolve_dtype",
-    "resolve_placement",
-    "threads_for",
-    "usable_cores",
-]
-
 _DTYPES = {
     "float32": torch.float32,
     "fp32": torch.float32,

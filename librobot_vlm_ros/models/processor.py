@@ -35,8 +35,6 @@ from librobot_vlm_ros.models.generation.config import (
 from librobot_vlm_ros.models.generation.scores import AnswerText, geometric_mean
 from librobot_vlm_ros.models.registry import model_info, models_with_task
 
-__all__ = ["Processor", "number_texts"]
-
 #: Box in pixels of the source image, and width and height of that.
 Box = Sequence[float]
 Size = tuple[int, int]

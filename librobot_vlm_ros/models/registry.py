@@ -20,17 +20,6 @@ from librobot_vlm_ros.core import ErrorCode, ModelError, RequestError
 from librobot_vlm_ros.models.backend import ModelInfo, VlmBackend
 from librobot_vlm_ros.models.catalog import CATALOG
 
-__all__ = [
-    "create_backend",
-    "create_vlm",
-    "get_vlm",
-    "list_vlms",
-    "model_info",
-    "models_with_task",
-    "register_vlm",
-    "sha256_list",
-]
-
 _rows: dict[str, ModelInfo] = {info.name: info for info in CATALOG}
 _classes: dict[str, type[Any]] = {}
 _Class = TypeVar("_Class", bound=type)

@@ -17,8 +17,6 @@ from librobot_vlm_ros.core import ErrorCode, ModelError, RequestError
 from librobot_vlm_ros.models.checkpoints.shards import read_json
 from librobot_vlm_ros.models.configuration import check_token
 
-__all__ = ["CausalTokenizer", "added_tokens", "check_words", "read_fast", "unbroken"]
-
 
 def read_fast(path: Path) -> Any:
     """The `tokenizers.Tokenizer` of a file. Raises ModelError TOKENIZER_MISMATCH.

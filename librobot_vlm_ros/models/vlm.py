@@ -55,8 +55,6 @@ from librobot_vlm_ros.models.registry import model_info
 from librobot_vlm_ros.models.training import lora
 from librobot_vlm_ros.models.training.quantization import is_quantized, quantization_for, quantize
 
-__all__ = ["AbstractVLM", "Loading", "Parts"]
-
 _log = logging.getLogger(__name__)
 
 #: Where keys and values of what is read of frames may be kept: a frame a prompt.

@@ -17,8 +17,6 @@ from librobot_vlm_ros.client.session import Session, resolve
 from librobot_vlm_ros.core import EngineError, ErrorCode, RequestError, clean_prompt, get_task
 from librobot_vlm_ros.replay.message_types import import_message
 
-__all__ = ["NodeLink", "ResultMessage"]
-
 _RESULT_TOPICS = {
     "caption": "librobot_vlm_ros/msg/Caption",
     "grounding": "librobot_vlm_ros/msg/GroundingArray",

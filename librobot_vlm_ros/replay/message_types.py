@@ -9,8 +9,6 @@ from typing import Any
 from librobot_vlm_ros.bags import BagQos
 from librobot_vlm_ros.core import BagError, ErrorCode
 
-__all__ = ["IMAGE_TYPES", "header_stamp_ns", "import_message", "qos_profile"]
-
 IMAGE_TYPES = ("sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage")
 
 

@@ -19,8 +19,6 @@ from librobot_vlm_ros.replay.message_types import (
     qos_profile,
 )
 
-__all__ = ["PlayOptions", "PlayReport", "Player"]
-
 _CLOCK = "/clock"
 _LEAST_WAIT_S = 0.002
 _SETTLE_S = 0.6

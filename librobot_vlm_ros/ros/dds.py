@@ -15,19 +15,6 @@ from pathlib import Path
 
 import librobot_vlm_ros
 
-__all__ = [
-    "DEFAULT_SEGMENT_BYTES",
-    "PROFILE",
-    "SHARED_MEMORY",
-    "TRANSPORT_VARIABLE",
-    "clear_dead_segments",
-    "give_back_memory",
-    "keep_freed_memory",
-    "profile_in_force",
-    "segment_bytes",
-    "use_image_profile",
-]
-
 SHARED_MEMORY = Path("/dev/shm")
 _SEGMENT = re.compile(r"fastrtps_[0-9a-f]{16}")
 #: Seconds that a segment is left alone: a process that is starting makes the file of the lock a

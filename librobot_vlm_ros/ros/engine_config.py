@@ -7,8 +7,6 @@ from librobot_vlm_ros.ros.inputs.instruction import Instruction
 from librobot_vlm_ros.ros.parameters.settings import Settings
 from librobot_vlm_ros.runtime import CameraConfig, EngineConfig, StandingTask
 
-__all__ = ["camera_configs", "engine_config", "standing_tasks", "waiting_tasks"]
-
 
 def engine_config(settings: Settings) -> EngineConfig:
     """Limits and modes of the engine."""

@@ -11,8 +11,6 @@ import logging
 import threading
 from collections.abc import Callable
 
-__all__ = ["LatestWorker"]
-
 _log = logging.getLogger(__name__)
 
 

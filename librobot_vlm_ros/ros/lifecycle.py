@@ -29,8 +29,6 @@ from librobot_vlm_ros.ros.monitoring.log_throttle import ThrottledLog
 from librobot_vlm_ros.ros.rcl_errors import coded_rcl_error
 from librobot_vlm_ros.ros.services.service_thread import Reply, ServiceThread
 
-__all__ = ["GuardedLifecycleNode"]
-
 _LABELS = {
     Transition.TRANSITION_CONFIGURE: "configure",
     Transition.TRANSITION_CLEANUP: "cleanup",

@@ -16,8 +16,6 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["main"]
-
 _END_S = 3.5
 _LAST_RESORT_S = 4.5
 

@@ -20,15 +20,6 @@ from librobot_vlm_ros.runtime import Engine, LoadReport, settle
 if TYPE_CHECKING:  # it needs rclpy
     from librobot_vlm_ros.ros.parameters.live_parameters import LiveParameters
 
-__all__ = [
-    "create_backend",
-    "load_model",
-    "load_options",
-    "loaded_text",
-    "required_bytes",
-    "switch_model",
-]
-
 
 def create_backend(name: str, *, open_folders: Sequence[Path] | None = None, **options: Any) -> Any:
     """The engine's factory. `open_folders`: where a checkpoint may name other folders; None:

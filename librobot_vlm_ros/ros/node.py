@@ -58,8 +58,6 @@ from librobot_vlm_ros.ros.services.request_conversion import RequestContext, not
 from librobot_vlm_ros.runtime import CameraEvent, Engine, LoadReport, settle
 from librobot_vlm_ros.runtime.pending_request import busy
 
-__all__ = ["VlmNode"]
-
 _INSTRUCTIONS_LOGGED = 20  # in 5 s: what comes faster is a flood
 _PAUSE_S = 5.0
 _FREE_S = 15.0

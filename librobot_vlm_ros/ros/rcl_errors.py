@@ -10,8 +10,6 @@ import re
 
 from librobot_vlm_ros.core import BagError, ErrorCode, ModelError, RequestError, VlmError
 
-__all__ = ["coded_rcl_error"]
-
 _STEPS = "config/sros2/README.md has the steps"
 # Without security rcl fails so only for what the package's own tests would show.
 _ENDPOINT = re.compile(r"failed to create (subscription|publisher|service|client)", re.IGNORECASE)

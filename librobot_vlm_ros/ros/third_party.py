@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import warnings
 
-__all__ = ["let_libraries_warn"]
-
 #: What `python -m` and scripts name this package's modules, too.
 _NOT_OURS = r"(?!librobot_vlm_ros\b|__main__\b)"
 

@@ -28,8 +28,6 @@ from librobot_vlm_ros.tabletop.labels import LABELS
 from librobot_vlm_ros.tabletop.scenes import FIRST_TRAINING_SEED, Scene, render_scene
 from librobot_vlm_ros.tabletop.world import World
 
-__all__ = ["evaluate", "score_scenes"]
-
 
 def _frame(scene: Scene, number: int) -> Frame:
     return Frame(

@@ -6,8 +6,6 @@ card in docs/embedded-model.md all read these tuples.
 
 from __future__ import annotations
 
-__all__ = ["COLOURS", "COLOURED_KINDS", "KINDS", "LABELS", "PLAIN_KINDS", "label_of"]
-
 #: RGB in 0..1; hues about 60 degrees apart so that no light of the generator turns one into
 #: another.
 COLOURS: dict[str, tuple[float, float, float]] = {

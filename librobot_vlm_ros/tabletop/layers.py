@@ -28,8 +28,6 @@ from librobot_vlm_ros.tabletop.scenes import (
 )  # fmt: skip
 from librobot_vlm_ros.tabletop.world import World
 
-__all__ = ["Bank", "Composite", "Layer", "compose", "render_view"]
-
 
 @dataclass(frozen=True)
 class Layer:

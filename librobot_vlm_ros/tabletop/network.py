@@ -17,10 +17,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import Florence2ForConditionalGeneration, PreTrainedTokenizerFast
 
-__all__ = [
-    "CELLS", "IMAGE_SIZE", "LOC_BINS", "build_model", "build_tokenizer", "save_folder", "to_bin",
-]  # fmt: skip
-
 IMAGE_SIZE = 192
 STRIDE = 16
 CELLS = IMAGE_SIZE // STRIDE

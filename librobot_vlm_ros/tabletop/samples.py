@@ -19,8 +19,6 @@ from librobot_vlm_ros.tabletop.labels import COLOURS, KINDS
 from librobot_vlm_ros.tabletop.layers import Bank
 from librobot_vlm_ros.tabletop.network import CELLS, IMAGE_SIZE
 
-__all__ = ["FrameStream", "Sample", "jitter", "kind_and_colour"]
-
 _COLOUR_NAMES = list(COLOURS)
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 STD = np.array([0.229, 0.224, 0.225], np.float32)

@@ -25,12 +25,6 @@ from librobot_vlm_ros.tabletop.world import (
     shape_extent,
 )
 
-__all__ = [
-    "FIRST_TRAINING_SEED", "Placement", "Scene", "SceneObject", "View", "draw_placements",
-    "random_placement", "random_view", "render_placements", "render_scene", "save_arrays",
-    "set_stage", "visible_objects", "write_frames",
-]  # fmt: skip
-
 #: Training renders take their seeds from here on; evaluation and the shipped bag stay below.
 FIRST_TRAINING_SEED = 10_000_000
 MAX_OBJECTS = 6

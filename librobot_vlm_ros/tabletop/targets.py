@@ -24,15 +24,6 @@ from librobot_vlm_ros.tabletop.network import (
 )
 from librobot_vlm_ros.tabletop.samples import Sample
 
-__all__ = [
-    "Question",
-    "caption_of",
-    "caption_question",
-    "detect_question",
-    "ground_question",
-    "questions_of",
-]
-
 
 @dataclass
 class Question:

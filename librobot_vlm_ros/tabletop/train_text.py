@@ -38,8 +38,6 @@ from librobot_vlm_ros.tabletop.targets import Question, detect_question, questio
 from librobot_vlm_ros.tabletop.train_tower import BOX, COLOUR, KIND, owner_targets
 from librobot_vlm_ros.tabletop.training import TrainingRun, options
 
-__all__ = ["TextTrainer", "cells_to_keep", "location_basis", "random_layout", "truth_features"]
-
 
 def location_basis() -> torch.Tensor:
     """[1000, 26]: constant, linear, square, cosines and sines of falling wavelength, over the

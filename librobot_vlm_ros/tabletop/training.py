@@ -18,8 +18,6 @@ from torch import nn
 
 from librobot_vlm_ros.tabletop.samples import FrameStream, Sample
 
-__all__ = ["TrainingRun", "batches", "options"]
-
 
 def options(
     description: str, *, minutes: float, batch: int, rate: float, seed: int

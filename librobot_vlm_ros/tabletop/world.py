@@ -17,8 +17,6 @@ import numpy as np
 
 from librobot_vlm_ros.tabletop.labels import COLOURS
 
-__all__ = ["Camera", "Light", "Pose", "Rendering", "World", "shape_extent"]
-
 TABLE_TOP = 0.625  # metres, of pybullet_data's table.urdf
 _HIDDEN = (0.0, 0.0, -50.0)
 

@@ -41,8 +41,6 @@ from librobot_vlm_ros.client.node_process import NodeProcess
 from librobot_vlm_ros.client.ros_domain import isolated_ros
 from librobot_vlm_ros.client.session import Session
 
-__all__ = ["check", "main"]
-
 _START_S = 60.0
 
 

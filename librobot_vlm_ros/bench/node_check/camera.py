@@ -15,8 +15,6 @@ import numpy as np
 
 from librobot_vlm_ros.client.session import Session
 
-__all__ = ["main"]
-
 WIDTH, HEIGHT = 640, 480
 
 

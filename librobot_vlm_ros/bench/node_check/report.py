@@ -10,17 +10,6 @@ from typing import Any
 
 from librobot_vlm_ros.runtime.stats import percentile
 
-__all__ = [
-    "SLOWER",
-    "Answer",
-    "Ask",
-    "limits",
-    "misses",
-    "single_limits",
-    "single_summary",
-    "summary",
-]
-
 _SHARE = 1.1
 _MARGIN_S = 0.02
 _OVERHEAD_S = 0.002

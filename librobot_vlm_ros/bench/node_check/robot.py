@@ -14,8 +14,6 @@ from librobot_vlm_ros.bench.node_check.report import Answer, Ask
 from librobot_vlm_ros.client.session import Session
 from librobot_vlm_ros.core import EngineError, ErrorCode
 
-__all__ = ["NODE", "Robot", "camera_process", "images_sent", "start_sending"]
-
 NODE = "/vlm"
 _WARM_UP_S = 2.0
 _SETTLE_S = 2.5  # diagnostics come once a second

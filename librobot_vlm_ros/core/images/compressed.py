@@ -18,8 +18,6 @@ from librobot_vlm_ros.core.images.raw import as_bytes_array, check_size, depth_t
 from librobot_vlm_ros.core.limits import DEFAULT_LIMITS, Limits
 from librobot_vlm_ros.core.logtext import shortened
 
-__all__ = ["CompressedHeader", "decode_compressed", "read_compressed_header"]
-
 _MAX_FORMAT_CHARS = 200
 _REDUCTIONS = (8, 4, 2)  # what the transform of a JPEG's 8x8 blocks gives for nothing
 

@@ -26,8 +26,6 @@ from librobot_vlm_ros.core.errors import ErrorCode, ImageError, ModelError, as_v
 from librobot_vlm_ros.core.images.encodings import Encoding
 from librobot_vlm_ros.core.logtext import escape_for_log
 
-__all__ = ["check_converter", "sixteen_to_eight", "to_rgb8"]
-
 _logger = logging.getLogger(__name__)
 
 _Convert = Callable[[Any, str], Any]

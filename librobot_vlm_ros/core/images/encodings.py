@@ -12,8 +12,6 @@ from typing import Literal
 from librobot_vlm_ros.core.errors import ErrorCode, ImageError
 from librobot_vlm_ros.core.logtext import shortened
 
-__all__ = ["ENCODINGS", "Encoding", "get_encoding", "is_known_encoding"]
-
 Kind = Literal["rgb", "rgba", "bgr", "bgra", "mono", "bayer", "yuv422", "depth"]
 
 _MAX_NAME_CHARS = 64

@@ -12,8 +12,6 @@ from typing import ClassVar
 
 from librobot_vlm_ros.core.errors import ErrorCode, ImageError
 
-__all__ = ["JpegHeader", "check_jpeg_structure", "read_jpeg_header"]
-
 SIGNATURE = b"\xff\xd8\xff"
 
 _SOI, _EOI, _SOS, _TEM = 0xD8, 0xD9, 0xDA, 0x01

@@ -15,8 +15,6 @@ from librobot_vlm_ros.core.images.converter import sixteen_to_eight
 from librobot_vlm_ros.core.images.raw import check_size
 from librobot_vlm_ros.core.limits import DEFAULT_LIMITS, Limits
 
-__all__ = ["FORMATS", "read_picture"]
-
 #: Formats that Pillow may read. It knows some that it has other programs read (EPS: Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000")
 

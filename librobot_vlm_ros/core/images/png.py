@@ -12,8 +12,6 @@ from typing import ClassVar
 
 from librobot_vlm_ros.core.errors import ErrorCode, ImageError
 
-__all__ = ["PngHeader", "checked_picture", "read_png_header"]
-
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type

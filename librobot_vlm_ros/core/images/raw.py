@@ -15,8 +15,6 @@ from librobot_vlm_ros.core.images.converter import to_rgb8
 from librobot_vlm_ros.core.images.encodings import Encoding, get_encoding
 from librobot_vlm_ros.core.limits import DEFAULT_LIMITS, Limits
 
-__all__ = ["as_bytes_array", "check_size", "decode_image", "depth_to_rgb8"]
-
 _MIN_BAYER_SIDE = 3  # OpenCV's demosaicing gives black below that, without an error
 _UINT32_MAX = 2**32 - 1
 

@@ -18,8 +18,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from librobot_vlm_ros.core import Frame
 
-__all__ = ["FrameCache", "FrameEntry", "ImageFeatures", "concat_features", "pad_features"]
-
 
 @dataclass
 class FrameEntry:

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from librobot_vlm_ros.models.cache.image_features import FrameEntry
 
-__all__ = ["Prefix", "PrefixCache", "copy_prefix", "stack_prefixes"]
-
 
 @dataclass(frozen=True)
 class Prefix:

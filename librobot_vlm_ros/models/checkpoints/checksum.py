@@ -12,8 +12,6 @@ from librobot_vlm_ros.models.checkpoints.loading import find_layout
 from librobot_vlm_ros.models.checkpoints.progress import LoggedProgress
 from librobot_vlm_ros.models.checkpoints.shards import read_config, weight_files
 
-__all__ = ["check_sha256", "weights_sha256"]
-
 _CHUNK = 8 << 20
 
 

@@ -38,8 +38,6 @@ from librobot_vlm_ros.models.checkpoints.shards import (
 from librobot_vlm_ros.models.placement import resolve_dtype
 from librobot_vlm_ros.models.registry import create_vlm, model_info
 
-__all__ = ["Converted", "convert_folder"]
-
 _log = logging.getLogger(__name__)
 
 #: Files that belong to tokenizer and licence; taken along where the new folder has none.

@@ -25,18 +25,6 @@ from librobot_vlm_ros.core import ErrorCode, ModelError, as_vlm_error
 from librobot_vlm_ros.models.backend import ModelInfo
 from librobot_vlm_ros.models.checkpoints.progress import bars_to_log
 
-__all__ = [
-    "Weights",
-    "downloaded",
-    "find_weights",
-    "folder_digest",
-    "hub_cache",
-    "in_hub_cache",
-    "is_hub_id",
-    "shipped_folder",
-    "weights_present",
-]
-
 _log = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")

@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
-__all__ = ["Convert", "DERIVED", "KeyMap", "key_map", "native_tensors", "renamed", "renaming"]
-
 #: Gives (native key, tensor) for each that a checkpoint tensor becomes; nothing means dropped.
 Convert = Callable[[str, Tensor], Iterable[tuple[str, Tensor]]]
 #: Expressions of a checkpoint's keys, and what transformers calls them.

@@ -28,17 +28,6 @@ from librobot_vlm_ros.models.checkpoints.size_limits import refuse_oversized
 from librobot_vlm_ros.models.configuration import check_integer
 from librobot_vlm_ros.models.placement import Placement, dtype_name, move_module, resolve_placement
 
-__all__ = [
-    "CheckpointLayout",
-    "LoadPlan",
-    "build_empty",
-    "build_random",
-    "expect_rank",
-    "find_layout",
-    "load_module",
-    "register_layout",
-]
-
 _log = logging.getLogger(__name__)
 
 #: transformers switches initialisation off for the whole process while a model is built empty.

@@ -18,15 +18,6 @@ from pathlib import Path
 from librobot_vlm_ros.core import BagError, ErrorCode, RequestError, shortened
 from librobot_vlm_ros.models.checkpoints.hub import hub_cache, is_hub_id, shipped_folder
 
-__all__ = [
-    "allowed_folders",
-    "confined",
-    "confined_to",
-    "open_to_clients",
-    "paths_in",
-    "refuse_foreign",
-]
-
 _open: ContextVar[tuple[Path, ...] | None] = ContextVar("open folders", default=None)
 
 

@@ -11,8 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-__all__ = ["LoggedProgress", "bars_to_log"]
-
 _log = logging.getLogger(__name__)
 
 _PERIOD_S = 3.0

@@ -30,16 +30,6 @@ from librobot_vlm_ros.core import ErrorCode, ModelError, as_vlm_error
 from librobot_vlm_ros.models.checkpoints.size_limits import refuse_endless
 from librobot_vlm_ros.models.placement import dtype_name
 
-__all__ = [
-    "check_archive",
-    "iterate_tensors",
-    "read_config",
-    "read_json",
-    "tensor_kinds",
-    "tensor_names",
-    "weight_files",
-]
-
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLES = ("model.safetensors", "pytorch_model.bin")
 #: Bytes of a file that are mapped at a time, at least; else a share of the file.

@@ -18,8 +18,6 @@ import torch
 from librobot_vlm_ros.core import ErrorCode, InferenceError, ModelError
 from librobot_vlm_ros.models.placement import Placement
 
-__all__ = ["refuse_endless", "refuse_oversized"]
-
 #: The largest published ones have about a hundred.
 _MOST_LAYERS = 1000
 _COUNT_OF_LAYERS = re.compile(r"(?:^|_)(?:layers|depths?|blocks)$")

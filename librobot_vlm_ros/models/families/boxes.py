@@ -8,8 +8,6 @@ from typing import Any
 from librobot_vlm_ros.core import Region
 from librobot_vlm_ros.models.generation.constraints.box_syntax import MOST_BLANKS, SCALE
 
-__all__ = ["BLANKS", "MOST_BLANKS", "NUMBER", "RADII", "SCALE", "region_of"]
-
 #: Patterns of the boxes that are written as text: blanks, and a number (a group) between blanks.
 BLANKS = rf"\s{{0,{MOST_BLANKS}}}"
 NUMBER = rf"{BLANKS}(\d{{1,5}}(?:\.\d{{1,6}})?){BLANKS}"

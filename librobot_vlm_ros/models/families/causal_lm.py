@@ -42,8 +42,6 @@ from librobot_vlm_ros.models.placement import Placement
 from librobot_vlm_ros.models.processor import Box, Processor, Size
 from librobot_vlm_ros.models.vlm import AbstractVLM, Parts, Prefixes
 
-__all__ = ["CausalLM", "CausalProcessor"]
-
 
 class CausalProcessor(Processor):
     """The processor of a decoder-only family."""

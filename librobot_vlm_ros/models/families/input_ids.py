@@ -12,8 +12,6 @@ import torch
 
 from librobot_vlm_ros.core import ErrorCode, RequestError
 
-__all__ = ["IGNORED", "token_rows"]
-
 #: Stands in labels for what is not to be learnt.
 IGNORED = -100
 

@@ -18,27 +18,6 @@ from torch.nn.functional import interpolate
 from librobot_vlm_ros.core import ErrorCode, Frame, ImageError, RequestError
 from librobot_vlm_ros.models.configuration import unreadable
 
-__all__ = [
-    "CLIP_MEAN",
-    "CLIP_STD",
-    "EXACT",
-    "RESIZE",
-    "ImageSettings",
-    "Resizing",
-    "ahead_of",
-    "as_pixels",
-    "channels",
-    "deviations",
-    "image_rows",
-    "image_settings",
-    "normalise",
-    "resize",
-    "resizing",
-    "squash",
-    "to_views",
-    "writable",
-]
-
 #: What the option `resize` of a model may be.
 RESIZE = ("auto", "exact", "fast")
 

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 
 from librobot_vlm_ros.core import ErrorCode, RequestError
 
-__all__ = ["question"]
-
 
 def question(tasks: Mapping[str, str], task: str, text: str, region: str = "") -> str:
     """The sentence of `tasks`, its `{text}` and `{region}` filled.

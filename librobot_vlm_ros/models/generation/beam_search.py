@@ -34,8 +34,6 @@ from librobot_vlm_ros.models.generation.sampler import (
 from librobot_vlm_ros.models.generation.scores import CoordinateRecord
 from librobot_vlm_ros.models.placement import threads_for
 
-__all__ = ["Again", "beam_search", "fits", "search_in_notation"]
-
 _WORST = -1.0e9
 
 

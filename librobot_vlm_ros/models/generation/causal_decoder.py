@@ -18,17 +18,6 @@ from librobot_vlm_ros.models.cache.image_features import FrameEntry, ImageFeatur
 from librobot_vlm_ros.models.cache.prefix import PrefixCache, copy_prefix, stack_prefixes
 from librobot_vlm_ros.models.generation.sampler import columns
 
-__all__ = [
-    "CausalDecoder",
-    "PromptBatch",
-    "deepstack_inputs",
-    "merge_embeddings",
-    "merge_order",
-    "pad_position_ids",
-    "pad_rows",
-    "prefix_prefill",
-]
-
 
 def merge_order(
     ids: Sequence[int], counts: Sequence[int], image_token: int, begin_token: int | None

@@ -7,17 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-__all__ = [
-    "GenerationConfig",
-    "AllExcept",
-    "Generated",
-    "TokenConstraint",
-    "NumberTokens",
-    "CoordinateBins",
-    "TokenSet",
-    "permits",
-]
-
 
 @dataclass(frozen=True)
 class AllExcept:

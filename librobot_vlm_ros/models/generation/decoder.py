@@ -10,8 +10,6 @@ from torch import Tensor
 
 from librobot_vlm_ros.core import VlmError
 
-__all__ = ["AppendingDecoder", "Decoder", "StopRow", "TellIds", "take_in"]
-
 #: PromptBatch before each token: why row r must stop, or None.
 StopRow = Callable[[int], VlmError | None]
 #: Told of new token ids of row r, in order, each once.

@@ -16,8 +16,6 @@ from librobot_vlm_ros.models.generation.fast.graph_runner import GraphRunner
 from librobot_vlm_ros.models.generation.fast.weights import DECODERS, make_fast
 from librobot_vlm_ros.models.generation.loop import generate
 
-__all__ = ["Generator"]
-
 
 class Generator:
     """What a model decodes with.

@@ -34,8 +34,6 @@ from librobot_vlm_ros.models.generation.decoder import Decoder, StopRow, TellIds
 from librobot_vlm_ros.models.generation.sampler import Sampler, not_finite
 from librobot_vlm_ros.models.placement import threads_for
 
-__all__ = ["generate"]
-
 
 def generate(
     decoder: Decoder,

@@ -18,18 +18,6 @@ from librobot_vlm_ros.models.generation.config import (
 )
 from librobot_vlm_ros.models.generation.scores import CoordinateRecord
 
-__all__ = [
-    "Choices",
-    "Sampler",
-    "Picked",
-    "Sent",
-    "apply_rules",
-    "columns",
-    "not_finite",
-    "suppressed",
-    "token_log_probs",
-]
-
 
 class Choices:
     """Applies them to probabilities. Nothing as wide as the vocabulary is made on the host."""

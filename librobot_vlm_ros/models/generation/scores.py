@@ -24,8 +24,6 @@ from torch.nn import functional
 from librobot_vlm_ros.models.generation.config import CoordinateBins, Generated, NumberTokens
 from librobot_vlm_ros.models.generation.streaming import Decode, token_spans
 
-__all__ = ["AnswerText", "CoordinateRecord", "Score", "Span", "geometric_mean", "near", "unknown"]
-
 #: Characters (begin, end) of an answer's text.
 Span = tuple[int, int]
 

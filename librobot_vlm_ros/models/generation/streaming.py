@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-__all__ = ["Decode", "TextStream", "token_spans"]
-
 Decode = Callable[[Sequence[int]], str]
 
 #: What a decoder shows for a letter of which only some bytes have come.

@@ -31,16 +31,6 @@ from librobot_vlm_ros.core import (
 from librobot_vlm_ros.models.backend import ModelInfo
 from librobot_vlm_ros.models.registry import create_vlm, get_vlm, model_info
 
-__all__ = [
-    "CONVERSION_TOLERANCE",
-    "PREPROCESS_TOLERANCE",
-    "Conformance",
-    "Hooks",
-    "check_model",
-    "hooks_of",
-    "our_pixels",
-]
-
 #: Largest difference of a logit that a conversion may make, in float32.
 CONVERSION_TOLERANCE = 1e-4
 #: Largest difference of a normalised pixel from the reference processor's.

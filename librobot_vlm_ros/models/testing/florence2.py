@@ -41,22 +41,6 @@ from librobot_vlm_ros.models.testing.parts import (
     write_json,
 )
 
-__all__ = [
-    "TINY_TEXT",
-    "TINY_VISION",
-    "WORDS",
-    "Weights",
-    "added_parameters",
-    "difference",
-    "official_config",
-    "original_logits",
-    "pixels",
-    "random_weights",
-    "tiny_florence_folder",
-    "word_tokenizer",
-    "write_official",
-]
-
 TINY_VISION: dict[str, Any] = {
     "depths": [1, 1, 2, 1],
     "embed_dim": [8, 16, 24, 32],

@@ -35,18 +35,6 @@ from librobot_vlm_ros.models.testing.parts import (
     write_json,
 )
 
-__all__ = [
-    "ADDED",
-    "TEXT",
-    "VISION",
-    "difference",
-    "image_features",
-    "original_logits",
-    "pixels",
-    "read_official",
-    "write_official",
-]
-
 VISION = {**sizes(hidden=24, inner=40, layers=3, heads=2), "image_size": 56, "patch_size": 14}
 TEXT = sizes(hidden=32, inner=48, layers=2, heads=4, kv_heads=2)
 #: Tokens that take the place of pieces, and tokens that stand behind all pieces, in this order.

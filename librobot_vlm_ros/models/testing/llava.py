@@ -39,8 +39,6 @@ from librobot_vlm_ros.models.testing.parts import (
     write_json,
 )
 
-__all__ = ["difference", "original_logits", "pixels", "read_weights", "write_official"]
-
 SIDE = 336
 VISION: dict[str, Any] = {
     **sizes(hidden=24, inner=40, layers=3, heads=2),

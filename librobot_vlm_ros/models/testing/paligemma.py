@@ -35,8 +35,6 @@ from librobot_vlm_ros.models.testing.parts import (
     write_json,
 )
 
-__all__ = ["difference", "mask_decoder_weights", "original_logits", "pixels", "write_official"]
-
 SIDE = 224
 VISION = {**sizes(hidden=24, inner=40, layers=2, heads=2), "image_size": 28, "patch_size": 14}
 TEXT = {**sizes(hidden=32, inner=48, layers=2, heads=4, kv_heads=1), "head_dim": 8}

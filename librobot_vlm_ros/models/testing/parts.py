@@ -19,30 +19,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = [
-    "RandomWeights",
-    "LETTERS",
-    "State",
-    "attention",
-    "causal_mask",
-    "decoder_layer",
-    "encoder_layer",
-    "gelu",
-    "gelu_tanh",
-    "heads",
-    "layer_norm",
-    "letter_tokenizer",
-    "linear",
-    "patches",
-    "pieces",
-    "quick_gelu",
-    "reference_pixels",
-    "rms_norm",
-    "rotary",
-    "rotary_angles",
-    "write_json",
-]
-
 #: What the tokenizers of single letters can write.
 LETTERS = "▁\n" + string.ascii_letters + string.digits + string.punctuation
 #: Tensors by their published names.

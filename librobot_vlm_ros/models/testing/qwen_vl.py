@@ -40,18 +40,6 @@ from librobot_vlm_ros.models.testing.parts import (
     write_json,
 )
 
-__all__ = [
-    "IDS",
-    "SECOND",
-    "THIRD",
-    "Tiny",
-    "difference",
-    "original_logits",
-    "pixels",
-    "tokenizer",
-    "write_official",
-]
-
 SPECIAL = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>"),
     *("<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|vision_start|>"),

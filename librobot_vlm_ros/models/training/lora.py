@@ -20,17 +20,6 @@ from librobot_vlm_ros.core import ErrorCode, ModelError
 from librobot_vlm_ros.models.checkpoints.shards import iterate_tensors, read_json
 from librobot_vlm_ros.models.configuration import ModelConfig
 
-__all__ = [
-    "adapter_parameters",
-    "add_adapter",
-    "has_adapter",
-    "load_adapter",
-    "merge_adapter",
-    "remove_adapter",
-    "save_adapter",
-    "wrapped_layers",
-]
-
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
 _NAME = "default"

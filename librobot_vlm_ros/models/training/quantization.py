@@ -16,8 +16,6 @@ from torch import nn
 from librobot_vlm_ros.core import ErrorCode, ModelError
 from librobot_vlm_ros.models.configuration import ModelConfig
 
-__all__ = ["QUANTIZATIONS", "is_quantized", "quantization_for", "quantize"]
-
 QUANTIZATIONS = ("none", "int8", "nf4")
 
 _log = logging.getLogger(__name__)

@@ -38,17 +38,6 @@ from librobot_vlm_ros.ros.parameters.parameter_syntax import CameraSetting
 from librobot_vlm_ros.ros.parameters.settings import Settings
 from librobot_vlm_ros.runtime import DropReason, Engine
 
-__all__ = [
-    "FIRST_COMPLAINT_S",
-    "Camera",
-    "RawCompressedImage",
-    "RawImage",
-    "frame_from_message",
-    "read_compressed_image",
-    "read_image",
-    "stamp_ns",
-]
-
 # These are views or one quick pass; everything else leaves the executor's thread.
 _QUICK_ENCODINGS = frozenset({"rgb8", "rgba8", "8UC3"})
 _LIVE_DEPTH = 1

@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from librobot_vlm_ros.ros.monitoring.log_throttle import ThrottledLog
     from librobot_vlm_ros.ros.parameters.live_parameters import LiveParameters
 
-__all__ = ["Instruction", "InstructionTopic"]
-
 
 class Instruction:
     """The current instruction, numbered so that a policy can tell old results from new. The number

@@ -24,8 +24,6 @@ from rclpy.qos import (
 
 from librobot_vlm_ros.ros.rcl_errors import coded_rcl_error
 
-__all__ = ["Link", "MatchedSubscription", "matching_profile"]
-
 _UNKNOWN_NODE = "_NODE_NAME_UNKNOWN_"  # what the middleware calls a node it has not heard of
 
 

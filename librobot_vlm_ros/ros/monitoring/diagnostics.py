@@ -12,8 +12,6 @@ from librobot_vlm_ros.core import VlmError
 from librobot_vlm_ros.ros.inputs.camera import Camera
 from librobot_vlm_ros.runtime import CameraStats, EngineStats
 
-__all__ = ["DiagnosticsPublisher", "camera_status", "engine_status", "model_status"]
-
 OK, WARN, ERROR, STALE = (
     DiagnosticStatus.OK,
     DiagnosticStatus.WARN,

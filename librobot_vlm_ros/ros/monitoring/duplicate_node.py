@@ -10,8 +10,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["DuplicateNodeCheck"]
-
 #: A process that was killed stays in the graph for so long (Fast DDS: 20 s) without being there.
 _GHOST_S = 30.0
 

@@ -12,8 +12,6 @@ from typing import Any
 
 from librobot_vlm_ros.core import as_vlm_error
 
-__all__ = ["ThrottledLog", "guarded"]
-
 
 class ThrottledLog:
     """Writes one line per key at most every `period_s` seconds of the steady clock. Safe from any

@@ -18,8 +18,6 @@ from librobot_vlm_ros.core import Frame, Region, Result
 from librobot_vlm_ros.core.drawing import draw
 from librobot_vlm_ros.ros.latest_worker import LatestWorker
 
-__all__ = ["Annotator"]
-
 
 class Annotator:
     """Publishes annotated frames of all cameras on `~/annotated` under their own headers."""

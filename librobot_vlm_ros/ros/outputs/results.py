@@ -31,16 +31,6 @@ from librobot_vlm_ros.msg import InferenceInfo as InfoMessage
 from librobot_vlm_ros.ros.outputs.annotated import Annotator
 from librobot_vlm_ros.runtime import with_age
 
-__all__ = [
-    "ResultPublisher",
-    "caption_message",
-    "detection_array",
-    "embedding_message",
-    "grounding_message",
-    "info_message",
-    "result_text",
-]
-
 # Reliable serves every subscriber, also those that ask for best effort.
 _RESULTS = QoSProfile(
     history=HistoryPolicy.KEEP_LAST,

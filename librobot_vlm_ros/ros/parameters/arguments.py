@@ -17,22 +17,6 @@ from librobot_vlm_ros.core import BagError, ErrorCode, RequestError, shortened
 from librobot_vlm_ros.ros.parameters.declaration import Parameter, Value, When
 from librobot_vlm_ros.ros.parameters.settings import PARAMETERS, Settings
 
-__all__ = [
-    "ENCLAVE_VARIABLE",
-    "EXTRA_ARGUMENTS",
-    "LAUNCH_PARAMETERS",
-    "Argument",
-    "arguments",
-    "existing_file",
-    "given_arguments",
-    "logger_name",
-    "near_arguments",
-    "parse_values",
-    "ros_arguments",
-    "split_arguments",
-    "unknown_argument",
-]
-
 LAUNCH_PARAMETERS = (
     "model",
     "weights",

@@ -16,8 +16,6 @@ from typing import Any
 
 from librobot_vlm_ros.core import ErrorCode, RequestError, shortened
 
-__all__ = ["Parameter", "Value", "When", "declared", "parameter", "parameter_table", "ros_value"]
-
 Value = bool | int | float | str | tuple[str, ...]
 _KEY = "ros_parameter"
 

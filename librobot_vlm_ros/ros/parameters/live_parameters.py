@@ -39,8 +39,6 @@ from librobot_vlm_ros.ros.parameters.arguments import unknown_argument
 from librobot_vlm_ros.ros.parameters.declaration import Parameter, Value, When, ros_value
 from librobot_vlm_ros.ros.parameters.settings import PARAMETERS, Settings
 
-__all__ = ["LiveParameters", "guard_parameter_services"]
-
 _MOST_AT_ONCE = 256
 _TYPES = frozenset(kind.value for kind in RosParameter.Type)
 _NOT_OURS = ("use_sim_time", "start_type_description_service", "qos_overrides.")

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 
 from librobot_vlm_ros.core import ErrorCode, RequestError, clean_prompt, get_task, shortened
 
-__all__ = ["CameraSetting", "TaskSetting", "parse_cameras", "parse_tasks"]
-
 MAX_RATE_HZ = 1000.0
 MAX_ENTRIES = 64
 MAX_HEAD_CHARS = 200

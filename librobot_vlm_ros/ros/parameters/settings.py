@@ -34,8 +34,6 @@ from librobot_vlm_ros.ros.parameters.parameter_syntax import (
     parse_tasks,
 )
 
-__all__ = ["PARAMETERS", "Settings"]
-
 _TOPIC = r"(~/|/)?[A-Za-z_][A-Za-z0-9_]*(/[A-Za-z_][A-Za-z0-9_]*)*"
 _DEVICE = r"auto|cpu|cuda(:\d+)?"
 

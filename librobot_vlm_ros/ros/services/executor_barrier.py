@@ -14,8 +14,6 @@ from typing import Any
 
 from librobot_vlm_ros.ros.latest_worker import LatestWorker
 
-__all__ = ["ExecutorBarrier"]
-
 _marks = itertools.count()
 
 

@@ -29,8 +29,6 @@ from librobot_vlm_ros.ros.services.request_conversion import Host, fill_answer, 
 from librobot_vlm_ros.ros.services.service_thread import SERVICE_QOS
 from librobot_vlm_ros.runtime.pending_request import busy
 
-__all__ = ["GenerateAction"]
-
 _CANCEL_SETTLES_S = 2.0
 # rclpy keeps an ended goal, with its image, for 15 minutes: a busy client's would fill the memory.
 _RESULT_KEPT_S = 10

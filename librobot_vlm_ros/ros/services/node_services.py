@@ -21,8 +21,6 @@ from librobot_vlm_ros.runtime import LoadReport
 from librobot_vlm_ros.runtime.pending_request import busy
 from librobot_vlm_ros.srv import ListModels, Query, SwitchModel
 
-__all__ = ["NodeServices"]
-
 #: How long a query waits for images that arrived before it. Only an executor that is held up takes
 #: so long; then the newest image that is there has to do.
 _CATCH_UP_S = 0.2

@@ -32,8 +32,6 @@ from librobot_vlm_ros.ros.outputs.results import (
 from librobot_vlm_ros.ros.parameters.settings import Settings
 from librobot_vlm_ros.runtime import Engine, LoadReport
 
-__all__ = ["Host", "RequestContext", "fill_answer", "make_request", "not_active", "timeout_of"]
-
 _MAX_TIMEOUT_S = 86400.0
 _numbers = itertools.count(1)
 

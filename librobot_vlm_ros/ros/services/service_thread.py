@@ -27,8 +27,6 @@ from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
 
 from librobot_vlm_ros.ros.monitoring.log_throttle import ThrottledLog
 
-__all__ = ["SERVICE_QOS", "Handler", "Reply", "ServiceThread"]
-
 #: Reliable and keeping the last, as services are, with room for a quarter of a second of 1,000
 #: calls a second. The depth also bounds a flood's memory: that many requests with their images.
 SERVICE_QOS = QoSProfile(

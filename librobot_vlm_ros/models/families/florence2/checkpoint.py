@@ -24,11 +24,6 @@ from librobot_vlm_ros.models.configuration import (
 )
 from librobot_vlm_ros.models.families.florence2.configuration import is_original, original_to_native
 
-__all__ = [
-    "attention_parts",
-    "plan_for",
-]
-
 _BLOCK = r"^vision_tower\.(blocks\..+?_block)\."
 _TOWER, _PROJECTOR = "model.vision_tower", "model.multi_modal_projector"
 #: Official name to transformers' name.

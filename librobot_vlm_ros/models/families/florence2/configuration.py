@@ -15,8 +15,6 @@ from typing import Any, ClassVar
 from librobot_vlm_ros.core import ErrorCode, ModelError
 from librobot_vlm_ros.models.configuration import FamilyConfig, strict_config, unreadable
 
-__all__ = ["FlorenceConfig", "image_tokens", "is_original", "original_to_native"]
-
 _VISION_COMMON: dict[str, Any] = {
     "depths": [1, 1, 9, 1],
     "patch_size": [7, 3, 3, 3],

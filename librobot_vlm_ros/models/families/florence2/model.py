@@ -46,8 +46,6 @@ from librobot_vlm_ros.models.placement import Placement
 from librobot_vlm_ros.models.registry import register_vlm
 from librobot_vlm_ros.models.vlm import AbstractVLM, Loading, Parts, Prefixes
 
-__all__ = ["FlorenceConfig", "FlorenceDecoder", "FlorenceVLM"]
-
 
 @register_vlm("florence-2-base", "florence-2-large", "florence-2-tabletop")
 class FlorenceVLM(AbstractVLM):

@@ -52,23 +52,6 @@ from librobot_vlm_ros.models.processor import Box, Processor, Size
 from librobot_vlm_ros.models.registry import model_info
 from librobot_vlm_ros.models.tokenizer import check_words, read_fast, unbroken
 
-__all__ = [
-    "FlorenceProcessor",
-    "FlorenceSettings",
-    "PUBLISHED",
-    "published_settings",
-    "ADDED_TOKENS",
-    "BINS",
-    "FLORENCE_TASKS",
-    "FlorenceTask",
-    "FlorenceTokenizer",
-    "NOT_GROUNDED",
-    "build_prompt",
-    "location_bins",
-    "parse_answer",
-    "without_locations",
-]
-
 #: Coordinates are written in thousandths of the image's width and height.
 BINS = 1000
 
@@ -343,75 +326,14 @@ _LOCATION_RUN = re.compile(r"\s*(?:<loc_\d+>)+\s*")
 
 #: Words that the published post-processing does not take for objects when grounding a caption.
 NOT_GROUNDED = frozenset(
-    [
-        "it",
-        "I",
-        "me",
-        "mine",
-        "you",
-        "your",
-        "yours",
-        "he",
-        "him",
-        "his",
-        "she",
-        "her",
-        "hers",
-        "they",
-        "them",
-        "their",
-        "theirs",
-        "one",
-        "oneself",
-        "we",
-        "us",
-        "our",
-        "ours",
-        "its",
-        "myself",
-        "yourself",
-        "himself",
-        "herself",
-        "itself",
-        "ourselves",
-        "yourselves",
-        "themselves",
-        "this",
-        "that",
-        "these",
-        "those",
-        "who",
-        "whom",
-        "whose",
-        "which",
-        "what",
-        "all",
-        "another",
-        "any",
-        "anybody",
-        "anyone",
-        "anything",
-        "each",
-        "everybody",
-        "everyone",
-        "everything",
-        "few",
-        "many",
-        "nobody",
-        "none",
-        "several",
-        "some",
-        "somebody",
-        "someone",
-        "something",
-        "image",
-        "images",
-        "the",
-        "a",
-        "an",
-        "lots",
-    ]
-) | {"each other", "one another", "the image", "a group", "other objects", "a set"}
+    """
+    I a all an another any anybody anyone anything each everybody everyone everything few he her
+    hers herself him himself his image images it its itself lots many me mine myself nobody none
+    one oneself our ours ourselves several she some somebody someone something that the their
+    theirs them themselves these they this those us we what which who whom whose you your yours
+    yourself yourselves
+    """.split()  # noqa: SIM905 (one word a line would be seventy)
+) | {"other objects", "the image", "one another", "each other", "a set", "a group"}
 
 
 @dataclass

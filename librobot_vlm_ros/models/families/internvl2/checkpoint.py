@@ -32,8 +32,6 @@ from librobot_vlm_ros.models.families.internvl2.configuration import (
 )
 from librobot_vlm_ros.models.tokenizer import added_tokens
 
-__all__ = ["plan_for"]
-
 _TOWER, _READER = "model.vision_tower.", "model.language_model."
 _SEEN_FIRST = r"^vision_model\.embeddings\."
 _SEEN = r"^vision_model\.encoder\.layers\.(\d+)\."

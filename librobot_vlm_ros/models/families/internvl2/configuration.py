@@ -21,8 +21,6 @@ from librobot_vlm_ros.models.configuration import (
     unreadable,
 )
 
-__all__ = ["InternVLConfig", "is_original", "original_to_native", "tile_side", "tile_tokens"]
-
 #: InternViT-300M-448px: the tower of both sizes.
 _INTERNVIT_300M: dict[str, Any] = {
     **sizes(hidden=1024, inner=4096, layers=24, heads=16),

@@ -38,8 +38,6 @@ from librobot_vlm_ros.models.registry import register_vlm
 from librobot_vlm_ros.models.tokenizer import CausalTokenizer, added_tokens
 from librobot_vlm_ros.models.vlm import Loading, Parts
 
-__all__ = ["InternVLConfig", "InternVLVLM"]
-
 _MARKS = (BEGIN, END, IMAGE_BEGIN, IMAGE, IMAGE_END, *NOTATION)
 #: Templates that make the same prompt as internlm2-chat; the later models of the family differ.
 _TEMPLATES = ("internlm2-chat", "Hermes-2")

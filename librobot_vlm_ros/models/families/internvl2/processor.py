@@ -34,24 +34,6 @@ from librobot_vlm_ros.models.generation.constraints.box_syntax import ListBoxes
 from librobot_vlm_ros.models.generation.scores import AnswerText, Score, unknown
 from librobot_vlm_ros.models.processor import Box, Size
 
-__all__ = [
-    "BEGIN",
-    "END",
-    "IMAGE",
-    "IMAGE_BEGIN",
-    "IMAGE_END",
-    "InternVLProcessor",
-    "INTERNVL_TASKS",
-    "InternVLImages",
-    "NOTATION",
-    "SYSTEM",
-    "float_tiles",
-    "grid",
-    "internvl_images",
-    "parse_boxes",
-    "tiles",
-]
-
 #: The published models were tried with up to 40 tiles.
 _MOST_TILES = 40
 

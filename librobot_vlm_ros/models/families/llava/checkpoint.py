@@ -41,8 +41,6 @@ from librobot_vlm_ros.models.families.llava.configuration import (
 )
 from librobot_vlm_ros.models.registry import model_info
 
-__all__ = ["plan_for", "tower_folder"]
-
 #: The tower of the published models, at the commit that they are known to work with.
 _CLIP_ID = "openai/clip-vit-large-patch14-336"
 #: CLIP's own default, which its config.json may leave out.

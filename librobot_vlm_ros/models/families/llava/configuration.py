@@ -22,8 +22,6 @@ from librobot_vlm_ros.models.configuration import (
     unreadable,
 )
 
-__all__ = ["LlavaConfig", "is_original", "original_to_native"]
-
 #: CLIP ViT-L/14 at 336 pixels: the tower of both published sizes.
 CLIP_LARGE_336: dict[str, Any] = {
     **sizes(hidden=1024, inner=4096, layers=24, heads=16),

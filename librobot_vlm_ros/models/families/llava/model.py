@@ -20,8 +20,6 @@ from librobot_vlm_ros.models.registry import register_vlm
 from librobot_vlm_ros.models.tokenizer import CausalTokenizer
 from librobot_vlm_ros.models.vlm import Loading, Parts
 
-__all__ = ["LlavaConfig", "LlavaVLM"]
-
 
 @register_vlm("llava-v1.5-7b", "llava-v1.5-13b")
 class LlavaVLM(CausalLM):

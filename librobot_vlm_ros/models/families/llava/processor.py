@@ -22,15 +22,6 @@ from librobot_vlm_ros.models.families.prompts import question
 from librobot_vlm_ros.models.generation.scores import AnswerText, Score, unknown
 from librobot_vlm_ros.models.processor import Box, Size
 
-__all__ = [
-    "BEFORE_IMAGE",
-    "LLAVA_TASKS",
-    "LlavaProcessor",
-    "pad_to_square",
-    "parse_boxes",
-    "square_numbers",
-]
-
 BEFORE_IMAGE = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions. USER: "

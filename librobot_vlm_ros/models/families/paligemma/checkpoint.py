@@ -10,8 +10,6 @@ from librobot_vlm_ros.models.checkpoints.loading import CheckpointLayout, LoadPl
 from librobot_vlm_ros.models.configuration import from_dict
 from librobot_vlm_ros.models.families.paligemma.masks import find_mask_decoder
 
-__all__ = ["plan_for"]
-
 
 def plan_for(config: Any) -> LoadPlan:
     """Keys as transformers names them, for its PaliGemmaConfig."""

@@ -7,8 +7,6 @@ from typing import Any, ClassVar
 
 from librobot_vlm_ros.models.configuration import FamilyConfig, sizes, strict_config
 
-__all__ = ["PaliGemmaConfig"]
-
 _VISION: dict[str, Any] = {
     **sizes(hidden=1152, inner=4304, layers=27, heads=16),
     "image_size": 224,

@@ -20,19 +20,6 @@ from torch import Tensor, nn
 from librobot_vlm_ros.core import ErrorCode, ModelError
 from librobot_vlm_ros.models.checkpoints.shards import check_archive, iterate_tensors
 
-__all__ = [
-    "CODES",
-    "TOKENS",
-    "MaskDecoder",
-    "Outline",
-    "draw",
-    "find_mask_decoder",
-    "missing_mask_decoder",
-    "outlines",
-    "read_mask_decoder",
-    "write_mask_decoder",
-]
-
 #: Entries of the codebook of masks, and codes of a mask.
 CODES, TOKENS = 128, 16
 #: Corners (x, y) from 0 to 1 of the box that the mask lies in.

@@ -27,8 +27,6 @@ from librobot_vlm_ros.models.registry import register_vlm
 from librobot_vlm_ros.models.tokenizer import CausalTokenizer
 from librobot_vlm_ros.models.vlm import Loading, Parts
 
-__all__ = ["PaliGemmaConfig", "PaliGemmaVLM"]
-
 _HALF = (0.5, 0.5, 0.5)
 
 

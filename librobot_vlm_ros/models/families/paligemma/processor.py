@@ -35,8 +35,6 @@ from librobot_vlm_ros.models.generation.constraints.location_tokens import BoxCo
 from librobot_vlm_ros.models.generation.scores import AnswerText, Score, unknown
 from librobot_vlm_ros.models.processor import Box, Size
 
-__all__ = ["BINS", "PALIGEMMA_TASKS", "PaliGemmaProcessor", "parse_locations", "parse_masks"]
-
 BINS = 1024
 #: A task's prefix; `{text}` stands for the user's words.
 PALIGEMMA_TASKS: Mapping[str, str] = {

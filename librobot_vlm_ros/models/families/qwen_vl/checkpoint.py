@@ -10,8 +10,6 @@ from librobot_vlm_ros.models.checkpoints.loading import CheckpointLayout, LoadPl
 from librobot_vlm_ros.models.configuration import bad_value
 from librobot_vlm_ros.models.families.qwen_vl.configuration import native_config
 
-__all__ = ["plan_for"]
-
 #: Names as published with either generation, and as newer versions of transformers write them.
 _TENSORS = renaming(
     key_map(

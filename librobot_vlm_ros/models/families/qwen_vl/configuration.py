@@ -8,8 +8,6 @@ from typing import Any, ClassVar
 
 from librobot_vlm_ros.models.configuration import FamilyConfig, check_marks, from_dict, sizes
 
-__all__ = ["QwenVLConfig", "native_config"]
-
 _QWEN2_TEXT: dict[str, Any] = {
     "bos_token_id": 151643,
     "eos_token_id": 151645,

@@ -36,8 +36,6 @@ from librobot_vlm_ros.models.registry import model_info, register_vlm
 from librobot_vlm_ros.models.tokenizer import CausalTokenizer
 from librobot_vlm_ros.models.vlm import Loading, Parts
 
-__all__ = ["QwenVLConfig", "QwenVLM"]
-
 #: Tokens of the notation, and what config.json calls those that it numbers.
 _MARKS = {
     "<|image_pad|>": "image_token_id",

@@ -45,23 +45,6 @@ from librobot_vlm_ros.models.generation.constraints.box_syntax import (
 from librobot_vlm_ros.models.generation.scores import AnswerText, Score, Span, unknown
 from librobot_vlm_ros.models.processor import Box, Size
 
-__all__ = [
-    "BEGIN",
-    "END",
-    "GENERATIONS",
-    "QWEN2_TASKS",
-    "QWEN3_TASKS",
-    "QwenImages",
-    "QwenProcessor",
-    "is_float",
-    "parse_json_boxes",
-    "parse_token_boxes",
-    "patches",
-    "qwen_images",
-    "resized",
-    "smart_size",
-]
-
 #: Begin and end of a turn of the chat.
 BEGIN, END = "<|im_start|>", "<|im_end|>"
 HALF = (0.5, 0.5, 0.5)

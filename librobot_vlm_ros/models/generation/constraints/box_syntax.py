@@ -13,17 +13,6 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-__all__ = [
-    "BLANKS",
-    "JSON_PLACES",
-    "MOST_BLANKS",
-    "SCALE",
-    "BoxSyntax",
-    "JsonBoxes",
-    "ListBoxes",
-    "TokenBoxes",
-]
-
 #: What stands for the whole width or height of an image.
 SCALE = 1000
 #: Blanks that may stand in a row within a box: a model that finds no way on must not write them

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["BoxConstraint", "PolygonConstraint"]
-
 
 class BoxConstraint:
     """Four locations in a row are a box: near corner, far corner, on the same axes in turn.

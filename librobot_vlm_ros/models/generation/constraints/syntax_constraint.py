@@ -16,8 +16,6 @@ from librobot_vlm_ros.models.generation.config import AllExcept, TokenSet
 from librobot_vlm_ros.models.generation.constraints.box_syntax import BLANKS, BoxSyntax
 from librobot_vlm_ros.models.tokenizer import CausalTokenizer
 
-__all__ = ["SyntaxConstraint", "SyntaxTokens", "syntax_constraint"]
-
 #: States whose tokens are kept at most.
 _KEPT = 512
 #: How vocabularies write blanks and control characters.

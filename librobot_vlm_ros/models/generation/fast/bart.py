@@ -32,8 +32,6 @@ from librobot_vlm_ros.models.generation.fast.weights import (
     project,
 )
 
-__all__ = ["BartStaticCache", "FastBart", "FastBartDecoder"]
-
 _Linear = tuple[Tensor, Tensor]
 
 

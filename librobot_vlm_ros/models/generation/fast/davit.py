@@ -24,8 +24,6 @@ from librobot_vlm_ros.models.generation.fast.weights import (
     norm_weights,
 )
 
-__all__ = ["FastDavit", "make_fast_davit"]
-
 _log = logging.getLogger(__name__)
 
 

@@ -23,8 +23,6 @@ from librobot_vlm_ros.models.generation.fast.weights import linear_weights, stat
 from librobot_vlm_ros.models.generation.sampler import columns
 from librobot_vlm_ros.models.placement import is_light
 
-__all__ = ["FastDecoder", "FastModel", "GraphRunner", "StaticCache", "bucket"]
-
 _log = logging.getLogger(__name__)
 
 #: Caches that are kept on CUDA.

@@ -32,8 +32,6 @@ from librobot_vlm_ros.models.generation.fast.weights import (
     weight_of,
 )
 
-__all__ = ["FastCausalDecoder", "FastLlama", "LlamaStaticCache"]
-
 #: Decoder layers whose arithmetic is known here; True where the norm's weight counts from one.
 _LAYERS = {
     "LlamaDecoderLayer": False,

@@ -12,21 +12,6 @@ from torch.nn import functional
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
 
-__all__ = [
-    "DECODERS",
-    "Activation",
-    "Norm",
-    "UnsupportedError",
-    "activation",
-    "layer_norm",
-    "linear_weights",
-    "make_fast",
-    "norm_weights",
-    "project",
-    "states",
-    "weight_of",
-]
-
 _log = logging.getLogger(__name__)
 
 #: "module" takes each step through transformers' module, "functional" through our arithmetic.
