@@ -41,9 +41,7 @@ OnCamera = Callable[[CameraEvent], None]
 
 @dataclass(frozen=True)
 class Finished:
-    """A result that is settled and has to be delivered: to the future, or to `on_result` when
-    there is none.
-    """
+    """A settled result to deliver: to the future, or to `on_result` when there is none."""
 
     result: Result
     frame: Frame
@@ -125,9 +123,7 @@ class SharedState:
     def finish(
         self, requests: Iterable[PendingRequest], outcome: Outcome, batch_size: int = 1
     ) -> list[Finished]:
-        """Settle these, unless somebody was first. Pass what comes back to `deliver`, without the
-        lock.
-        """
+        """Settle these, unless somebody was first. `deliver` what comes back, without the lock."""
         now_ns = self.clock()
         fresh = [pending for pending in requests if not pending.finished]
         self.dequeue(fresh)
