@@ -91,9 +91,10 @@ def annotate(options: Options, console: Console) -> Summary | None:
             try:
                 return _Run(job, results, readers, journal, console).perform()
             except (VlmError, OSError) as error:
-                coded = disk_full(journal.folder, error) if is_disk_full(error) else error
-                if isinstance(coded, VlmError) and coded.code == ErrorCode.DISK_FULL:
-                    raise _with_hint_to_resume(coded, journal) from error
+                if isinstance(error, OSError) and is_disk_full(error):
+                    error = disk_full(journal.folder, error)
+                if isinstance(error, VlmError) and error.code == ErrorCode.DISK_FULL:
+                    raise _with_hint_to_resume(error, journal) from error
                 raise
 
 

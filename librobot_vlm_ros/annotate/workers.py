@@ -168,15 +168,10 @@ class _SegmentWorker:
                 )
 
     def _frame(self, item: FramePlan, message: BagMessage) -> Frame:
-        from librobot_vlm_ros.ros.inputs.camera import (
-            frame_from_message,
-            read_compressed_image,
-            read_image,
-        )
+        from librobot_vlm_ros.ros.inputs.camera import frame_from_message, read_image
 
-        read = read_image if message.type == IMAGE_TYPES[0] else read_compressed_image
         return frame_from_message(
-            read(message.data),
+            read_image(message.data, compressed=message.type != IMAGE_TYPES[0]),
             item.camera,
             sequence=item.sequence,
             received_ns=time.monotonic_ns(),
