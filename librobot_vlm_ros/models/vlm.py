@@ -251,8 +251,15 @@ class AbstractVLM(nn.Module, ABC):
                 f"a {cls.config_class.__name__} has no {', '.join(map(repr, strange))}",
                 f"fields: {', '.join(sorted(known))}",
             )
-        given.setdefault("variant", name)
+        given.setdefault("variant", cls.variant_of(name))
         return cls.config_class(**given)
+
+    @classmethod
+    def variant_of(cls, name: str) -> str:
+        """The published architecture behind a registered name; a name of one's own, whose weights
+        state theirs, starts from that of `default_name`.
+        """
+        return name if name in cls.config_class.variants else cls.default_name
 
     @classmethod
     def create(

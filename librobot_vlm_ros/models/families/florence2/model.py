@@ -47,7 +47,7 @@ from librobot_vlm_ros.models.registry import register_vlm
 from librobot_vlm_ros.models.vlm import AbstractVLM, Loading, Parts, Prefixes
 
 
-@register_vlm("florence-2-base", "florence-2-large", "florence-2-tabletop")
+@register_vlm()
 class FlorenceVLM(AbstractVLM):
     """Florence-2 of any size. `FlorenceVLM(config)` has random weights; see `create_vlm`."""
 
@@ -82,14 +82,6 @@ class FlorenceVLM(AbstractVLM):
         settings.check_vocabulary(module.config.text_config.vocab_size)
         tokenizer = FlorenceTokenizer.from_folder(folder, module.config)
         return Parts(module, FlorenceProcessor(name, module.config, images, tokenizer, settings))
-
-    @classmethod
-    def checked_config(cls, config: Any, name: str) -> Any:
-        """See `AbstractVLM`."""
-        if isinstance(config, FlorenceConfig) or name in FlorenceConfig.variants:
-            return super().checked_config(config, name)
-        # Registered under a name of one's own: of the size that the class has by default.
-        return super().checked_config({"variant": cls.default_name, **(config or {})}, name)
 
     def _take(self, parts: Parts) -> None:
         super()._take(parts)

@@ -45,7 +45,7 @@ _TEMPLATES = ("internlm2-chat", "Hermes-2")
 _AT_ONCE = 32
 
 
-@register_vlm("internvl2-2b", "internvl2-8b")
+@register_vlm()
 class InternVLVLM(CausalLM):
     """InternVL2 of either size. `InternVLVLM(config)` has random weights; see `create_vlm`."""
 

@@ -277,7 +277,7 @@ def parse_boxes(
             box = _BOX.fullmatch(text, begin, end)
             if box is None:
                 continue
-            written = score(labelled, [box.span(number) for number in range(1, 5)], RADII)
+            written = score(labelled, [box.span(number) for number in range(1, 5)], RADII, SCALE)
             region = region_of([float(n) for n in box.groups()], label, written, width, height)
             if region is not None:
                 regions.append(region)

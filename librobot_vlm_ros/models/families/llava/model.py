@@ -21,7 +21,7 @@ from librobot_vlm_ros.models.tokenizer import CausalTokenizer
 from librobot_vlm_ros.models.vlm import Loading, Parts
 
 
-@register_vlm("llava-v1.5-7b", "llava-v1.5-13b")
+@register_vlm()
 class LlavaVLM(CausalLM):
     """LLaVA-1.5 of any size. `LlavaVLM(config)` has random weights; see `create_vlm`."""
 

@@ -92,7 +92,7 @@ def parse_boxes(
         x_min, x_max = max(x_min, 0.0), min(x_max, float(width))
         y_min, y_max = max(y_min, 0.0), min(y_max, float(height))
         assert box is not None
-        written = score(None, [box.span(number) for number in range(1, 5)], radii)
+        written = score(None, [box.span(number) for number in range(1, 5)], radii, 1.0)
         regions.append(Region(label, written, x_min, y_min, x_max, y_max))
     return tuple(regions), max(1, len(lists)) - len(regions)
 

@@ -30,7 +30,7 @@ from librobot_vlm_ros.models.vlm import Loading, Parts
 _HALF = (0.5, 0.5, 0.5)
 
 
-@register_vlm("paligemma-3b")
+@register_vlm()
 class PaliGemmaVLM(CausalLM):
     """PaliGemma of any size. `PaliGemmaVLM(config)` has random weights; see `create_vlm`."""
 

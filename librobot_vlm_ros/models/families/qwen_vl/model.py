@@ -45,7 +45,7 @@ _MARKS = {
 }
 
 
-@register_vlm("qwen2-vl-2b", "qwen2-vl-7b", "qwen3-vl-4b", "qwen3-vl-8b")
+@register_vlm()
 class QwenVLM(CausalLM):
     """Qwen2-VL or Qwen3-VL of any size. `QwenVLM(config)` has random weights; see `create_vlm`."""
 
@@ -74,6 +74,13 @@ class QwenVLM(CausalLM):
         super().__init__(config, name=name, **options)
 
     # Loading.
+
+    @classmethod
+    def variant_of(cls, name: str) -> str:
+        """See `AbstractVLM`; of the same generation."""
+        family = model_info(name).family
+        same = [own for own in QwenVLConfig.variants if model_info(own).family == family]
+        return name if name in QwenVLConfig.variants or not same else same[0]
 
     @classmethod
     def checked_config(cls, config: Any, name: str) -> Any:
