@@ -9,8 +9,16 @@ from typing import Any
 import pytest
 
 from librobot_vlm_ros.core import ModelAnswer
-from librobot_vlm_ros.models import AbstractVLM, VlmBackend, create_backend, create_vlm, get_vlm
-from librobot_vlm_ros.models import model_info, register_vlm, registry
+from librobot_vlm_ros.models import (
+    AbstractVLM,
+    VlmBackend,
+    create_backend,
+    create_vlm,
+    get_vlm,
+    model_info,
+    register_vlm,
+    registry,
+)
 from librobot_vlm_ros.models.catalog import CATALOG
 from librobot_vlm_ros.models.local_backend import LocalBackend
 from librobot_vlm_ros.models.processor import Processor
@@ -58,9 +66,9 @@ def test_another_size_of_a_family_is_one_row(
     vlm = create_vlm("mine-3b", pretrained=str(family_folder), device="cpu", dtype="float32")
     assert (vlm.name, vlm.family) == ("mine-3b", model_info(family).family)
     (answer,) = vlm.run([ask("caption")])
-    (same,) = create_vlm(
-        family, pretrained=str(family_folder), device="cpu", dtype="float32"
-    ).run([ask("caption")])
+    (same,) = create_vlm(family, pretrained=str(family_folder), device="cpu", dtype="float32").run(
+        [ask("caption")]
+    )
     assert isinstance(answer, ModelAnswer)
     assert (answer.text, answer.score) == (same.text, same.score)
     assert hooks_of(row) is not None

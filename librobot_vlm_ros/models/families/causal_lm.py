@@ -20,8 +20,6 @@ from torch.nn.utils.rnn import pad_sequence
 from librobot_vlm_ros.core import ErrorCode, GenerationParams, ImageError, RequestError
 from librobot_vlm_ros.models.cache.image_features import ImageFeatures, concat_features
 from librobot_vlm_ros.models.checkpoints.loading import LoadPlan, build_random
-from librobot_vlm_ros.models.families.input_ids import IGNORED, token_rows
-from librobot_vlm_ros.models.families.preprocess import as_pixels, image_rows, normalise, to_views
 from librobot_vlm_ros.models.generation.causal_decoder import (
     CausalDecoder,
     PromptBatch,
@@ -37,6 +35,8 @@ from librobot_vlm_ros.models.generation.constraints.box_syntax import BoxSyntax
 from librobot_vlm_ros.models.generation.constraints.syntax_constraint import syntax_constraint
 from librobot_vlm_ros.models.generation.decoder import Decoder
 from librobot_vlm_ros.models.generation.fast.llama import FastCausalDecoder, FastLlama
+from librobot_vlm_ros.models.inputs.input_ids import IGNORED, token_rows
+from librobot_vlm_ros.models.inputs.preprocess import as_pixels, image_rows, normalise, to_views
 from librobot_vlm_ros.models.placement import Placement
 from librobot_vlm_ros.models.processor import Box, Processor, Size
 from librobot_vlm_ros.models.vlm import AbstractVLM, Parts, Prefixes

@@ -30,18 +30,18 @@ from librobot_vlm_ros.models.families.florence2.processor import (
     FlorenceTokenizer,
     published_settings,
 )
-from librobot_vlm_ros.models.families.input_ids import IGNORED, token_rows
-from librobot_vlm_ros.models.families.preprocess import (
-    ImageSettings,
-    image_settings,
-    normalise,
-    to_views,
-)
 from librobot_vlm_ros.models.generation.causal_decoder import pad_rows
 from librobot_vlm_ros.models.generation.decoder import Decoder
 from librobot_vlm_ros.models.generation.fast.bart import FastBart, FastBartDecoder
 from librobot_vlm_ros.models.generation.fast.davit import FastDavit, make_fast_davit
 from librobot_vlm_ros.models.generation.sampler import columns
+from librobot_vlm_ros.models.inputs.input_ids import IGNORED, token_rows
+from librobot_vlm_ros.models.inputs.preprocess import (
+    ImageSettings,
+    image_settings,
+    normalise,
+    to_views,
+)
 from librobot_vlm_ros.models.placement import Placement
 from librobot_vlm_ros.models.registry import register_vlm
 from librobot_vlm_ros.models.vlm import AbstractVLM, Loading, Parts, Prefixes

@@ -33,9 +33,9 @@ from librobot_vlm_ros.models.families.internvl2.processor import (
     InternVLProcessor,
     internvl_images,
 )
-from librobot_vlm_ros.models.families.preprocess import normalise
+from librobot_vlm_ros.models.inputs.preprocess import normalise
+from librobot_vlm_ros.models.inputs.tokenizer import CausalTokenizer, added_tokens
 from librobot_vlm_ros.models.registry import register_vlm
-from librobot_vlm_ros.models.tokenizer import CausalTokenizer, added_tokens
 from librobot_vlm_ros.models.vlm import Loading, Parts
 
 _MARKS = (BEGIN, END, IMAGE_BEGIN, IMAGE, IMAGE_END, *NOTATION)

@@ -17,9 +17,9 @@ import numpy.typing as npt
 
 from librobot_vlm_ros.core import InferenceRequest, Region
 from librobot_vlm_ros.models.families.causal_lm import CausalProcessor
-from librobot_vlm_ros.models.families.preprocess import ImageSettings, Resizing, squash
-from librobot_vlm_ros.models.families.prompts import question
 from librobot_vlm_ros.models.generation.scores import AnswerText, Score, unknown
+from librobot_vlm_ros.models.inputs.preprocess import ImageSettings, Resizing, squash
+from librobot_vlm_ros.models.inputs.prompts import question
 from librobot_vlm_ros.models.processor import Box, Size
 
 BEFORE_IMAGE = (

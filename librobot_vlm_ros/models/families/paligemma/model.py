@@ -22,9 +22,9 @@ from librobot_vlm_ros.models.families.paligemma.masks import (
     read_mask_decoder,
 )
 from librobot_vlm_ros.models.families.paligemma.processor import BINS, PaliGemmaProcessor
-from librobot_vlm_ros.models.families.preprocess import ImageSettings, image_settings
+from librobot_vlm_ros.models.inputs.preprocess import ImageSettings, image_settings
+from librobot_vlm_ros.models.inputs.tokenizer import CausalTokenizer
 from librobot_vlm_ros.models.registry import register_vlm
-from librobot_vlm_ros.models.tokenizer import CausalTokenizer
 from librobot_vlm_ros.models.vlm import Loading, Parts
 
 _HALF = (0.5, 0.5, 0.5)

@@ -32,8 +32,8 @@ from librobot_vlm_ros.models.families.qwen_vl.processor import (
     patches,
     qwen_images,
 )
+from librobot_vlm_ros.models.inputs.tokenizer import CausalTokenizer
 from librobot_vlm_ros.models.registry import model_info, register_vlm
-from librobot_vlm_ros.models.tokenizer import CausalTokenizer
 from librobot_vlm_ros.models.vlm import Loading, Parts
 
 #: Tokens of the notation, and what config.json calls those that it numbers.

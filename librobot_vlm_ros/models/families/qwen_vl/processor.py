@@ -26,7 +26,14 @@ from librobot_vlm_ros.models.families.boxes import (
     region_of,
 )
 from librobot_vlm_ros.models.families.causal_lm import CausalProcessor
-from librobot_vlm_ros.models.families.preprocess import (
+from librobot_vlm_ros.models.generation.constraints.box_syntax import (
+    JSON_PLACES,
+    BoxSyntax,
+    JsonBoxes,
+    TokenBoxes,
+)
+from librobot_vlm_ros.models.generation.scores import AnswerText, Score, Span, unknown
+from librobot_vlm_ros.models.inputs.preprocess import (
     CLIP_MEAN,
     CLIP_STD,
     EXACT,
@@ -36,14 +43,7 @@ from librobot_vlm_ros.models.families.preprocess import (
     normalise,
     resize,
 )
-from librobot_vlm_ros.models.families.prompts import question
-from librobot_vlm_ros.models.generation.constraints.box_syntax import (
-    JSON_PLACES,
-    BoxSyntax,
-    JsonBoxes,
-    TokenBoxes,
-)
-from librobot_vlm_ros.models.generation.scores import AnswerText, Score, Span, unknown
+from librobot_vlm_ros.models.inputs.prompts import question
 from librobot_vlm_ros.models.processor import Box, Size
 
 #: Begin and end of a turn of the chat.
