@@ -171,15 +171,10 @@ class _SegmentWorker:
                 )
 
     def _frame(self, item: FramePlan, message: BagMessage) -> Frame:
-        from librobot_vlm_ros.ros.inputs.camera import (
-            frame_from_message,
-            read_compressed_image,
-            read_image,
-        )
+        from librobot_vlm_ros.ros.inputs.camera import frame_from_message, read_image
 
-        read = read_compressed_image if message.type == _COMPRESSED else read_image
         return frame_from_message(
-            read(message.data),
+            read_image(message.data, compressed=message.type == _COMPRESSED),
             item.camera,
             sequence=item.sequence,
             received_ns=time.monotonic_ns(),

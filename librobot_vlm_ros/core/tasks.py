@@ -36,98 +36,50 @@ class TaskSpec:
     aliases: tuple[str, ...] = ()
 
 
-def _spec(
-    name: str,
-    output: TaskOutput,
-    description: str,
-    *aliases: str,
-    text: bool = False,
-    region: bool = False,
-) -> TaskSpec:
-    return TaskSpec(name, text, region, output, description, aliases)
+_ALIASES = {
+    "caption": "captioning describe",
+    "detailed_caption": "detailed",
+    "more_detailed_caption": "more_detailed",
+    "detect": "od detection object_detection detect_objects",
+    "dense_region_caption": "dense_caption",
+    "region_proposal": "proposal proposals",
+    "ground": "caption_to_phrase_grounding phrase_grounding grounding locate",
+    "open_vocabulary_detect": "open_vocabulary_detection open_vocabulary ovd",
+    "segment": "referring_expression_segmentation referring_segmentation segmentation",
+    "region_segment": "region_to_segmentation region_segmentation",
+    "region_category": "region_to_category classify_region",
+    "region_caption": "region_to_description region_description",
+    "region_ocr": "region_to_ocr",
+    "ocr": "read read_text",
+    "ocr_with_region": "ocr_with_regions",
+    "answer": "vqa question ask visual_question_answering",
+    "embed": "embedding embeddings",
+}
+
+
+def _spec(name: str, output: TaskOutput, needs: str, description: str) -> TaskSpec:
+    aliases = tuple(_ALIASES[name].split())
+    return TaskSpec(name, needs == "text", needs == "region", output, description, aliases)
 
 
 _ALL = (
-    _spec("caption", "text", "one sentence about the image", "captioning", "describe"),
-    _spec("detailed_caption", "text", "several sentences about the image", "detailed"),
-    _spec("more_detailed_caption", "text", "a paragraph about the image", "more_detailed"),
-    _spec(
-        "detect",
-        "regions",
-        "labelled boxes of all objects the model knows",
-        "od",
-        "detection",
-        "object_detection",
-        "detect_objects",
-    ),
-    _spec("dense_region_caption", "regions", "boxes with a phrase each", "dense_caption"),
-    _spec("region_proposal", "regions", "boxes without labels", "proposal", "proposals"),
-    _spec(
-        "ground",
-        "regions",
-        "a box for each phrase of the prompt",
-        "caption_to_phrase_grounding",
-        "phrase_grounding",
-        "grounding",
-        "locate",
-        text=True,
-    ),
-    _spec(
-        "open_vocabulary_detect",
-        "regions",
-        "boxes of everything that the prompt names",
-        "open_vocabulary_detection",
-        "open_vocabulary",
-        "ovd",
-        text=True,
-    ),
-    _spec(
-        "segment",
-        "regions",
-        "a polygon of what the prompt refers to",
-        "referring_expression_segmentation",
-        "referring_segmentation",
-        "segmentation",
-        text=True,
-    ),
-    _spec(
-        "region_segment",
-        "regions",
-        "a polygon of the object in the region",
-        "region_to_segmentation",
-        "region_segmentation",
-        region=True,
-    ),
-    _spec(
-        "region_category",
-        "text",
-        "the class of the object in the region",
-        "region_to_category",
-        "classify_region",
-        region=True,
-    ),
-    _spec(
-        "region_caption",
-        "text",
-        "a phrase about the region",
-        "region_to_description",
-        "region_description",
-        region=True,
-    ),
-    _spec("region_ocr", "text", "the text written in the region", "region_to_ocr", region=True),
-    _spec("ocr", "text", "all text written in the image", "read", "read_text"),
-    _spec("ocr_with_region", "regions", "each written text with its quad", "ocr_with_regions"),
-    _spec(
-        "answer",
-        "text",
-        "an answer to the question in the prompt",
-        "vqa",
-        "question",
-        "ask",
-        "visual_question_answering",
-        text=True,
-    ),
-    _spec("embed", "embedding", "an embedding of the image", "embedding", "embeddings"),
+    _spec("caption", "text", "", "one sentence about the image"),
+    _spec("detailed_caption", "text", "", "several sentences about the image"),
+    _spec("more_detailed_caption", "text", "", "a paragraph about the image"),
+    _spec("detect", "regions", "", "labelled boxes of all objects the model knows"),
+    _spec("dense_region_caption", "regions", "", "boxes with a phrase each"),
+    _spec("region_proposal", "regions", "", "boxes without labels"),
+    _spec("ground", "regions", "text", "a box for each phrase of the prompt"),
+    _spec("open_vocabulary_detect", "regions", "text", "boxes of everything that the prompt names"),
+    _spec("segment", "regions", "text", "a polygon of what the prompt refers to"),
+    _spec("region_segment", "regions", "region", "a polygon of the object in the region"),
+    _spec("region_category", "text", "region", "the class of the object in the region"),
+    _spec("region_caption", "text", "region", "a phrase about the region"),
+    _spec("region_ocr", "text", "region", "the text written in the region"),
+    _spec("ocr", "text", "", "all text written in the image"),
+    _spec("ocr_with_region", "regions", "", "each written text with its quad"),
+    _spec("answer", "text", "text", "an answer to the question in the prompt"),
+    _spec("embed", "embedding", "", "an embedding of the image"),
 )
 
 TASKS: Mapping[str, TaskSpec] = MappingProxyType({spec.name: spec for spec in _ALL})

@@ -27,9 +27,7 @@ def camera_configs(settings: Settings) -> list[CameraConfig]:
 
 
 def standing_tasks(settings: Settings, instruction: Instruction) -> list[StandingTask]:
-    """The standing tasks; those that need text and have none of their own are given the
-    instruction.
-    """
+    """The standing tasks; those that need text and have none are given the instruction."""
     tasks = []
     for item in settings.task_list():
         asks_instruction = get_task(item.task).needs_text and not item.prompt

@@ -25,9 +25,7 @@ class LatestWorker:
         self._thread.start()
 
     def put(self, key: str, work: Callable[[], None]) -> bool:
-        """Do `work` soon. False when it took the place of older work of that key, which is then
-        never done.
-        """
+        """Do `work` soon. False when it replaces older work of that key, which is never done."""
         with self._ready:
             fresh = key not in self._waiting
             self._waiting[key] = work  # keeps the place of the work it replaces

@@ -59,9 +59,7 @@ class GuardedLifecycleNode(LifecycleNode):
     """
 
     def configure(self) -> None:
-        """Get everything ready. May take long; `cancel_configure` is called from another thread to
-        end it.
-        """
+        """Get everything ready; may take long, until `cancel_configure` (from another thread)."""
 
     def cancel_configure(self) -> None:
         """End a running `configure` soon; it then raises."""

@@ -138,9 +138,7 @@ def _autostart(node: Any) -> None:
 
 
 class _Spinner:
-    """The executor on a thread of its own. What a callback raises is logged and does not end the
-    node.
-    """
+    """The executor on its own thread. What a callback raises is logged; the node goes on."""
 
     def __init__(self, node: Any) -> None:
         from rclpy.executors import SingleThreadedExecutor

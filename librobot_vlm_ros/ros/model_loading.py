@@ -22,9 +22,7 @@ if TYPE_CHECKING:  # it needs rclpy
 
 
 def create_backend(name: str, *, open_folders: Sequence[Path] | None = None, **options: Any) -> Any:
-    """The engine's factory. `open_folders`: where a checkpoint may name other folders; None:
-    anywhere.
-    """
+    """The engine's factory. `open_folders`: where checkpoints may name folders; None: anywhere."""
     with confined_to(open_folders):
         return models.create_backend(name, **options)
 

@@ -1,6 +1,4 @@
-"""Runs one batch on a backend so that whatever the backend does, each request gets an answer or a
-coded error.
-"""
+"""Runs one batch; whatever the backend does, each request gets an answer or a coded error."""
 
 from __future__ import annotations
 
@@ -28,9 +26,7 @@ class Run:
 
     @property
     def failure(self) -> VlmError | None:
-        """The model's failure when no request of the batch was served and one failed for the
-        model's sake.
-        """
+        """The model's failure, when no request was served and one failed by the model's fault."""
         if self.served:
             return None
         for error in self.outcomes:

@@ -140,9 +140,7 @@ class Engine:
             return self._shared.stats()
 
     def reconfigure(self, *, queue_size: int, max_frame_age_s: float) -> None:
-        """Change limits while the engine works. Raises `RequestError` BAD_PARAMETER; nothing
-        changes then.
-        """
+        """Change limits while at work. Raises `RequestError` BAD_PARAMETER, changing nothing."""
         shared = self._shared
         with shared.lock:
             shared.config = shared.scheduler.config = dataclasses.replace(
@@ -197,9 +195,7 @@ class Engine:
         return job is not None
 
     def start(self) -> None:
-        """Begin to work. Raises `VlmError`: MODEL_NOT_LOADED, SHUTTING_DOWN. Fine when running
-        already.
-        """
+        """Begin to work, if not at it. Raises `VlmError`: MODEL_NOT_LOADED, SHUTTING_DOWN."""
         shared = self._shared
         with shared.lock:
             if shared.stopped:
@@ -252,9 +248,7 @@ class Engine:
     # -- cameras and standing tasks ------------------------------------------------------------
 
     def set_cameras(self, cameras: Iterable[CameraConfig]) -> None:
-        """Declare the cameras; frames of others are refused. Those that stay keep frames and
-        counts.
-        """
+        """Declare the cameras, others are refused; those that stay keep frames and counts."""
         shared = self._shared
         declared = list({camera.name: camera for camera in cameras}.values())
         with shared.lock:
@@ -309,9 +303,7 @@ class Engine:
             return shared.scheduler.mailbox(camera).latest(shared.clock(), max_age_s)
 
     def frame_at(self, camera: str, stamp_ns: int) -> Frame:
-        """The frame of a stamp from the camera's short history. Raises `RequestError`
-        UNKNOWN_CAMERA, NO_FRAME.
-        """
+        """The camera's frame of that stamp. Raises `RequestError` UNKNOWN_CAMERA, NO_FRAME."""
         with self._shared.lock:
             return self._shared.scheduler.mailbox(camera).at(stamp_ns)
 

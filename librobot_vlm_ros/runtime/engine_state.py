@@ -18,7 +18,7 @@ from functools import partial
 
 from librobot_vlm_ros.core import EngineError, Frame, Result, VlmError, as_vlm_error
 from librobot_vlm_ros.runtime.config import EngineConfig, EngineState, to_s
-from librobot_vlm_ros.runtime.loader import KnowsInputSize, LoadJob, LoadReport, PreparesFrames
+from librobot_vlm_ros.runtime.loader import ExtendedBackend, LoadJob, LoadReport
 from librobot_vlm_ros.runtime.pending_request import (
     Outcome,
     PendingRequest,
@@ -41,9 +41,7 @@ OnCamera = Callable[[CameraEvent], None]
 
 @dataclass(frozen=True)
 class Finished:
-    """A result that is settled and has to be delivered: to the future, or to `on_result` when
-    there is none.
-    """
+    """A settled result to deliver: to the future, or to `on_result` when there is none."""
 
     result: Result
     frame: Frame
@@ -78,8 +76,8 @@ class SharedState:
         self.running = False
         self.stopped = False
         self.loaded: LoadReport | None = None  # the model itself belongs to its thread alone,
-        self.prepares: PreparesFrames | None = None  # except for preparing frames
-        self.sizes: KnowsInputSize | None = None  # and for its input size
+        self.prepares: ExtendedBackend | None = None  # except for preparing frames
+        self.sizes: ExtendedBackend | None = None  # and for its input size
         self.preparing = False  # the prefetch thread is in the model
         self.next_load: LoadJob | None = None
         self.load: LoadJob | None = None  # in work
@@ -125,9 +123,7 @@ class SharedState:
     def finish(
         self, requests: Iterable[PendingRequest], outcome: Outcome, batch_size: int = 1
     ) -> list[Finished]:
-        """Settle these, unless somebody was first. Pass what comes back to `deliver`, without the
-        lock.
-        """
+        """Settle these, unless somebody was first. `deliver` what comes back, without the lock."""
         now_ns = self.clock()
         fresh = [pending for pending in requests if not pending.finished]
         self.dequeue(fresh)

@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast
 
 from librobot_vlm_ros.core import ErrorCode, Frame, ModelError, VlmError, as_vlm_error
 from librobot_vlm_ros.models.backend import VlmBackend
@@ -34,57 +34,33 @@ class BackendFactory(Protocol):
         """Give the loaded model; once `should_cancel()` is true, LOAD_CANCELLED may be raised."""
 
 
-# -- what a backend may be able to do besides what every `VlmBackend` does -----------------------
-
-
-@runtime_checkable
-class KnowsFreeMemory(Protocol):
-    """A backend that can tell how much memory is left where it lives."""
-
-    def free_memory(self) -> int | None:
-        """Free bytes; None where that is not known."""
-
-
-@runtime_checkable
-class FreesCaches(Protocol):
-    """A backend that can give back memory which it keeps between requests."""
-
-    def free_caches(self) -> None:
-        """Drop caches; the next request is slower, its answer the same."""
-
-
-@runtime_checkable
-class PreparesFrames(Protocol):
-    """A backend that can do part of a frame's work before the frame's first request."""
+class ExtendedBackend(VlmBackend, Protocol):
+    """What a backend may do besides what every one does; each part is looked for by its name."""
 
     @property
     def prepares_ahead(self) -> bool:
-        """Whether that pays: not where it would only take the cores that `run` computes on."""
+        """Whether `prepare_frame` pays: not where it takes the cores that `run` computes on."""
 
     def prepare_frame(self, frame: Frame) -> None:
-        """Make what does not need the model, such as resizing; called beside `run`, on another
-        thread. What it raises is not told: the frame's requests will meet it again.
+        """Do what does not need the model, such as resizing, before the frame's first request; on
+        another thread, beside `run`. What it raises is not told: the requests will meet it again.
         """
-
-
-@runtime_checkable
-class CountsFrames(Protocol):
-    """A backend that tells how often the work on a frame was shared."""
 
     def frame_counts(self) -> Mapping[str, int]:
         """Since it was made: `hits`, requests that shared features of their frame; `misses`, that
         had them computed; `ahead`, frames prepared before their first request.
         """
 
-
-@runtime_checkable
-class KnowsInputSize(Protocol):
-    """A backend that can tell how much of an image it looks at."""
-
     def input_size(self, width: int, height: int) -> tuple[int, int] | None:
-        """Width and height that an image of this size is brought to, if its size decides nothing
-        else; None where less of it would change more than sharpness. Called from any thread.
+        """Width and height that an image of this size is brought to; None where less of it would
+        change more than sharpness. Called from any thread.
         """
+
+    def free_memory(self) -> int | None:
+        """Free bytes where it lives; None where that is not known."""
+
+    def free_caches(self) -> None:
+        """Drop caches; the next request is slower, its answer the same."""
 
 
 # -- loading -------------------------------------------------------------------------------------
@@ -142,7 +118,7 @@ class Loader:
         built = None
         if self.backend is not None and self._room_for_both(self.backend, job):
             try:
-                built = self._build_for(job, commit)
+                built = self._build(job.name, job.options, lambda: job.cancelled, commit)
             except VlmError as error:
                 if error.code != ErrorCode.OUT_OF_MEMORY or job.cancelled:
                     raise
@@ -150,7 +126,7 @@ class Loader:
         if built is None:
             self.unload()
             try:
-                built = self._build_for(job, commit)
+                built = self._build(job.name, job.options, lambda: job.cancelled, commit)
             except VlmError as error:
                 if had_model:
                     self._restore(job, error)
@@ -178,15 +154,12 @@ class Loader:
         required = job.required_bytes if job.required_bytes is not None else old.memory_bytes()
         return free is not None and required * HEADROOM <= free
 
-    def _build_for(self, job: LoadJob, commit: Callable[[], bool]) -> tuple[VlmBackend, LoadReport]:
-        new, report = self._build(job.name, job.options, lambda: job.cancelled)
-        if not commit():
-            _close(new)
-            raise load_cancelled(job.name)
-        return new, report
-
     def _build(
-        self, name: str, options: Mapping[str, Any], should_cancel: Callable[[], bool]
+        self,
+        name: str,
+        options: Mapping[str, Any],
+        should_cancel: Callable[[], bool],
+        commit: Callable[[], bool] = lambda: True,
     ) -> tuple[VlmBackend, LoadReport]:
         started = time.perf_counter()
         if should_cancel():
@@ -198,7 +171,17 @@ class Loader:
                 raise load_cancelled(name)
             if self._warm_up:
                 backend.warm_up()
-            return backend, _report(backend, time.perf_counter() - started)
+            report = LoadReport(
+                model=backend.name,
+                revision=backend.revision,
+                device=backend.device,
+                dtype=backend.dtype,
+                tasks=frozenset(backend.tasks),
+                load_s=time.perf_counter() - started,
+            )
+            if not commit():
+                raise load_cancelled(name)
+            return backend, report
         except BaseException as exc:  # a library's panic is no Exception; nobody else would hear
             logger.debug("loading %s failed:\n%s", name, traceback.format_exc())
             if backend is not None:
@@ -250,25 +233,14 @@ def _close(backend: VlmBackend) -> None:
         logger.error("closing model %s failed: %s", backend.name, as_vlm_error(error))
 
 
-def _report(backend: VlmBackend, load_s: float) -> LoadReport:
-    return LoadReport(
-        model=backend.name,
-        revision=backend.revision,
-        device=backend.device,
-        dtype=backend.dtype,
-        tasks=frozenset(backend.tasks),
-        load_s=load_s,
-    )
-
-
 # -- memory: what is left, and giving it back ----------------------------------------------------
 
 
 def free_memory_of(backend: VlmBackend) -> int | None:
     """Free bytes where the backend lives; None where nobody can say."""
-    if isinstance(backend, KnowsFreeMemory):
+    if hasattr(backend, "free_memory"):
         try:
-            free = backend.free_memory()
+            free = cast(ExtendedBackend, backend).free_memory()
         except Exception as exc:  # a driver that cannot tell is no reason to give up a switch
             logger.warning("free memory is not known: %s", as_vlm_error(exc))
             return None
@@ -309,11 +281,11 @@ def collect() -> None:
         gc.collect()
 
 
-def free_caches(backend: object) -> None:
+def free_caches(backend: VlmBackend) -> None:
     """Give back what can be given back; errors are logged, not raised."""
-    if isinstance(backend, FreesCaches):
+    if hasattr(backend, "free_caches"):
         try:
-            backend.free_caches()
+            cast(ExtendedBackend, backend).free_caches()
         except Exception as error:
             logger.error("freeing the model's caches failed: %s", as_vlm_error(error))
     collect()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import cast
 
 from librobot_vlm_ros.core import ModelAnswer, VlmError, as_vlm_error
 from librobot_vlm_ros.models.backend import VlmBackend
@@ -14,14 +15,7 @@ from librobot_vlm_ros.runtime.batch_executor import Run, run_batch
 from librobot_vlm_ros.runtime.batching import Batch, BatchPlanner, BatchSelector
 from librobot_vlm_ros.runtime.config import to_ns
 from librobot_vlm_ros.runtime.engine_state import Finished, SharedState
-from librobot_vlm_ros.runtime.loader import (
-    CountsFrames,
-    KnowsInputSize,
-    Loader,
-    LoadJob,
-    PreparesFrames,
-    free_memory_of,
-)
+from librobot_vlm_ros.runtime.loader import ExtendedBackend, Loader, LoadJob, free_memory_of
 from librobot_vlm_ros.runtime.pending_request import PendingRequest
 
 logger = logging.getLogger("librobot_vlm_ros.runtime")
@@ -214,8 +208,9 @@ class ModelThread:
         """Let everybody see which model there is now, with the lock held."""
         shared, report, backend = self._shared, self._loader.report, self._loader.backend
         shared.loaded = report
-        shared.prepares = _preparing(backend)
-        shared.sizes = backend if isinstance(backend, KnowsInputSize) else None
+        more = cast(ExtendedBackend, backend)
+        shared.prepares = more if getattr(backend, "prepares_ahead", False) else None
+        shared.sizes = more if hasattr(backend, "input_size") else None
         shared.scheduler.set_supported(report.tasks if report is not None else None)
 
     def _survive(self, error: VlmError) -> None:
@@ -235,16 +230,10 @@ class ModelThread:
 
 
 def _frame_counts(backend: VlmBackend) -> Mapping[str, int]:
-    if not isinstance(backend, CountsFrames):
+    if not hasattr(backend, "frame_counts"):
         return {}
     try:
-        return dict(backend.frame_counts())
+        return dict(cast(ExtendedBackend, backend).frame_counts())
     except Exception as error:
         logger.warning("the model cannot tell its counts: %s", as_vlm_error(error))
         return {}
-
-
-def _preparing(backend: object) -> PreparesFrames | None:
-    if isinstance(backend, PreparesFrames) and backend.prepares_ahead:
-        return backend
-    return None

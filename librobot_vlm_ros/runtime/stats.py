@@ -35,9 +35,7 @@ class CameraStats:
 
 @dataclasses.dataclass(frozen=True)
 class EngineStats:
-    """All that diagnostics tell. Seconds; counts since the engine was made; NaN = no sample in the
-    window.
-    """
+    """All that diagnostics tell. Times in seconds, counts since the start; NaN = no sample."""
 
     state: EngineState
     model: str
@@ -176,9 +174,7 @@ class Meter:
             self.ages[camera].add(now_ns, age_s)
 
     def failed(self, error: VlmError, now_ns: int) -> None:
-        """An error was handed over. Cancelling is the caller's wish, no fault: counted, not shown
-        as last.
-        """
+        """An error was handed over. A cancellation is counted, but is no fault to show as last."""
         self.errors[error.code.name] += 1
         if error.code != ErrorCode.CANCELLED:
             self.last_error = error

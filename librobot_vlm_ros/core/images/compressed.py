@@ -1,6 +1,4 @@
-"""`sensor_msgs/CompressedImage` to pixels: size and structure are read from the file before it is
-decoded.
-"""
+"""`sensor_msgs/CompressedImage` to pixels; size and structure are checked before decoding."""
 
 from __future__ import annotations
 

@@ -51,9 +51,7 @@ def _corrupt(what: str) -> ImageError:
 
 
 def read_png_header(data: memoryview) -> PngHeader:
-    """Size and kind of the PNG that `data` (flat, uint8) starts with. Raises `ImageError`
-    (CORRUPT_COMPRESSED).
-    """
+    """Size and kind of the PNG in `data` (uint8). Raises `ImageError` (CORRUPT_COMPRESSED)."""
     if len(data) < _HEADER_END:
         raise _corrupt("ends in its header")
     chunk = data[len(SIGNATURE) : _HEADER_END]

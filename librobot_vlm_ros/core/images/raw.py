@@ -1,6 +1,4 @@
-"""`sensor_msgs/Image` to pixels: everything checked before a byte is touched, no copy where none is
-needed.
-"""
+"""`sensor_msgs/Image` to pixels: checked before a byte is touched, copied only where needed."""
 
 from __future__ import annotations
 

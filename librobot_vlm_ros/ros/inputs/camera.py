@@ -1,22 +1,22 @@
 """One camera topic: subscribed, each message read and checked, its frame offered to the engine.
 
 rclpy turns a message into Python objects field by field: for an image that is several times the
-cost of taking its bytes. Here the few fields are read from the CDR bytes (the encoding that all ROS
-middlewares share) and the pixels stay where they are, as a view, where their encoding allows it.
+cost of taking its bytes. Here rosbags reads the CDR bytes (the encoding that all ROS middlewares
+share) and the pixels stay where they are, as a view, where their encoding allows it.
 
-    serialized bytes -> `read_image`, `read_compressed_image`: the message's fields
+    serialized bytes -> `read_image`: the message's fields
                      -> `frame_from_message`: checked and decoded, an RGB `Frame`
                      -> `Engine.offer`: the newest-frame mailbox
 """
 
 from __future__ import annotations
 
-import struct
+import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from builtin_interfaces.msg import Time
+from rosbags.typesys import Stores, get_typestore
 from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import Header
 
@@ -44,9 +44,11 @@ _LIVE_DEPTH = 1
 _LOCK_STEP_DEPTH = 256
 FIRST_COMPLAINT_S = 2.0
 _COMPLAINT_PERIOD_S = 30.0
+_MAX_TEXT = 4096
+_TYPES = get_typestore(Stores.ROS2_JAZZY)
 
 
-@dataclass
+@dataclasses.dataclass
 class CameraFaults:
     """What went wrong with the images of one camera since activation."""
 
@@ -143,9 +145,7 @@ class Camera:
             self._node.get_logger().warning(f"camera '{self.setting.name}': {self.missing()}")
 
     def missing(self, *, now: bool = False) -> RequestError | None:
-        """The link's problem, as last checked or as it is `now`, as an error; None when there is
-        none.
-        """
+        """The link's problem as an error, as last checked or as it is `now`; None for none."""
         link = self._subscription.look() if now else self.link
         if not link.problem:
             return None
@@ -155,13 +155,12 @@ class Camera:
         received_ns = self._engine.now_ns()
         self._sequence += 1
         sequence = self._sequence
-        read = read_compressed_image if self.setting.compressed else read_image
         try:
-            message: Any = read(serialized)
+            message = read_image(serialized, compressed=self.setting.compressed)
         except Exception as error:
             self._refuse(as_vlm_error(error))
             return
-        quick = isinstance(message, RawImage) and message.encoding in _QUICK_ENCODINGS
+        quick = not self.setting.compressed and message.encoding in _QUICK_ENCODINGS
         # In lock-step frames stay in order, and the publisher waits for us.
         if quick or self._settings().lock_step:
             self._take(message, sequence, received_ns)
@@ -224,15 +223,14 @@ def frame_from_message(
     """A checked and decoded frame. Raises `ImageError`.
 
     Args:
-        message: a `sensor_msgs/Image` or `CompressedImage`, or their fields as `read_image` and
-            `read_compressed_image` give them. The frame's pixels are a view of an `Image` where
-            its encoding allows it.
+        message: a `sensor_msgs/Image` or `CompressedImage`, or their fields as `read_image` gives
+            them. The frame's pixels are a view of an `Image` where its encoding allows it.
         enough: says of a compressed image's width and height how much of it is enough; a JPEG may
             be decoded smaller then (see `decode_compressed`). The frame keeps the size of the whole
             image.
     """
     width = height = 0
-    if isinstance(message, (CompressedImage, RawCompressedImage)):
+    if hasattr(message, "format"):
         at_least = None
         if enough is not None:
             size = read_compressed_header(message.data, format=message.format)
@@ -264,110 +262,21 @@ def frame_from_message(
     )
 
 
-# -- from the serialized bytes to the message
-
-
-_ENCAPSULATION = 4  # bytes before the first field; alignment is counted from there
-_MAX_TEXT = 4096
-
-
-@dataclass(frozen=True)
-class RawImage:
-    """The fields of `sensor_msgs/Image`; `data` is a view of the serialized message."""
-
-    header: Header
-    height: int
-    width: int
-    encoding: str
-    is_bigendian: int
-    step: int
-    data: memoryview
-
-
-@dataclass(frozen=True)
-class RawCompressedImage:
-    """The fields of `sensor_msgs/CompressedImage`; `data` is a view of the serialized message."""
-
-    header: Header
-    format: str
-    data: memoryview
-
-
-def read_image(serialized: bytes) -> RawImage:
-    """A serialized `sensor_msgs/Image`. Raises `ImageError` (BAD_IMAGE) for bytes that are none."""
-    reader = _Reader(serialized)
-    return RawImage(
-        header=reader.header(),
-        height=reader.uint32(),
-        width=reader.uint32(),
-        encoding=reader.text(),
-        is_bigendian=reader.uint8(),
-        step=reader.uint32(),
-        data=reader.octets(),
-    )
-
-
-def read_compressed_image(serialized: bytes) -> RawCompressedImage:
-    """A serialized `sensor_msgs/CompressedImage`. Raises `ImageError` (BAD_IMAGE)."""
-    reader = _Reader(serialized)
-    return RawCompressedImage(reader.header(), reader.text(), reader.octets())
-
-
-class _Reader:
-    """The fields of one message in order.
-
-    Source of the format: OMG DDS-XTypes 1.3, clause 7.4 (plain CDR, version 1).
+def read_image(serialized: bytes, *, compressed: bool) -> Any:
+    """The fields of a serialized `sensor_msgs/Image` or `CompressedImage`, `data` a view of the
+    bytes. Raises `ImageError` (BAD_IMAGE) for bytes that are none.
     """
-
-    def __init__(self, serialized: bytes) -> None:
-        self._view = memoryview(serialized).cast("B")
-        if len(self._view) < _ENCAPSULATION or self._view[0] != 0 or self._view[1] not in (0, 1):
-            raise _bad_message(
-                f"it starts with {bytes(self._view[:4]).hex() or 'nothing'}, not as plain CDR"
-            )
-        self._order = "<" if self._view[1] == 1 else ">"
-        self._place = _ENCAPSULATION
-
-    def _take(self, form: str, size: int) -> Any:
-        self._place += -(self._place - _ENCAPSULATION) % size  # each number is aligned to its size
-        try:
-            (value,) = struct.unpack_from(self._order + form, self._view, self._place)
-        except struct.error as error:
-            raise _bad_message(f"it ends after {len(self._view)} bytes, inside a field") from error
-        self._place += size
-        return value
-
-    def uint8(self) -> int:
-        return int(self._take("B", 1))
-
-    def uint32(self) -> int:
-        return int(self._take("I", 4))
-
-    def octets(self) -> memoryview:
-        length = self.uint32()
-        end = self._place + length
-        if end > len(self._view):
-            raise _bad_message(
-                f"it ends after {len(self._view)} bytes, its data would end at {end}"
-            )
-        part = self._view[self._place : end]
-        self._place = end
-        return part
-
-    def text(self) -> str:
-        part = self.octets()  # with a closing NUL
-        if len(part) > _MAX_TEXT:
-            raise _bad_message(f"a text in it has {len(part)} bytes, expected at most {_MAX_TEXT}")
-        return bytes(part).rstrip(b"\0").decode("utf-8", "replace")
-
-    def header(self) -> Header:
-        stamp = Time(sec=int(self._take("i", 4)), nanosec=self.uint32())
-        return Header(stamp=stamp, frame_id=self.text())
-
-
-def _bad_message(why: str) -> ImageError:
-    return ImageError(
-        ErrorCode.BAD_IMAGE,
-        f"the serialized image cannot be read: {why}",
-        "Publisher and subscriber must use the same middleware and message definition.",
-    )
+    kind = "sensor_msgs/msg/CompressedImage" if compressed else "sensor_msgs/msg/Image"
+    try:
+        message: Any = _TYPES.deserialize_cdr(memoryview(serialized), kind)
+        stamp, frame_id = message.header.stamp, message.header.frame_id
+        if len(frame_id) > _MAX_TEXT:
+            raise ValueError(f"its frame_id has {len(frame_id)} characters, at most {_MAX_TEXT}")
+        header = Header(stamp=Time(sec=stamp.sec, nanosec=stamp.nanosec), frame_id=frame_id)
+    except Exception as error:  # whatever rosbags stumbles over
+        raise ImageError(
+            ErrorCode.BAD_IMAGE,
+            f"the serialized image cannot be read: {error}",
+            "Publisher and subscriber must use the same middleware and message definition.",
+        ) from error
+    return dataclasses.replace(message, header=header)

@@ -115,9 +115,7 @@ class MatchedSubscription:
         self.check()
 
     def check(self) -> bool:
-        """Look at the publishers again, subscribe anew where another profile fits better. True on a
-        change of `link`.
-        """
+        """Look at the publishers, subscribe anew where needed; true on a change of `link`."""
         found, right = self._publishers()
         profile = matching_profile([item.qos_profile for item in right], **self._options)
         with self._lock:
@@ -131,9 +129,7 @@ class MatchedSubscription:
         return changed
 
     def look(self) -> Link:
-        """How the subscription stands to its publishers at this moment. Changes nothing; from any
-        thread.
-        """
+        """How the subscription stands now. Changes nothing; from any thread."""
         return self._describe(*self._publishers())
 
     def _publishers(self) -> tuple[Sequence[Any], Sequence[Any]]:
@@ -192,9 +188,7 @@ class MatchedSubscription:
         return Link(self._name, len(right), "", "", words)
 
     def _elsewhere(self) -> str:
-        """The topic's twin or topics of the right type that exist, as the fix for one that does
-        not.
-        """
+        """Where to look instead: the topic's twin, or topics of the right type."""
         if self._twin is not None:
             twin, fix = self._twin
             twin = str(self._node.resolve_topic_name(twin))

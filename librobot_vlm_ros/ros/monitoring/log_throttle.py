@@ -1,6 +1,4 @@
-"""Log lines that cannot flood: the same one is written once, then at most every few seconds with a
-count.
-"""
+"""Log lines that cannot flood: written once, then at most every few seconds with a count."""
 
 from __future__ import annotations
 
@@ -14,9 +12,7 @@ from librobot_vlm_ros.core import as_vlm_error
 
 
 class ThrottledLog:
-    """Writes one line per key at most every `period_s` seconds of the steady clock. Safe from any
-    thread.
-    """
+    """Writes a line per key at most every `period_s` (steady clock). Safe from any thread."""
 
     def __init__(
         self, logger: Any, period_s: float = 5.0, clock: Callable[[], float] = time.monotonic

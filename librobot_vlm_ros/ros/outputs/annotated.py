@@ -42,9 +42,7 @@ class Annotator:
         return bool(self._publisher.get_subscription_count())
 
     def put(self, result: Result, frame: Frame) -> None:
-        """Draw this result soon, together with the other results of its frame, if somebody
-        subscribes.
-        """
+        """Draw this result soon, with the others of its frame, if somebody subscribes."""
         if result.answer is None or not self.watched:
             return
         camera, task = frame.camera, result.info.task

@@ -104,9 +104,7 @@ def caption_message(result: Result) -> Caption:
 
 
 def grounding_message(result: Result, min_score: float = 0.0) -> GroundingArray:
-    """A result with regions, or its error; regions scored below `min_score` are left out, unscored
-    ones stay.
-    """
+    """A result with regions, or its error; those scored below `min_score` are left out."""
     message = GroundingArray(**_common(result))
     message.image_width = result.image_width
     message.image_height = result.image_height
@@ -159,9 +157,7 @@ def _scored(result: Result, min_score: float) -> list[Region]:
 
 
 class _Detections:
-    """`~/detections`, where vision_msgs is installed. It is not on PyPI; the log says once that it
-    is missing.
-    """
+    """`~/detections`, where vision_msgs is installed (it is not on PyPI)."""
 
     def __init__(self, node: Any, profile: Any) -> None:
         self._publisher: Any = None

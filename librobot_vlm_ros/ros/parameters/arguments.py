@@ -81,9 +81,7 @@ EXTRA_ARGUMENTS = (
 
 
 def arguments(names: Iterable[str] = tuple(PARAMETERS)) -> tuple[Argument, ...]:
-    """The arguments for these parameters, then those that are no parameters. Here `autostart` is on
-    by default.
-    """
+    """Arguments for these parameters, then the others; here `autostart` is on by default."""
     made = []
     for name in names:
         item = PARAMETERS[name]
@@ -112,9 +110,7 @@ def _shown(item: Parameter) -> str:
 
 
 def split_arguments(words: Iterable[str], names: Iterable[str]) -> dict[str, str]:
-    """`name:=value` words as a dictionary. Raises `RequestError` (BAD_PARAMETER) for another form
-    or name.
-    """
+    """`name:=value` words as a dictionary. Raises `RequestError` (BAD_PARAMETER)."""
     known = tuple(names)
     found: dict[str, str] = {}
     for word in words:

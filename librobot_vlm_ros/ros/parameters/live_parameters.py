@@ -85,9 +85,7 @@ class LiveParameters:
         node.add_post_set_parameters_callback(self._apply)
 
     def force(self, values: Mapping[str, Value]) -> None:
-        """Set parameters that follow from what the node did, whatever its state (the model after a
-        switch).
-        """
+        """Set parameters that follow from what the node did (a switch of models), in any state."""
         self._calling.forced = True
         try:
             self._node.set_parameters([_ros(PARAMETERS[n], value) for n, value in values.items()])
@@ -95,9 +93,7 @@ class LiveParameters:
             self._calling.forced = False
 
     def set(self, name: str, value: object) -> VlmError | None:
-        """Set one parameter as a client would; the error when it is refused, which is the caller's
-        to log.
-        """
+        """Set one parameter as a client would; gives the error of a refusal, and logs none."""
         self._calling.quiet, self._calling.error = True, None
         try:
             (result,) = self._node.set_parameters([RosParameter(name, value=value)])
@@ -132,9 +128,7 @@ class LiveParameters:
                 )
 
     def _tidy(self, changes: list[RosParameter]) -> list[RosParameter]:
-        """`ros2 param set` sends 2 for 2.0 and an untyped empty list: give them their declared
-        type.
-        """
+        """Give 2 for 2.0 and untyped empty lists (`ros2 param set`) their declared type."""
         tidy = []
         for change in changes:
             item = PARAMETERS.get(change.name)

@@ -184,9 +184,7 @@ def _wait_for(condition: Callable[[], bool], timeout_s: float = _CANCEL_SETTLES_
 
 
 def _settle(transition: Callable[[], None]) -> None:
-    """End a goal. It may just have been asked to cancel, or its server destroyed: rclpy then finds
-    its own end.
-    """
+    """End a goal, unless rclpy has ended it (just cancelled, or its server destroyed)."""
     try:
         transition()
     except Exception:

@@ -1,6 +1,4 @@
-"""`~/query`, `~/list_models` and `~/switch_model`: none holds the executor, each answers when the
-answer is there.
-"""
+"""`~/query`, `~/list_models` and `~/switch_model`; none holds the executor."""
 
 from __future__ import annotations
 

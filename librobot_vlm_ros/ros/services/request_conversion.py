@@ -1,6 +1,4 @@
-"""From what a client asks (`~/query`, `~/generate`) to a checked request, and from a result to the
-answer.
-"""
+"""What a client asks (`~/query`, `~/generate`) as a checked request; a result as the answer."""
 
 from __future__ import annotations
 
@@ -139,9 +137,7 @@ def _frame(goal: Any, context: RequestContext) -> Frame:
 
 
 def fill_answer(answer: Any, outcome: Result | VlmError, settings: Settings) -> Any:
-    """Fill a `Query` response or `Generate` result from a result, or from an error that came before
-    one.
-    """
+    """Fill a `Query` response or `Generate` result from a result or an error."""
     answer.score = math.nan
     if isinstance(outcome, VlmError):
         outcome = Result(
