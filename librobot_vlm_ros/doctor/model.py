@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from librobot_vlm_ros.doctor import Finding, gib, ok, problem, warning
 from librobot_vlm_ros.doctor.child_process import ask_torch
-from librobot_vlm_ros.doctor.finding import Finding, gib
 from librobot_vlm_ros.models.backend import ModelInfo
 
 #: The least versions that work, as in setup.py (a test compares).
@@ -44,12 +44,10 @@ class ModelDoctor:
             return
         placed = known.get("placement", missing)
         if "error" in placed:
-            yield Finding(
-                "device", "problem", placed["error"], "choose others with --device, --dtype"
-            )
+            yield problem("device", placed["error"], "choose others with --device, --dtype")
         else:
             self._placed = placed
-            yield Finding("device", "ok", f"{placed['device']}, {placed['dtype']}")
+            yield ok("device", f"{placed['device']}, {placed['dtype']}")
 
     def check_memory(self) -> Iterator[Finding]:
         """Free memory against the weights by dtype."""
@@ -62,7 +60,7 @@ class ModelDoctor:
         if free is None:
             free = available_memory_bytes()
         if free is None:
-            yield Finding("memory", "warning", "how much is free is not told by this system")
+            yield warning("memory", "how much is free is not told by this system")
             return
         needs = {kind: self._info.memory_bytes(kind) * HEADROOM for kind in BYTES_PER_PARAMETER}
         fit = [kind for kind, need in needs.items() if need <= free]
@@ -72,13 +70,13 @@ class ModelDoctor:
         text = f"{gib(free)} free on {self._placed['device']}; {self._info.name} takes {listed}"
         wanted = self._placed["dtype"]
         if wanted in fit:
-            yield Finding("memory", "ok", text)
+            yield ok("memory", text)
         elif fit:
             way = f"dtype:={fit[0]}" if fit[0].startswith("float") else f"quantization:={fit[0]}"
-            yield Finding("memory", "warning", f"{text}; {wanted} does not fit", way)
+            yield warning("memory", f"{text}; {wanted} does not fit", way)
         else:
             fix = "end what takes memory, take a smaller model, or another computer"
-            yield Finding("memory", "problem", f"{text}: nothing fits", fix)
+            yield problem("memory", f"{text}: nothing fits", fix)
 
     def check_weights(self) -> Iterator[Finding]:
         """Whether they are here, and where."""
@@ -102,19 +100,19 @@ class ModelDoctor:
         if not wanted and info.shipped_folder is not None:
             folder = shipped_folder() / info.shipped_folder
             if weights_present(info):
-                return Finding("weights", "ok", f"ship with the package: {folder}")
+                return ok("weights", f"ship with the package: {folder}")
             fix = "install the package whole; git clones need no extra step"
-            return Finding("weights", "problem", f"{folder} holds none", fix)
+            return problem("weights", f"{folder} holds none", fix)
         if wanted and not is_hub_id(wanted):
             fix = "name a folder with config.json and *.safetensors, or a hub id (owner/name)"
-            return Finding("weights", "problem", f"{wanted} is no folder and no hub id", fix)
+            return problem("weights", f"{wanted} is no folder and no hub id", fix)
         hub_id, _, revision = (wanted or str(info.default_pretrained)).partition("@")
         if not revision and hub_id == info.default_pretrained:
             revision = info.pinned_revision or ""
         here = downloaded(hub_id, revision or None)
         named = f"{hub_id} at {revision or 'main'}"
         if here is not None:
-            return Finding("weights", "ok", f"{named}: {here}")
+            return ok("weights", f"{named}: {here}")
         pin = f" --revision {revision}" if revision else ""
         offline = os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on")
         return Finding(
@@ -147,7 +145,7 @@ class ModelDoctor:
                 yield self._answer(fact, which)
         if why:
             fix = "look into the system's log (dmesg): memory, driver, processor"
-            yield Finding("NaN probe", "problem", f"{which}: {why}", fix)
+            yield problem("NaN probe", f"{which}: {why}", fix)
 
     def _answer(self, fact: dict[str, Any], which: str) -> Finding:
         dtype = fact["dtype"]
@@ -158,12 +156,12 @@ class ModelDoctor:
             return Finding(name, "problem" if used else "warning", f"{which}: {fact['error']}", fix)
         text = f"{which}, {fact['seconds']:.1f} s"
         if fact["finite"]:
-            return Finding(name, "ok", f"{text}: answers without NaN")
+            return ok(name, f"{text}: answers without NaN")
         if dtype == "float32":
             fix = "the weights or the device are damaged: load the weights anew, try another device"
-            return Finding(name, "problem", f"{text}: NaN", fix)
+            return problem(name, f"{text}: NaN", fix)
         fix = "dtype:=bfloat16 or float32 (the node changes by itself when it meets NaN)"
-        return Finding(name, "warning", f"{text}: NaN", fix)
+        return warning(name, f"{text}: NaN", fix)
 
     def _library(self, name: str, fact: dict[str, Any]) -> Finding:
         if "error" in fact:
@@ -178,43 +176,43 @@ class ModelDoctor:
         least = ".".join(map(str, MINIMUM[name]))
         numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
         if numbers < MINIMUM[name]:
-            return Finding(name, "problem", version, f"pip install -U '{name}>={least}'")
-        return Finding(name, "ok", version)
+            return problem(name, version, f"pip install -U '{name}>={least}'")
+        return ok(name, version)
 
     def _cuda(self, fact: dict[str, Any], torch: dict[str, Any]) -> Finding:
         if "error" in fact:
             fix = "nvidia-smi says whether the driver works"
-            return Finding("cuda", "warning", f"cannot be asked: {fact['error']}", fix)
+            return warning("cuda", f"cannot be asked: {fact['error']}", fix)
         if fact["gpus"]:
             gpus = [
                 f"{gpu['name']} ({gib(gpu['free'])} of {gib(gpu['total'])} free, "
                 f"capability {gpu['capability']})"
                 for gpu in fact["gpus"]
             ]
-            return Finding("cuda", "ok", f"{torch['cuda_build']}: {'; '.join(gpus)}")
+            return ok("cuda", f"{torch['cuda_build']}: {'; '.join(gpus)}")
         if not glob.glob("/dev/nvidia[0-9]*"):
-            return Finding("cuda", "ok", "no GPU: models run on the CPU")
+            return ok("cuda", "no GPU: models run on the CPU")
         if torch["cuda_build"] is None:
             fix = "install the CUDA build of torch: see pytorch.org"
-            return Finding("cuda", "warning", "there is a GPU, but this torch is a CPU build", fix)
+            return warning("cuda", "there is a GPU, but this torch is a CPU build", fix)
         fix = f"the driver must be made for CUDA {torch['cuda_build']}: see nvidia-smi"
-        return Finding("cuda", "warning", "there is a GPU, but torch cannot use it", fix)
+        return warning("cuda", "there is a GPU, but torch cannot use it", fix)
 
 
 def _look_into(folder: Path) -> Finding:
     files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
     if not (folder / "config.json").is_file() or not files:
         fix = "a checkpoint folder holds config.json and *.safetensors"
-        return Finding("weights", "problem", f"{folder} is none", fix)
+        return problem("weights", f"{folder} is none", fix)
     fix = "the download or copy is not complete: do it again"
     try:
         missing = _missing_shards(folder)
     except Exception as error:  # a broken index makes Python raise this or that
-        return Finding("weights", "problem", f"{folder}: no index of shards: {error!r}", fix)
+        return problem("weights", f"{folder}: no index of shards: {error!r}", fix)
     if missing:
-        return Finding("weights", "problem", f"{folder} lacks {', '.join(missing[:3])}", fix)
+        return problem("weights", f"{folder} lacks {', '.join(missing[:3])}", fix)
     size = sum(path.stat().st_size for path in files)
-    return Finding("weights", "ok", f"{folder}: {gib(size)} in {len(files)} files")
+    return ok("weights", f"{folder}: {gib(size)} in {len(files)} files")
 
 
 def _missing_shards(folder: Path) -> list[str]:

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from librobot_vlm_ros.doctor import Finding, gib, ok, problem, warning
 from librobot_vlm_ros.doctor.child_process import ask_python
-from librobot_vlm_ros.doctor.finding import Finding, gib
 from librobot_vlm_ros.ros.dds import SHARED_MEMORY, profile_in_force, segment_bytes
 
 _TESTED_PYTHON = ((3, 10), (3, 13))
@@ -48,58 +48,53 @@ def check_python() -> Iterator[Finding]:
     low, high = _TESTED_PYTHON
     text = f"{version} ({sys.executable})"
     if sys.version_info[:2] < low:
-        yield Finding("python", "problem", text, f"use Python {low[0]}.{low[1]} or newer")
+        yield problem("python", text, f"use Python {low[0]}.{low[1]} or newer")
     elif sys.version_info[:2] > high:
-        yield Finding("python", "warning", text, f"tested up to Python {high[0]}.{high[1]}")
+        yield warning("python", text, f"tested up to Python {high[0]}.{high[1]}")
     else:
-        yield Finding("python", "ok", text)
-    facts, why = ask_python("import numpy; tell(version=numpy.__version__)")
-    if why:
-        yield Finding("numpy", "problem", f"cannot be imported: {why}", "pip install numpy")
-    else:
-        yield Finding("numpy", "ok", facts["version"])
+        yield ok("python", text)
+    yield _imported("numpy", "numpy", "cannot be imported", "pip install numpy")
 
 
 def check_packages() -> Iterator[Finding]:
     """OpenCV, and what makes some models faster or smaller."""
-    facts, why = ask_python("import cv2; tell(version=cv2.__version__)")
-    if why:
-        fix = "apt install python3-opencv, or pip install opencv-python-headless"
-        yield Finding("opencv", "problem", f"JPEG and PNG cannot be decoded: {why}", fix)
-    else:
-        yield Finding("opencv", "ok", facts["version"])
+    fix = "apt install python3-opencv, or pip install opencv-python-headless"
+    yield _imported("opencv", "cv2", "JPEG and PNG cannot be decoded", fix)
     for module, (package, without) in _OPTIONAL.items():
         if importlib.util.find_spec(module) is None:
-            yield Finding(package, "ok", f"not installed: {without}")
+            yield ok(package, f"not installed: {without}")
             continue
         _, why = ask_python(f"import {module}")
         version = _version(package)
         if why:
-            fix = (
-                f"install {package} built for this torch, or take it away: pip uninstall {package}"
-            )
-            yield Finding(package, "warning", f"{version}, cannot be imported: {why}", fix)
+            text = f"{version}, cannot be imported: {why}"
+            fix = f"install {package} built for this torch, or take it away: pip uninstall"
+            yield warning(package, text, f"{fix} {package}")
         else:
-            yield Finding(package, "ok", version)
+            yield ok(package, version)
+
+
+def _imported(name: str, module: str, without: str, fix: str) -> Finding:
+    facts, why = ask_python(f"import {module}; tell(version={module}.__version__)")
+    return problem(name, f"{without}: {why}", fix) if why else ok(name, facts["version"])
 
 
 def check_cv_bridge() -> Iterator[Finding]:
     """Whether cv_bridge and numpy are of one ABI; this package does without."""
     if importlib.util.find_spec("cv_bridge") is None:
-        yield Finding("cv_bridge", "ok", "not installed: this package decodes images itself")
+        yield ok("cv_bridge", "not installed: this package decodes images itself")
         return
     facts, why = ask_python(_CV_BRIDGE)
     numpy = facts.get("numpy", "?")
     if facts.get("works"):
-        yield Finding("cv_bridge", "ok", f"works with numpy {numpy}")
-        return
-    yield Finding(
-        "cv_bridge",
-        "warning",
-        f"does not work with numpy {numpy}: {why or 'it gives wrong images'}",
-        "this package does without it; for other nodes: pip install 'numpy<2' where cv_bridge was "
-        "built for numpy 1, or build it anew",
-    )
+        yield ok("cv_bridge", f"works with numpy {numpy}")
+    else:
+        yield warning(
+            "cv_bridge",
+            f"does not work with numpy {numpy}: {why or 'it gives wrong images'}",
+            "this package does without it; for other nodes: pip install 'numpy<2' where cv_bridge "
+            "was built for numpy 1, or build it anew",
+        )
 
 
 def check_ros() -> Iterator[Finding]:
@@ -107,9 +102,8 @@ def check_ros() -> Iterator[Finding]:
     if importlib.util.find_spec("rclpy") is None:
         found = sorted(path.parent.name for path in Path("/opt/ros").glob("*/setup.bash"))
         source = f"source /opt/ros/{found[-1] if found else _TESTED_DISTRO}/setup.bash"
-        yield Finding(
+        yield warning(
             "ros",
-            "warning",
             "no ROS 2 in this shell: models, ask, convert work, the node does not",
             source if found else f"install ROS 2 {_TESTED_DISTRO}, then: {source}",
         )
@@ -118,27 +112,27 @@ def check_ros() -> Iterator[Finding]:
     distro = os.environ.get("ROS_DISTRO") or _DISTROS.get(version.partition(".")[0], "unknown")
     text = f"{distro} (rclpy {version or 'of unknown version'})"
     if distro == _TESTED_DISTRO:
-        yield Finding("ros", "ok", text)
+        yield ok("ros", text)
     else:
-        yield Finding("ros", "warning", text, f"tested with {_TESTED_DISTRO} only")
+        yield warning("ros", text, f"tested with {_TESTED_DISTRO} only")
     facts, why = ask_python(_ROS)
     wanted = os.environ.get("RMW_IMPLEMENTATION", "")
     if "rmw" not in facts:
         fix = "source the workspace anew"
         if wanted:
             fix = f"RMW_IMPLEMENTATION is {wanted}: install it (apt), or unset the variable"
-        yield Finding("middleware", "problem", f"rclpy cannot be used: {why}", fix)
+        yield problem("middleware", f"rclpy cannot be used: {why}", fix)
         return
     if facts["rmw"].startswith("rmw_fastrtps"):
-        yield Finding("middleware", "ok", facts["rmw"])
+        yield ok("middleware", facts["rmw"])
     else:
         fix = "its settings for images are not tested: see config/README.md"
-        yield Finding("middleware", "warning", facts["rmw"], fix)
+        yield warning("middleware", facts["rmw"], fix)
     if facts.get("messages"):
-        yield Finding("messages", "ok", "built")
+        yield ok("messages", "built")
     else:
         fix = "colcon build --packages-select librobot_vlm_ros && source install/setup.bash"
-        yield Finding("messages", "problem", f"those of this package are not built: {why}", fix)
+        yield problem("messages", f"those of this package are not built: {why}", fix)
 
 
 def check_transport() -> Iterator[Finding]:
@@ -148,14 +142,14 @@ def check_transport() -> Iterator[Finding]:
     if has_ros and rmw.startswith("rmw_fastrtps"):
         yield _segment(*profile_in_force())
     if not SHARED_MEMORY.is_dir():
-        yield Finding("/dev/shm", "warning", "not there", "images go by UDP: mount a tmpfs on it")
+        yield warning("/dev/shm", "not there", "images go by UDP: mount a tmpfs on it")
         return
     free = shutil.disk_usage(SHARED_MEMORY).free
     if free < _NEEDED_BYTES:
         fix = "in a container: docker run --shm-size=512m; else remove what fills it"
-        yield Finding("/dev/shm", "warning", f"{gib(free)} free, 128 MiB are needed", fix)
+        yield warning("/dev/shm", f"{gib(free)} free, 128 MiB are needed", fix)
     else:
-        yield Finding("/dev/shm", "ok", f"{gib(free)} free")
+        yield ok("/dev/shm", f"{gib(free)} free")
 
 
 def _segment(profile: Path | None, words: str) -> Finding:
@@ -164,22 +158,22 @@ def _segment(profile: Path | None, words: str) -> Finding:
     if profile is None and built_in.upper().startswith(("UDP", "TCP")):
         fix = "unset FASTDDS_BUILTIN_TRANSPORTS, or publish small images only"
         text = f"switched off by FASTDDS_BUILTIN_TRANSPORTS={built_in}"
-        return Finding(name, "warning", text, fix)
+        return warning(name, text, fix)
     try:
         size = segment_bytes(profile)
     except (OSError, ValueError) as error:
         fix = "correct the file, or unset the variable that names it"
-        return Finding(name, "warning", f"{said} cannot be read: {error}", fix)
+        return warning(name, f"{said} cannot be read: {error}", fix)
     profile_fix = (
         "unset LIBROBOT_VLM_TRANSPORT and other profiles, and start the cameras with "
         "FASTRTPS_DEFAULT_PROFILES_FILE=.../config/fastdds.xml too"
     )
     if size is None:
-        return Finding(name, "warning", f"{said} leaves it out", profile_fix)
+        return warning(name, f"{said} leaves it out", profile_fix)
     if size < _IMAGE_BYTES:
         text = f"segment of {gib(size)}, less than a 640x480 image ({said}; {words})"
-        return Finding(name, "warning", text, profile_fix)
-    return Finding(name, "ok", f"segment of {gib(size)} for the node ({said}); cameras need it too")
+        return warning(name, text, profile_fix)
+    return ok(name, f"segment of {gib(size)} for the node ({said}); cameras need it too")
 
 
 def _version(package: str) -> str:
