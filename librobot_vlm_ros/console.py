@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from typing import Any, TextIO
 
 _REDRAW_S = 0.1
 _PLAIN_PERIOD_S = 3.0
-_ENDLESS = 10_000
+_STYLES = re.compile(r"\x1b\[[\d;]*m")
 
 
 class Console:
@@ -60,37 +61,13 @@ class Console:
         """`rows` in columns under `header`. `right` holds an "r" for each column of numbers, as in
         "lrr". Cells may be painted.
         """
-        if not self.colours:
-            self.line(table(rows, header=header, right=right))
-            return
-        from rich.box import SIMPLE_HEAD
-        from rich.table import Table
-        from rich.text import Text
-
-        shown = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-        for place, name in enumerate(header):
-            shown.add_column(name, justify="right" if right[place : place + 1] == "r" else "left")
-        for row in rows:
-            shown.add_row(*map(Text.from_ansi, row))
-        # As wide as it is: names that were broken could not be copied.
-        self.rich(width=_ENDLESS).print(shown)
+        shown = table(rows, header=header, right=right)
+        head, rest = shown.split("\n", 1)
+        self.line(f"{self.paint(head, 'bold')}\n{rest}")
 
     def progress(self, total: int, what: str) -> Progress:
         """A progress display of `total` steps."""
         return Progress(self, total, what)
-
-    def rich(self, width: int | None = None) -> Any:
-        """rich's console on this stream, which takes no text for markup."""
-        from rich.console import Console as RichConsole
-
-        return RichConsole(
-            file=self.stream,
-            width=width,
-            force_terminal=True,
-            markup=False,
-            highlight=False,
-            emoji=False,
-        )
 
 
 class Progress:
@@ -108,8 +85,16 @@ class Progress:
     def __enter__(self) -> Progress:
         if self._console.is_terminal:
             from rich import progress
+            from rich.console import Console as RichConsole
 
-            self._console.above = self._console.rich()
+            # It takes no text for markup.
+            self._console.above = RichConsole(
+                file=self._console.stream,
+                force_terminal=True,
+                markup=False,
+                highlight=False,
+                emoji=False,
+            )
             self._bar = progress.Progress(
                 progress.TextColumn("  {task.description}", markup=False),
                 progress.BarColumn(24),
@@ -162,16 +147,20 @@ def table(rows: Sequence[Sequence[str]], *, header: Sequence[str] = (), right: s
     if not rows and not header:
         return ""
     columns = list(zip(header, *rows, strict=True))
-    widths = [max(map(len, cells)) for cells in columns]
+    widths = [max(map(_width, cells)) for cells in columns]
 
     def line(row: Sequence[str]) -> str:
-        cells = [
-            cell.rjust(width) if right[place : place + 1] == "r" else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
+        cells = []
+        for cell, width, side in zip(row, widths, right.ljust(len(row)), strict=True):
+            space = " " * (width - _width(cell))
+            cells.append(space + cell if side == "r" else cell + space)
         return "  ".join(cells).rstrip()
 
     return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
+
+
+def _width(cell: str) -> int:
+    return len(_STYLES.sub("", cell))
 
 
 class _StderrLines(logging.Handler):

@@ -61,11 +61,7 @@ class NodeProcess:
         if code is None:
             return
         why = self.last_error() if code > 0 else None  # a signal is reason enough
-        if why is not None:
-            raise why
-        raise EngineError(
-            ErrorCode.NOT_ACTIVE, f"the node ended with exit code {code}", f"See {self.log}."
-        )
+        raise why or self._not_active(f"the node ended with exit code {code}")
 
     def wait_until_active(self, session: Session, name: str, timeout_s: float) -> None:
         """Wait until the node has loaded its model and works.
@@ -79,21 +75,22 @@ class NodeProcess:
         while time.monotonic() < until_s:
             self.check()
             if "autostart stopped" in self.output():
-                raise self.last_error() or EngineError(
-                    ErrorCode.NOT_ACTIVE, "the node could not start", f"See {self.log}."
-                )
+                raise self.last_error() or self._not_active("the node could not start")
             session.spin_until(client.service_is_ready, time.monotonic() + 0.2)
             if not client.service_is_ready():
                 continue
             with contextlib.suppress(EngineError):  # it is busy starting
                 if session.call(client, GetState.Request(), 2.0).current_state.id == _ACTIVE:
                     return
-            session.spin_until(lambda: False, time.monotonic() + 0.05)
+            session.spin_for(0.05)
         raise EngineError(
             ErrorCode.DEADLINE_EXCEEDED,
             f"the node was not active after {timeout_s:g} s",
             f"See {self.log}.",
         )
+
+    def _not_active(self, message: str) -> EngineError:
+        return EngineError(ErrorCode.NOT_ACTIVE, message, f"See {self.log}.")
 
     def output(self) -> str:
         """What it has written so far."""
@@ -101,12 +98,13 @@ class NodeProcess:
 
     def last_error(self) -> VlmError | None:
         """The last coded error that it wrote; warnings are none."""
-        lines = [line for line in self.output().splitlines() if _ERROR_LINE.search(line)]
-        found = [match for line in lines for match in [_CODED.search(line)] if match]
-        if not found:
-            return None
-        code, text = found[-1].groups()
-        return make_error(int(code), text, f"That is from the node's log, {self.log}.")
+        for line in reversed(self.output().splitlines()):
+            found = _CODED.search(line)
+            if found and _ERROR_LINE.search(line):
+                return make_error(
+                    int(found[1]), found[2], f"That is from the node's log, {self.log}."
+                )
+        return None
 
     def end(self) -> int:
         """End it as Ctrl-C does; after a few seconds, and in any case its children, by force."""

@@ -65,6 +65,10 @@ class Session:
             self._spin_once(min(left_s, 0.1))
         return True
 
+    def spin_for(self, duration_s: float) -> None:
+        """Run callbacks for so many seconds; 0 handles what is ready."""
+        self.spin_until(lambda: False, time.monotonic() + duration_s)
+
     def _spin_once(self, timeout_s: float) -> None:
         with signals.delayed():
             self._executor.spin_once(timeout_s)

@@ -24,7 +24,7 @@ def iou_matrix(first: npt.ArrayLike, second: npt.ArrayLike) -> npt.NDArray[np.fl
 
     Boxes are (x_min, y_min, x_max, y_max); one that is inside out or not finite overlaps nothing.
     """
-    a, b = _as_boxes(first), _as_boxes(second)
+    a, b = (np.asarray(boxes, np.float64).reshape(-1, 4) for boxes in (first, second))
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         low = np.maximum(a[:, None, :2], b[None, :, :2])
         high = np.minimum(a[:, None, 2:], b[None, :, 2:])
@@ -33,10 +33,6 @@ def iou_matrix(first: npt.ArrayLike, second: npt.ArrayLike) -> npt.NDArray[np.fl
         ratio = shared / (areas_a + areas_b - shared)
     usable = (areas_a > 0) & (areas_b > 0) & np.isfinite(ratio)
     return np.where(usable, ratio, 0.0)
-
-
-def _as_boxes(boxes: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    return np.asarray(boxes, np.float64).reshape(-1, 4)
 
 
 def _areas(boxes: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -8,14 +8,17 @@ loaded model can do, on that camera. Tasks with a rate are not waited for.
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from librobot_vlm_ros.client.session import Session, resolve
 from librobot_vlm_ros.core import EngineError, ErrorCode, RequestError, clean_prompt, get_task
 from librobot_vlm_ros.replay.message_types import import_message
+
+if TYPE_CHECKING:
+    from librobot_vlm_ros.ros.parameters.parameter_syntax import TaskSetting
 
 _RESULT_TOPICS = {
     "caption": "librobot_vlm_ros/msg/Caption",
@@ -44,16 +47,6 @@ class ResultMessage:
         return int(stamp.sec) * 10**9 + int(stamp.nanosec)
 
 
-@dataclass(frozen=True)
-class AwaitedTask:
-    """A standing task that is waited for."""
-
-    task: str
-    camera: str
-    """"" is every camera."""
-    needs_instruction: bool
-
-
 class NodeLink:
     """The node called `name`: its settings, its results and whether a frame is answered."""
 
@@ -62,14 +55,16 @@ class NodeLink:
         """Absolute."""
         self.cameras: dict[str, str] = {}
         """Names of the cameras by topic."""
-        self.tasks: tuple[AwaitedTask, ...] = ()
+        self.tasks: tuple[TaskSetting, ...] = ()
+        """Standing tasks that are waited for."""
         self.instruction = ""
         self.lock_step = False
         self._session = session
         self.on_result: Callable[[ResultMessage], None] = lambda result: None
         self.check: Callable[[], None] = lambda: None
         """Called while waiting for answers; may raise to end a wait that is in vain."""
-        self._answers: Counter[tuple[str, int, str]] = Counter()
+        self._answers: defaultdict[tuple[str, int], Counter[str]] = defaultdict(Counter)
+        """Of each frame (camera, stamp) by task."""
         self._parameters: Any = None
 
     def connect(self, timeout_s: float = 10.0) -> None:
@@ -80,18 +75,20 @@ class NodeLink:
         """
         from rcl_interfaces.srv import GetParameters
 
+        from librobot_vlm_ros.ros.parameters.parameter_syntax import parse_cameras, parse_tasks
         from librobot_vlm_ros.srv import ListModels
 
         node = self._session.node
         self._parameters = node.create_client(GetParameters, f"{self.name}/get_parameters")
         listing = node.create_client(ListModels, f"{self.name}/list_models")
-        self._subscribe()
+        for short, type_name in _RESULT_TOPICS.items():
+            self._subscribe(f"{self.name}/{short}", type_name)
         values = self._get(
             "tasks", "cameras", "image_topic", "image_transport", "lock_step", "instruction",
             timeout_s=timeout_s,
         )  # fmt: skip
         models = self._session.call(listing, ListModels.Request(), timeout_s)
-        can = next((set(m.tasks) for m in models.models if m.name == models.active), set())
+        can = {task for m in models.models if m.name == models.active for task in m.tasks}
         if not models.active:
             raise EngineError(
                 ErrorCode.NOT_ACTIVE,
@@ -101,26 +98,13 @@ class NodeLink:
             )
         self.lock_step = values["lock_step"]
         self.instruction = values["instruction"]
-        self._read_settings(values, can)
-
-    def _read_settings(self, values: dict[str, Any], can: set[str]) -> None:
-        from librobot_vlm_ros.ros.parameters.parameter_syntax import parse_cameras, parse_tasks
-
         # ROS has no empty list of strings: the node then holds one blank entry.
         entries = [entry for entry in values["cameras"] if entry.strip()]
+        tasks = [entry for entry in values["tasks"] if entry.strip()]
         cameras = parse_cameras(entries, values["image_topic"], values["image_transport"])
         self.cameras = {resolve(item.topic, self.name): item.name for item in cameras}
-        tasks = [entry for entry in values["tasks"] if entry.strip()]
         standing = parse_tasks(tasks, [item.name for item in cameras])
-        self.tasks = tuple(
-            AwaitedTask(
-                task=item.task,
-                camera=item.camera,
-                needs_instruction=get_task(item.task).needs_text and not item.prompt,
-            )
-            for item in standing
-            if item.rate_hz == 0 and item.task in can
-        )
+        self.tasks = tuple(item for item in standing if item.rate_hz == 0 and item.task in can)
         if not self.tasks:
             raise RequestError(
                 ErrorCode.BAD_PARAMETER,
@@ -138,24 +122,21 @@ class NodeLink:
             for item in self.tasks
             if camera is not None
             and item.camera in ("", camera)
-            and (self.instruction or not item.needs_instruction)
+            and (self.instruction or item.prompt or not get_task(item.task).needs_text)
         )
 
     def forget_answers(self, topic: str, stamp_ns: int) -> None:
         """To be called before a frame is sent: earlier answers for its stamp do not count."""
-        camera = self.cameras.get(topic, "")
-        for key in [key for key in self._answers if key[:2] == (camera, stamp_ns)]:
-            del self._answers[key]
+        self._answers.pop((self.cameras.get(topic, ""), stamp_ns), None)
 
     def wait_for_answers(self, topic: str, stamp_ns: int, timeout_s: float) -> bool:
         """Wait until all results that are due for that frame have come; False when not in time."""
-        camera = self.cameras.get(topic, "")
+        frame = (self.cameras.get(topic, ""), stamp_ns)
         due = self.expected(topic)
 
         def answered() -> bool:
             self.check()
-            counts = self._answers
-            return all(counts[camera, stamp_ns, task] >= count for task, count in due.items())
+            return self._answers[frame] >= due
 
         return self._session.spin_until(answered, time.monotonic() + timeout_s)
 
@@ -170,7 +151,7 @@ class NodeLink:
             self.instruction = self._get("instruction", timeout_s=timeout_s)["instruction"]
             if clean_prompt(self.instruction, required=False) == wanted:
                 return True
-            self._session.spin_until(lambda: False, time.monotonic() + 0.02)
+            self._session.spin_for(0.02)
         return False
 
     def publishes_here(self) -> bool:
@@ -178,19 +159,8 @@ class NodeLink:
         node = self._session.node
         return all(node.count_publishers(f"{self.name}/{short}") for short in _RESULT_TOPICS)
 
-    def _subscribe(self) -> None:
+    def _subscribe(self, topic: str, type_name: str) -> None:
         from rclpy.qos import QoSProfile
-
-        for short, type_name in _RESULT_TOPICS.items():
-            self._session.node.create_subscription(
-                import_message(type_name),
-                f"{self.name}/{short}",
-                self._receiver(f"{self.name}/{short}", type_name),
-                QoSProfile(depth=1000),
-                raw=True,  # a recorder stores the bytes as they came
-            )
-
-    def _receiver(self, topic: str, type_name: str) -> Callable[[bytes], None]:
         from rclpy.serialization import deserialize_message
 
         kind = import_message(type_name)
@@ -199,10 +169,12 @@ class NodeLink:
             arrived_s = time.monotonic()
             message = deserialize_message(data, kind)
             result = ResultMessage(topic, type_name, data, message, arrived_s)
-            self._answers[message.info.camera, result.stamp_ns, message.info.task] += 1
+            self._answers[message.info.camera, result.stamp_ns][message.info.task] += 1
             self.on_result(result)
 
-        return receive
+        # Raw: a recorder stores the bytes as they came.
+        qos = QoSProfile(depth=1000)
+        self._session.node.create_subscription(kind, topic, receive, qos, raw=True)
 
     def _get(self, *names: str, timeout_s: float) -> dict[str, Any]:
         from rcl_interfaces.srv import GetParameters

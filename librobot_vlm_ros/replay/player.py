@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,7 +91,8 @@ class Player:
         """By name in the bag."""
         self._clock: _Clock | None = None
         self._due_s = 0.0
-        self._last_ns = 0
+        self._last_ns: int | None = None
+        """The message before, in this round."""
 
     @property
     def total(self) -> int:
@@ -190,7 +191,7 @@ class Player:
             for info in node.get_publishers_info_by_topic(topic):
                 if info.node_name == node.get_name() and info.topic_type == type_name:
                     return str(getattr(info, "topic_type_hash", ""))
-            self._session.spin_until(lambda: False, time.monotonic() + 0.01)
+            self._session.spin_for(0.01)
         return ""
 
     def _wait_for_subscribers(self) -> None:
@@ -223,35 +224,32 @@ class Player:
                 f"Is it active? ros2 lifecycle get {link.name}",
             )
         # Both sides must know each other; a publisher only sees that it knows the subscriber.
-        self._session.spin_until(lambda: False, time.monotonic() + _SETTLE_S)
+        self._session.spin_for(_SETTLE_S)
 
     # -- one round
 
     def _play_once(self) -> None:
-        first = True
-        for message in self._messages():
-            if first:
-                self._due_s, self._last_ns, first = time.monotonic(), message.stamp_ns, False
-            self._wait_for_turn(message.stamp_ns)
-            self._publish(message)
-        if first:
-            raise BagError(
-                ErrorCode.BAG_UNREADABLE,
-                f"{self._reader.path} holds no message of the topics and the time asked for",
-            )
-
-    def _messages(self) -> Iterator[BagMessage]:
         options = self._options
         begin_ns = self._reader.start_ns + round(options.start_s * 1e9)
         end_ns = None
         if options.duration_s is not None:
             end_ns = begin_ns + round(options.duration_s * 1e9)
-        return self._reader.messages(self._publishers, begin_ns, end_ns)
+        self._last_ns = None
+        for message in self._reader.messages(self._publishers, begin_ns, end_ns):
+            self._wait_for_turn(message.stamp_ns)
+            self._publish(message)
+        if self._last_ns is None:
+            raise BagError(
+                ErrorCode.BAG_UNREADABLE,
+                f"{self._reader.path} holds no message of the topics and the time asked for",
+            )
 
     def _wait_for_turn(self, stamp_ns: int) -> None:
         rate = self._options.rate
+        if self._last_ns is None:
+            self._due_s, self._last_ns = time.monotonic(), stamp_ns
         if rate is None:
-            self._session.spin_until(lambda: True, 0.0)
+            self._session.spin_for(0.0)
         else:
             self._due_s += (stamp_ns - self._last_ns) / 1e9 / rate
             now_s = time.monotonic()
