@@ -61,6 +61,8 @@ class Job:
     options: Options
     cameras: Mapping[str, str]
     """Image topic -> name of its camera."""
+    twins: Mapping[str, str]
+    """Compressed topic that is left out -> the raw topic with the same frames."""
     instruction_topic: str
     """"" where there is none."""
 
@@ -119,24 +121,14 @@ def topic_types(readers: Sequence[BagReader]) -> dict[str, str]:
     return types
 
 
-def make_job(options: Options, types: Mapping[str, str]) -> tuple[Job, dict[str, str]]:
-    """(the job, compressed topics left out -> their raw twins) for bags with topics of these types.
-    Raises `VlmError` for what does not fit.
-    """
-    cameras, twins = _find_cameras(types, options.topics)
-    instruction_topic = _find_instruction_topic(types, options.instruction_topic, options.node)
-    return Job(options, cameras, instruction_topic), twins
+def make_job(options: Options, types: Mapping[str, str]) -> Job:
+    """The job for bags with topics of these types.
 
-
-def _find_cameras(
-    types: Mapping[str, str], asked: Sequence[str]
-) -> tuple[dict[str, str], dict[str, str]]:
-    """(image topic -> camera name, topic left out -> its raw twin) of what was asked for.
-
-    `asked` holds `/topic` or `name=/topic`; empty means every image topic, except for the
+    `options.topics` holds `/topic` or `name=/topic`; empty means every image topic, except for the
     compressed twin of a raw one: those are the same frames. Raises `BagError` TOPIC_NOT_IN_BAG and
     WRONG_TYPE, `RequestError` (BAD_PARAMETER) for a name or topic that stands there twice.
     """
+    asked: Sequence[str] = options.topics
     images = {name for name, kind in types.items() if kind in IMAGE_TYPES}
     twins: dict[str, str] = {}
     if not asked:
@@ -161,7 +153,8 @@ def _find_cameras(
                 "Examples: --topics /front/image_raw wrist=/wrist/image_raw/compressed.",
             )
         cameras[topic] = chosen
-    return cameras, twins
+    instruction_topic = _find_instruction_topic(types, options.instruction_topic, options.node)
+    return Job(options, cameras, twins, instruction_topic)
 
 
 def _pair(entry: str, types: Mapping[str, str]) -> tuple[str, str]:

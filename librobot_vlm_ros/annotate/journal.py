@@ -225,8 +225,7 @@ def check_work(out: Path) -> None:
         wrong = "it is a link or a file, expected a folder of annotate or nothing"
     elif folder.exists():
         foreign = sorted(item.name for item in folder.iterdir() if not _is_ours(item))
-        if foreign:
-            wrong = f"it holds {foreign[:3]}, which is not of annotate"
+        wrong = f"it holds {foreign[:3]}, which is not of annotate" if foreign else ""
     if wrong:
         raise BagError(
             ErrorCode.PATH_NOT_ALLOWED,
@@ -236,8 +235,6 @@ def check_work(out: Path) -> None:
 
 
 def _is_ours(item: Path) -> bool:
-    if item.is_symlink():
-        return False
-    if item.name in _FOLDERS:
-        return item.is_dir()
-    return item.is_file() and (item.name == _LOCK or item.name.startswith(_FILE))
+    is_kind = item.is_dir() if item.name in _FOLDERS else item.is_file()
+    ours = item.name in (*_FOLDERS, _LOCK) or item.name.startswith(_FILE)
+    return ours and is_kind and not item.is_symlink()

@@ -77,8 +77,13 @@ def annotate(options: Options, console: Console) -> Summary | None:
             if reader.lost:
                 console.warn(f"{reader.path} is not whole, lost is {reader.lost}")
         types = topic_types(readers)
-        job, twins = make_job(options, types)
-        _announce(console, job, twins)
+        job = make_job(options, types)
+        for topic, raw in sorted(job.twins.items()):
+            console.line(f"{topic} holds the frames of {raw} once more: left to the originals")
+        for topic, camera in job.cameras.items():
+            console.line(f"camera '{camera}': {topic}")
+        if job.instruction_topic:
+            console.line(f"instructions: {job.instruction_topic}")
         results = _result_topics(job, types)
         _refuse_own_input(out, options.bags)
         check_work(out)
@@ -96,15 +101,6 @@ def annotate(options: Options, console: Console) -> Summary | None:
                 if isinstance(error, VlmError) and error.code == ErrorCode.DISK_FULL:
                     raise _with_hint_to_resume(error, journal) from error
                 raise
-
-
-def _announce(console: Console, job: Job, twins: dict[str, str]) -> None:
-    for topic, raw in sorted(twins.items()):
-        console.line(f"{topic} holds the frames of {raw} once more: left to the originals")
-    for topic, camera in job.cameras.items():
-        console.line(f"camera '{camera}': {topic}")
-    if job.instruction_topic:
-        console.line(f"instructions: {job.instruction_topic}")
 
 
 def _result_topics(job: Job, types: dict[str, str]) -> dict[str, str]:

@@ -9,7 +9,6 @@ import re
 import sys
 import traceback
 from collections.abc import Collection, Sequence
-from typing import Any
 
 from librobot_vlm_ros import __version__
 from librobot_vlm_ros.client import signals
@@ -67,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     restore_signals = signals.install()
     flags: Collection[str] = ()
     try:
-        parser, children, modules = _parser(words)
+        parser, children = _parser(words)
         if command not in children:
             parser.parse_args(words)  # ends with --help, --version and wrong usage
             parser.print_help()
@@ -75,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags = children[command]._option_string_actions
         # Not by `parser`: options may stand between the words, and usage is that of the command.
         args = children[command].parse_intermixed_args(words[1:])
-        code = int(modules[command].main(args))
+        code = int(args.main(args))
         sys.stdout.flush()  # here, where a reader that has gone is still expected
         return code
     except KeyboardInterrupt:
@@ -94,8 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser(
     words: Sequence[str],
-) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser], dict[str, Any]]:
-    """The whole parser, that of each command, and the commands' modules."""
+) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The whole parser, and that of each command."""
     parser = argparse.ArgumentParser(
         prog="librobot-vlm",
         description=_DESCRIPTION,
@@ -104,8 +103,6 @@ def _parser(
     )
     parser.add_argument("--version", action="version", version=f"librobot-vlm {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    children: dict[str, argparse.ArgumentParser] = {}
-    modules: dict[str, Any] = {}
     for name in COMMANDS:
         module = importlib.import_module(f"{__package__}.{name.replace('-', '_')}")
         child = commands.add_parser(
@@ -115,10 +112,10 @@ def _parser(
             epilog=module.EPILOG,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        child.set_defaults(main=module.main)
         if [name] == list(words[:1]):
             module.configure(child)
-        children[name], modules[name] = child, module
-    return parser, children, modules
+    return parser, commands.choices
 
 
 def _report(command: str, error: Exception, flags: Collection[str]) -> int:

@@ -54,27 +54,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Print the registry, or what the check found; 1 when a model is not as it should be."""
-    from librobot_vlm_ros.models import list_vlms, model_info
+    from librobot_vlm_ros.models import get_vlm, list_vlms, model_info
 
     if args.sha256 is not None:
-        return _sha256(args.sha256)
+        get_vlm("florence-2-base")  # names a package that is missing
+        from librobot_vlm_ros.models.checkpoints.checksum import weights_sha256
+
+        with log_on_stderr():
+            print(weights_sha256(args.sha256))
+        return 0
     named = [model_info(name) for name in args.names or list_vlms()]
     infos = list(dict.fromkeys(named))  # a name and its alias are one model
     if args.check:
         return _check(infos, args.json)
     return _list(infos, args.json, [name.strip().lower() for name in args.names])
-
-
-def _sha256(folder: Path) -> int:
-    """Print the digest of a folder's weights, as `weights_sha256` takes it."""
-    from librobot_vlm_ros.models import get_vlm
-
-    get_vlm("florence-2-base")  # names a package that is missing
-    from librobot_vlm_ros.models.checkpoints.checksum import weights_sha256
-
-    with log_on_stderr():
-        print(weights_sha256(folder))
-    return 0
 
 
 def _list(infos: list[ModelInfo], as_json: bool, asked: list[str]) -> int:

@@ -205,19 +205,14 @@ def _look_into(folder: Path) -> Finding:
         fix = "a checkpoint folder holds config.json and *.safetensors"
         return problem("weights", f"{folder} is none", fix)
     fix = "the download or copy is not complete: do it again"
+    named: set[str] = set()  # by an index; `checkpoints.shards` would need torch
     try:
-        missing = _missing_shards(folder)
+        for index in folder.glob("*.index.json"):
+            named |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        missing = sorted(name for name in named if not (folder / name).is_file())
     except Exception as error:  # a broken index makes Python raise this or that
         return problem("weights", f"{folder}: no index of shards: {error!r}", fix)
     if missing:
         return problem("weights", f"{folder} lacks {', '.join(missing[:3])}", fix)
     size = sum(path.stat().st_size for path in files)
     return ok("weights", f"{folder}: {gib(size)} in {len(files)} files")
-
-
-def _missing_shards(folder: Path) -> list[str]:
-    """Files that an index names and the folder lacks; `checkpoints.shards` would need torch."""
-    names: set[str] = set()
-    for index in folder.glob("*.index.json"):
-        names |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    return sorted(name for name in names if not (folder / name).is_file())

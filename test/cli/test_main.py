@@ -98,7 +98,7 @@ def test_usage_is_that_of_the_command(capsys: Captured) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_example_of_the_help_is_understood(command: str) -> None:
-    _, children, _ = _parser([command])
+    _, children = _parser([command])
     examples = re.findall(
         rf"^  librobot-vlm ({command}\b.*)$", children[command].epilog or "", re.M
     )
@@ -110,7 +110,7 @@ def test_every_example_of_the_help_is_understood(command: str) -> None:
 
 
 def test_options_may_stand_between_the_words() -> None:
-    _, children, _ = _parser(["query"])
+    _, children = _parser(["query"])
     args = children["query"].parse_intermixed_args(["ground", "--timeout", "5", "the red cube"])
     assert (args.task, args.prompt, args.timeout) == ("ground", "the red cube", 5.0)
 
