@@ -31,13 +31,10 @@ class Answer:
     regions: tuple[Region, ...]
     vector: npt.NDArray[np.float32] | None
     """The pooled embedding [D]; None where there is none."""
-    score: float
     error: str
     """"" when it is fine."""
     age_s: float
     """Of the frame when it was published."""
-    inference_s: float
-    preprocess_s: float
     took_s: float
     """From sending (the frame, the question) to the answer's arrival here."""
 
@@ -107,28 +104,22 @@ def answer_of(message: Any, *, took_s: float) -> Answer:
         prompt=info.prompt,
         stamp_ns=int(stamp.sec) * 10**9 + int(stamp.nanosec),
         frame_id=message.header.frame_id,
-        size=(
-            int(getattr(grounding, "image_width", 0)),
-            int(getattr(grounding, "image_height", 0)),
-        ),
+        size=(getattr(grounding, "image_width", 0), getattr(grounding, "image_height", 0)),
         text=getattr(message, "text", ""),
         regions=tuple(
             Region(item.label, item.score, item.x_min, item.y_min, item.x_max, item.y_max)
             for item in getattr(grounding, "regions", ())
         ),
         vector=_vector(getattr(message, "embedding", message)),
-        score=float(getattr(message, "score", math.nan)),
         error=message.error_msg,
         age_s=float(info.age_s),
-        inference_s=float(info.inference_s),
-        preprocess_s=float(info.preprocess_s),
         took_s=took_s,
     )
 
 
 def truth_regions(truth: FrameTruth) -> tuple[Region, ...]:
     """Ground truth in the form that the metrics take."""
-    return tuple(Region(item.label, float("nan"), *item.box) for item in truth.objects)
+    return tuple(Region(item.label, math.nan, *item.box) for item in truth.objects)
 
 
 def _vector(embedding: Any) -> npt.NDArray[np.float32] | None:

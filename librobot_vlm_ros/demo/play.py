@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +76,8 @@ def run_live(
         process.wait_until_active(session, NODE, _START_S)
         run.load_s = time.monotonic() - began_s
         console.line(f"  process {process.pid}, active after {run.load_s:.1f} s, log in {log}")
-        link = NodeLink(session, NODE)
-        link.connect()
-        live = _Live(run, session, process, link)
-        link.on_result = live.on_result
-        link.check = process.check
         try:
-            _play(live, reader, rate, console)
+            _Live(run, session, process, reader).play(rate, console)
         except EngineError as error:  # what we waited for in vain has its reason in the node
             process.check()
             why = process.last_error()
@@ -96,76 +92,84 @@ def run_live(
         run.failures.append(f"the node ended with exit code {process_code}, expected 0: see {log}")
 
 
-def _play(live: _Live, reader: BagReader, rate: float, console: Console) -> None:
-    run, session, link = live.run, live.session, live.link
-    topics = [run.image_topic]
-    remap = {}
-    if reader.topic(INSTRUCTION_TOPIC) is not None:
-        topics.append(INSTRUCTION_TOPIC)
-        remap[INSTRUCTION_TOPIC] = f"{NODE}/instruction"
-    options = PlayOptions(
-        rate=rate, topics=tuple(topics), remap=remap, discovery_s=10.0, answer_timeout_s=_ANSWER_S
-    )
-    player = Player(session, reader, options, link=link)
-    player.open()
-    console.stage(f"playing {run.bag.name}: {len(run.frames)} frames, {reader.duration_s:.1f} s")
-    with console.progress(len(run.frames), "frames") as progress:
-
-        def on_publish(message: BagMessage, sent_s: float) -> None:
-            live.process.check()
-            if message.topic == run.image_topic:
-                live.frame_sent(header_stamp_ns(message.data), sent_s)
-                progress.step(live.last_words)
-            else:
-                text = reader.deserialize(message).data
-                run.instructions.append((message.stamp_ns, text))
-
-        player.on_publish = on_publish
-        report = player.play()
-        session.spin_until(lambda: not live.waiting, time.monotonic() + _ANSWER_S)
-    run.play_s = report.wall_s
-    if report.unanswered:
-        run.failures.append(
-            f"{len(report.unanswered)} of {report.frames} frames had no complete results in time"
-        )
-    if live.waiting:
-        run.failures.append(f"{live.waiting} questions were not answered in {_ANSWER_S:g} s")
-    failed = [answer for answer in run.questions if answer.error]
-    run.failures += [f"a question was refused: {answer.error}" for answer in failed]
-
-
+@dataclass
 class _Live:
     """Takes results and asks questions while the bag plays."""
 
-    def __init__(
-        self, run: DemoRun, session: Session, process: NodeProcess, link: NodeLink
-    ) -> None:
+    run: DemoRun
+    session: Session
+    process: NodeProcess
+    reader: BagReader
+    waiting: int = 0
+    """Questions that are not answered yet."""
+    last_words: str = ""
+
+    def play(self, rate: float, console: Console) -> None:
+        """Play the bag once to the running node."""
         from librobot_vlm_ros.srv import Query
 
-        self.run = run
-        self.session = session
-        self.process = process
-        self.link = link
-        self.waiting = 0
-        self.last_words = ""
-        self._client = session.node.create_client(Query, f"{NODE}/query")
-        self._by_stamp = {frame.stamp_ns: frame for frame in run.frames}
-        can = {item.task for item in link.tasks}
-        self._questions = _plan(run.frames, can)
-        session.spin_until(self._client.service_is_ready, time.monotonic() + 5.0)
+        run, session, reader = self.run, self.session, self.reader
+        link = NodeLink(session, NODE)
+        link.connect()
+        link.on_result, link.check = self.on_result, self.process.check
+        client = session.node.create_client(Query, f"{NODE}/query")
+        session.spin_until(client.service_is_ready, time.monotonic() + 5.0)
+        by_stamp = {frame.stamp_ns: frame for frame in run.frames}
+        questions = _plan(run.frames, {item.task for item in link.tasks})
+        topics, remap = [run.image_topic], {}
+        if reader.topic(INSTRUCTION_TOPIC) is not None:
+            topics.append(INSTRUCTION_TOPIC)
+            remap[INSTRUCTION_TOPIC] = f"{NODE}/instruction"
+        options = PlayOptions(
+            rate, tuple(topics), remap, discovery_s=10.0, answer_timeout_s=_ANSWER_S
+        )
+        player = Player(session, reader, options, link=link)
+        player.open()
+        console.stage(
+            f"playing {run.bag.name}: {len(run.frames)} frames, {reader.duration_s:.1f} s"
+        )
 
-    def frame_sent(self, stamp_ns: int, sent_s: float) -> None:
-        """Note the time, and ask what is to be asked at this frame."""
-        frame = self._by_stamp[stamp_ns]
-        frame.sent_s = sent_s
-        question = self._questions.get(frame.number)
-        if question is not None:
-            self._ask(*question)
+        def on_publish(message: BagMessage, sent_s: float) -> None:
+            self.process.check()
+            if message.topic != run.image_topic:
+                run.instructions.append((message.stamp_ns, reader.deserialize(message).data))
+                return
+            frame = by_stamp[header_stamp_ns(message.data)]
+            frame.sent_s = sent_s
+            if frame.number in questions:
+                task, prompt = questions[frame.number]
+                self.ask(client, Query.Request(task=task, prompt=prompt, timeout_s=_ANSWER_S))
+            progress.step(self.last_words)
+
+        player.on_publish = on_publish
+        with console.progress(len(run.frames), "frames") as progress:
+            report = player.play()
+            session.spin_until(lambda: not self.waiting, time.monotonic() + _ANSWER_S)
+        run.play_s = report.wall_s
+        if report.unanswered:
+            late = f"{len(report.unanswered)} of {report.frames} frames"
+            run.failures.append(f"{late} had no complete results in time")
+        if self.waiting:
+            run.failures.append(f"{self.waiting} questions were not answered in {_ANSWER_S:g} s")
+        failed = [answer for answer in run.questions if answer.error]
+        run.failures += [f"a question was refused: {answer.error}" for answer in failed]
+
+    def ask(self, client: Any, request: Any) -> None:
+        """Ask a question by service."""
+        asked_s = time.monotonic()
+        self.waiting += 1
+
+        def answered(future: Any) -> None:
+            self.waiting -= 1
+            answer = answer_of(future.result(), took_s=time.monotonic() - asked_s)
+            self.run.questions.append(answer)
+
+        client.call_async(request).add_done_callback(answered)
 
     def on_result(self, result: ResultMessage) -> None:
         """A standing task's result."""
         self.run.results.append(result)
-        frame = self._by_stamp.get(result.stamp_ns)
+        frame = self.run.frame(result.stamp_ns)
         sent_s = frame.sent_s if frame is not None else result.arrived_s
         answer = answer_of(result.message, took_s=result.arrived_s - sent_s)
         if frame is None or not _belongs(answer, frame):
@@ -176,20 +180,6 @@ class _Live:
             self.run.failures.append(f"frame {frame.number}, {answer.task}: {answer.error}")
         elif answer.task == "caption":
             self.last_words = answer.text
-
-    def _ask(self, task: str, prompt: str) -> None:
-        from librobot_vlm_ros.srv import Query
-
-        request = Query.Request(task=task, prompt=prompt, timeout_s=_ANSWER_S)
-        asked_s = time.monotonic()
-        self.waiting += 1
-
-        def answered(future: Any) -> None:
-            self.waiting -= 1
-            answer = answer_of(future.result(), took_s=time.monotonic() - asked_s)
-            self.run.questions.append(answer)
-
-        self._client.call_async(request).add_done_callback(answered)
 
 
 def _belongs(answer: Answer, frame: FrameRecord) -> bool:

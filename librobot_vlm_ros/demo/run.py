@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import heapq
 import json
+import operator
 import shutil
+import textwrap
 import time
 from pathlib import Path
 
@@ -71,17 +73,13 @@ def _require_weights(info: ModelInfo) -> None:
     if weights_present(info):
         return
     if info.shipped_folder is not None:
-        raise ModelError(
-            ErrorCode.WEIGHTS_NOT_FOUND,
-            f"the weights of {info.name} are not in this installation "
-            f"(models/checkpoints/shipped/{info.shipped_folder}/model.safetensors)",
-            "Use a complete checkout or installation; or name another model with --model.",
-        )
-    raise ModelError(
-        ErrorCode.WEIGHTS_NOT_FOUND,
-        f"the weights of {info.name} are not on this machine, and the demo downloads nothing",
-        f"Fetch them first: huggingface-cli download {info.default_pretrained}",
-    )
+        file = f"models/checkpoints/shipped/{info.shipped_folder}/model.safetensors"
+        why = f"in this installation ({file})"
+        hint = "Use a complete checkout or installation; or name another model with --model."
+    else:
+        why = "on this machine, and the demo downloads nothing"
+        hint = f"Fetch them first: huggingface-cli download {info.default_pretrained}"
+    raise ModelError(ErrorCode.WEIGHTS_NOT_FOUND, f"the weights of {info.name} are not {why}", hint)
 
 
 def _clear(out: Path) -> None:
@@ -111,7 +109,8 @@ def _save_bag(run: DemoRun, reader: BagReader, path: Path) -> None:
         if item.stamp_ns in late_ns
     ]
     recorded = ((item.stamp_ns, item.topic, item.data) for item in reader.messages())
-    rows = heapq.merge(recorded, sorted(results, key=_when), key=_when)
+    when = operator.itemgetter(0)
+    rows = heapq.merge(recorded, sorted(results, key=when), key=when)
     with BagWriter(path, overwrite=True, types=reader.typestore) as bag:
         for topic in reader.topics:
             bag.add_topic(topic.name, topic.type, topic.qos)
@@ -121,10 +120,6 @@ def _save_bag(run: DemoRun, reader: BagReader, path: Path) -> None:
             bag.write(name, stamp_ns, data)
 
 
-def _when(row: tuple[int, str, bytes]) -> int:
-    return row[0]
-
-
 def _show(console: Console, run: DemoRun, summary: Summary, out: Path) -> None:
     words = vocabulary(run)
     console.line()
@@ -132,7 +127,7 @@ def _show(console: Console, run: DemoRun, summary: Summary, out: Path) -> None:
         (
             answer.task,
             answer.prompt or "-",
-            _short(answer.error or _said(answer)),
+            textwrap.shorten(answer.error or _said(answer), 60, placeholder="…"),
             f"{answer.took_s * 1e3:.0f}",
             {True: "yes", False: "no", None: "-"}[answer_is_right(run, answer, words)],
         )
@@ -164,7 +159,3 @@ def _said(answer: Answer) -> str:
     if answer.regions:
         return ", ".join(region.label for region in answer.regions)
     return answer.text if answer.task == "caption" and answer.text else "nothing"
-
-
-def _short(text: str, most: int = 60) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -31,8 +31,7 @@ def answer() -> Callable[..., Answer]:
     ) -> Answer:
         found = tuple(Region(label, score, *box) for label, box, score in regions or [])
         return Answer(
-            task, prompt, stamp_ns, "camera", (0, 0), text, found, None, 0.9, error, age_s, 0.05,
-            0.01, 0.2,
+            task, prompt, stamp_ns, "camera", (0, 0), text, found, None, error, age_s, 0.2
         )  # fmt: skip
 
     return make
