@@ -66,10 +66,7 @@ _DIAGNOSTICS_PERIOD_S = 1.0
 
 
 class VlmNode(GuardedLifecycleNode):
-    """See the module. Made once per process; `shut_down` ends it.
-
-    It is the `Host` of the services and the action.
-    """
+    """See the module. Made once per process; `shut_down` ends it."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__("vlm", **kwargs)
@@ -93,8 +90,8 @@ class VlmNode(GuardedLifecycleNode):
         self._results = ResultPublisher(self, lambda: self.settings.min_score)
 
         self._barrier = ExecutorBarrier(self, self._decoder)
-        self._node_services = NodeServices(self, self.service_thread)
-        self._generate = GenerateAction(self, self)
+        self._node_services = NodeServices(self)
+        self._generate = GenerateAction(self)
 
         self._diagnostics = DiagnosticsPublisher(self)
         self._duplicates = DuplicateNodeCheck(self)
@@ -107,7 +104,7 @@ class VlmNode(GuardedLifecycleNode):
             self.create_timer(period_s, guarded(work, self.throttled_log), clock=steady)
         self.service_thread.start()
 
-    # -- what services need (Host)
+    # -- what the services and the action need
 
     @property
     def settings(self) -> Settings:

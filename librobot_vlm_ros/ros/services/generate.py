@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from action_msgs.msg import GoalStatus
 from rclpy.action import ActionServer, CancelResponse, GoalResponse
@@ -25,9 +25,12 @@ from librobot_vlm_ros.core import (
     VlmError,
     as_vlm_error,
 )
-from librobot_vlm_ros.ros.services.request_conversion import Host, fill_answer, make_request
+from librobot_vlm_ros.ros.services.request_conversion import fill_answer, make_request
 from librobot_vlm_ros.ros.services.service_thread import SERVICE_QOS
 from librobot_vlm_ros.runtime.pending_request import busy
+
+if TYPE_CHECKING:
+    from librobot_vlm_ros.ros.node import VlmNode
 
 _CANCEL_SETTLES_S = 2.0
 # rclpy keeps an ended goal, with its image, for 15 minutes: a busy client's would fill the memory.
@@ -71,8 +74,8 @@ def _give_up(handle: Any) -> Any:
 class GenerateAction:
     """The action of a node."""
 
-    def __init__(self, node: Any, host: Host) -> None:
-        self._host = host
+    def __init__(self, node: VlmNode) -> None:
+        self._node = node
         self._logger = node.get_logger()
         self._lock = threading.Lock()
         self._running = 0
@@ -98,13 +101,13 @@ class GenerateAction:
         # The engine answers CANCELLED at once; the thread of the goal waits until rclpy has noted
         # the wish.
         try:
-            self._host.request_context().engine.cancel(request_id)
+            self._node.request_context().engine.cancel(request_id)
         except VlmError as error:  # inactive by now: the goal ends anyway
             self._logger.info(f"cancelling a goal: {error}")
         return CancelResponse.ACCEPT
 
     def _execute(self, handle: ServerGoalHandle) -> Any:
-        settings = self._host.settings
+        settings = self._node.settings
         stream = _Stream(handle)
         # Those that wait and those that the model works on; the engine knows which are which.
         entered = self._enter(settings.queue_size + settings.max_batch)
@@ -112,8 +115,8 @@ class GenerateAction:
         try:
             if not entered:
                 raise busy(settings.queue_size)
-            self._host.check_room()  # before a look at the image
-            context = self._host.request_context()
+            self._node.check_room()  # before a look at the image
+            context = self._node.request_context()
             request = make_request(handle.request, context, _request_id(handle))
             future = context.engine.submit(request, on_token=stream.add)
             with self._lock:
