@@ -13,7 +13,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from librobot_vlm_ros.core import ErrorCode, RequestError, clean_prompt, get_task, shortened
+from librobot_vlm_ros.core import (
+    ErrorCode,
+    RequestError,
+    bad_parameter,
+    clean_prompt,
+    get_task,
+    shortened,
+)
 
 MAX_RATE_HZ = 1000.0
 MAX_ENTRIES = 64
@@ -159,11 +166,10 @@ _CAMERA_HINT = "Examples: front=/front/image_raw, wrist=/wrist/image_raw:compres
 
 def _check_count(name: str, entries: Sequence[str]) -> None:
     if len(entries) > MAX_ENTRIES:
-        raise RequestError(
-            ErrorCode.BAD_PARAMETER,
-            f"parameter {name} has {len(entries)} entries, expected at most {MAX_ENTRIES}",
+        raise bad_parameter(
+            f"parameter {name} has {len(entries)} entries, expected at most {MAX_ENTRIES}"
         )
 
 
 def _bad(name: str, entry: str, why: str, hint: str) -> RequestError:
-    return RequestError(ErrorCode.BAD_PARAMETER, f"{name} entry '{shortened(entry)}': {why}", hint)
+    return bad_parameter(f"{name} entry '{shortened(entry)}': {why}", hint)

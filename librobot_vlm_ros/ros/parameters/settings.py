@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from librobot_vlm_ros.core import (
-    ErrorCode,
     GenerationParams,
     RequestError,
+    bad_parameter,
     clean_prompt,
     shortened,
 )
@@ -239,10 +239,9 @@ class Settings:
         for name, item in PARAMETERS.items():
             object.__setattr__(self, name, item.checked(getattr(self, name)))
         if len(self.weights_sha256) > MAX_DIGESTS:  # each change of a parameter looks at them
-            raise RequestError(
-                ErrorCode.BAD_PARAMETER,
+            raise bad_parameter(
                 f"weights_sha256 has {len(self.weights_sha256)} entries, "
-                f"expected at most {MAX_DIGESTS}",
+                f"expected at most {MAX_DIGESTS}"
             )
         object.__setattr__(self, "weights_sha256", sha256_list(self.weights_sha256))
         if self.weights_folders:
@@ -278,8 +277,7 @@ class Settings:
         return options
 
     def _config_error(self, why: str) -> RequestError:
-        return RequestError(
-            ErrorCode.BAD_PARAMETER,
+        return bad_parameter(
             f"parameter model_config is {shortened(self.model_config)}: {why}",
             'Write a JSON object, such as {"latency_s": 0.05}.',
         )

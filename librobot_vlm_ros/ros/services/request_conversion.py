@@ -14,9 +14,9 @@ from librobot_vlm_ros.core import (
     Frame,
     InferenceInfo,
     InferenceRequest,
-    RequestError,
     Result,
     VlmError,
+    bad_parameter,
     clean_prompt,
     get_task,
 )
@@ -80,9 +80,8 @@ def timeout_of(asked_s: float, default_s: float) -> float:
     if asked_s == 0.0:
         return default_s
     if not 0.0 < asked_s <= _MAX_TIMEOUT_S:  # NaN is in no interval
-        raise RequestError(
-            ErrorCode.BAD_PARAMETER,
-            f"timeout_s is {asked_s:g}, expected 0 (the node's default) to {_MAX_TIMEOUT_S:g}",
+        raise bad_parameter(
+            f"timeout_s is {asked_s:g}, expected 0 (the node's default) to {_MAX_TIMEOUT_S:g}"
         )
     return asked_s
 
