@@ -29,10 +29,10 @@ from librobot_vlm_ros.ros.parameters.declaration import (
 )
 from librobot_vlm_ros.ros.parameters.parameter_syntax import (
     CameraSetting,
-    TaskSetting,
     parse_cameras,
     parse_tasks,
 )
+from librobot_vlm_ros.runtime import CameraConfig, EngineConfig, StandingTask
 
 _TOPIC = r"(~/|/)?[A-Za-z_][A-Za-z0-9_]*(/[A-Za-z_][A-Za-z0-9_]*)*"
 _DEVICE = r"auto|cpu|cuda(:\d+)?"
@@ -248,15 +248,26 @@ class Settings:
             confined(self.weights, allowed_folders(self.weights_folders))
         self.model_options()
         clean_prompt(self.instruction, required=False)
-        parse_tasks(self.tasks, tuple(camera.name for camera in self.camera_list()))
+        self.task_list()
 
     def camera_list(self) -> tuple[CameraSetting, ...]:
         """The cameras to subscribe to; at least one."""
         return parse_cameras(self.cameras, self.image_topic, self.image_transport)
 
-    def task_list(self) -> tuple[TaskSetting, ...]:
-        """The standing tasks."""
-        return parse_tasks(self.tasks, tuple(camera.name for camera in self.camera_list()))
+    def task_list(self) -> tuple[StandingTask, ...]:
+        """The standing tasks, without instruction; each decodes as `generation` says."""
+        tasks = parse_tasks(self.tasks, tuple(camera.name for camera in self.camera_list()))
+        return tuple(dataclasses.replace(task, params=self.generation()) for task in tasks)
+
+    def engine_config(self) -> EngineConfig:
+        """Limits and modes of the engine."""
+        names = (field.name for field in dataclasses.fields(EngineConfig))
+        return EngineConfig(**{name: getattr(self, name) for name in names})
+
+    def camera_configs(self) -> list[CameraConfig]:
+        """The cameras with their watchdogs; in lock-step a publisher may take its time."""
+        timeout_s = 0.0 if self.lock_step else self.camera_timeout_s
+        return [CameraConfig(camera.name, timeout_s) for camera in self.camera_list()]
 
     def generation(self) -> GenerationParams:
         """How standing tasks and requests without wishes of their own decode."""
