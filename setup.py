@@ -39,7 +39,7 @@ setup(
     package_data={
         PACKAGE: [
             "py.typed",
-            *data_below("models/checkpoints/shipped", "bags", "demo"),
+            *data_below("models", "bench", "bags", "demo"),
         ],
     },
     # Where bags/typestore.py looks for the definitions, as in a ROS installation.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,86 +14,11 @@ from transformers import GenerationConfig
 
 from librobot_vlm_ros.models import create_vlm
 
-_VISION = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
-_VISION |= {"num_attention_heads": 2, "image_size": 56, "patch_size": 14}
-_MARKS = {"image_token_id": 1100, "video_token_id": 1101}
-_MARKS |= {"vision_start_token_id": 1102, "vision_end_token_id": 1103}
-
-
-def _text(layers: int, **more: Any) -> dict[str, Any]:
-    """Wide at the start, so that answers vary: a fresh model repeats the token it was fed."""
-    return {
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 1200,
-        "initializer_range": 0.3,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-        **more,
-    }
-
-
-#: Small models by registered name.
-TINY: dict[str, dict[str, Any]] = {
-    "internvl2-2b": {
-        "vision_config": _VISION,
-        "text_config": _text(8, head_dim=32),
-        "image_token_id": 1100,
-    },
-    "llava-v1.5-7b": {"vision_config": _VISION, "text_config": _text(8, head_dim=32)},
-    "paligemma-3b": {
-        "vision_config": _VISION,
-        "text_config": _text(8, head_dim=32),
-        "image_token_id": 1100,
-    },
-    "qwen2-vl-2b": {
-        **_MARKS,
-        "vision_config": {"depth": 2, "embed_dim": 48, "num_heads": 2},
-        "text_config": _text(8, rope_scaling={"type": "mrope", "mrope_section": [8, 4, 4]}),
-    },
-    "qwen3-vl-4b": {
-        **_MARKS,
-        "vision_config": {
-            "depth": 2,
-            "hidden_size": 48,
-            "intermediate_size": 96,
-            "num_heads": 2,
-            "num_position_embeddings": 36,
-            "deepstack_visual_indexes": [0, 1],
-        },
-        "text_config": _text(
-            8, head_dim=32, rope_scaling={"rope_type": "default", "mrope_section": [8, 4, 4]}
-        ),
-    },
-    "florence-2-base": {
-        "vision_config": {
-            "depths": [1, 1, 1, 1],
-            "embed_dim": [16, 32, 48, 64],
-            "num_heads": [1, 2, 3, 4],
-            "num_groups": [1, 2, 3, 4],
-            "patch_stride": [4, 2, 2, 2],
-            "window_size": 4,
-            "projection_dim": 128,
-            "max_position_embeddings": 16,
-        },
-        "text_config": {
-            "d_model": 128,
-            "encoder_layers": 4,
-            "decoder_layers": 6,
-            "encoder_attention_heads": 4,
-            "decoder_attention_heads": 4,
-            "encoder_ffn_dim": 256,
-            "decoder_ffn_dim": 256,
-            "vocab_size": 1200,
-            "init_std": 0.3,
-        },
-        "image_size": 128,
-    },
-}
+#: Small models by registered name. Their weights start out wide, so that answers vary: a fresh
+#: model repeats the token it was fed.
+TINY: dict[str, dict[str, Any]] = json.loads(
+    Path(__file__).with_name("tiny.json").read_text(encoding="utf-8")
+)
 
 
 def build(name: str, device: str, dtype: str = "float32", **config: Any) -> Any:
@@ -250,8 +176,8 @@ def qwen_with_tokenizer(device: str, layers: int = 12) -> Any:
     from librobot_vlm_ros.models.testing.qwen_vl import IDS, SECOND, VOCABULARY
 
     tokenizer, marks = qwen_tokenizer("qwen2-vl-2b", SECOND)
-    rope = {"type": "mrope", "mrope_section": [8, 4, 4]}
-    text = _text(layers, vocab_size=VOCABULARY, rope_scaling=rope, eos_token_id=IDS["<|im_end|>"])
+    text = {**TINY["qwen2-vl-2b"]["text_config"], "num_hidden_layers": layers}
+    text |= {"vocab_size": VOCABULARY, "eos_token_id": IDS["<|im_end|>"]}
     vision = {"depth": 4, "embed_dim": 64, "num_heads": 4}
     vlm = build("qwen2-vl-2b", device, vision_config=vision, text_config=text, **marks)
     vlm.processor.tokenizer = tokenizer

@@ -5,11 +5,13 @@ A family's own stands in ``families/<family>/configuration.py``.
 
 from __future__ import annotations
 
+import json
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
@@ -110,23 +112,6 @@ def from_dict(kind: str, config: Mapping[str, Any], what: str) -> Any:
         return getattr(transformers, kind).from_dict(dict(config))
 
 
-def sizes(
-    hidden: int, inner: int, layers: int, heads: int, kv_heads: int | None = None
-) -> dict[str, Any]:
-    """Sizes of a stack of layers as most of transformers' configurations call them.
-
-    `hidden`: width; `inner`: width inside the MLP; `kv_heads`: heads of keys and values, where they
-    are fewer than those of queries.
-    """
-    found = {
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-    }
-    return found if kv_heads is None else {**found, "num_key_value_heads": kv_heads}
-
-
 def stated(config: Mapping[str, Any], names: Iterable[str], **renamed: str) -> dict[str, Any]:
     """Fields that a config.json states, None not counted; `renamed`: new name = its name there."""
     places = {**{name: name for name in names}, **renamed}
@@ -209,6 +194,15 @@ def _is_number(value: object) -> bool:
     return numeric and math.isfinite(value)  # type: ignore[arg-type]
 
 
+def published_variants(module: str) -> dict[str, dict[str, Any]]:
+    """What each published variant is made of, by its registered name: the file variants.json beside
+    a family's `module`, in fields of transformers' configurations.
+    """
+    text = Path(module).with_name("variants.json").read_text(encoding="utf-8")
+    found: dict[str, dict[str, Any]] = json.loads(text)
+    return found
+
+
 @dataclass(frozen=True)
 class FamilyConfig(ModelConfig):
     """A family's architecture: one of its published variants, and what differs from it.
@@ -216,9 +210,9 @@ class FamilyConfig(ModelConfig):
     Raises ModelError BAD_CONFIG for an unknown variant.
     """
 
-    #: The family as errors call it, and what each variant is made of, by its registered name.
+    #: The family as errors call it, and `published_variants` of it.
     family: ClassVar[str]
-    variants: ClassVar[Mapping[str, Any]]
+    variants: ClassVar[Mapping[str, dict[str, Any]]]
 
     variant: str = ""
     #: Fields of transformers' configurations of tower and language model.
@@ -233,6 +227,12 @@ class FamilyConfig(ModelConfig):
                 f"there is no {self.family} variant {self.variant!r}",
                 f"variants: {', '.join(self.variants)}",
             )
+
+    def parts(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Fields of the tower's and of the language model's configuration, changes included."""
+        published = self.variants[self.variant]
+        vision = {**published["vision_config"], **self.vision_config}
+        return vision, {**published["text_config"], **self.text_config}
 
     @abstractmethod
     def to_transformers(self) -> Any:

@@ -33,10 +33,10 @@ from librobot_vlm_ros.core import (
 from librobot_vlm_ros.models.backend import OnToken, ShouldStop, stop_reason
 from librobot_vlm_ros.models.cache.image_features import FrameCache, FrameEntry, ImageFeatures
 from librobot_vlm_ros.models.cache.prefix import PrefixCache
-from librobot_vlm_ros.models.families.preprocess import ahead_of
 from librobot_vlm_ros.models.generation.decoder import Decoder
 from librobot_vlm_ros.models.generation.loop import generate
 from librobot_vlm_ros.models.generation.streaming import TextStream
+from librobot_vlm_ros.models.inputs.preprocess import ahead_of
 from librobot_vlm_ros.models.placement import free_bytes, usable_cores
 
 _POOLINGS = ("mean", "none")

@@ -8,15 +8,19 @@ reads them. Words are whole tokens, and boxes are Florence-2's thousand location
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from librobot_vlm_ros.models.checkpoints.hub import shipped_folder
 from librobot_vlm_ros.tabletop.labels import LABELS
 
 if TYPE_CHECKING:
     import torch
     from transformers import Florence2ForConditionalGeneration, PreTrainedTokenizerFast
 
+#: The finished model, whose settings a new one of the recipe shares.
+SHIPPED = shipped_folder() / "florence_2_tabletop"
 IMAGE_SIZE = 192
 STRIDE = 16
 CELLS = IMAGE_SIZE // STRIDE
@@ -82,38 +86,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def model_config(vocabulary: int) -> Any:
-    """The transformers configuration of the embedded model for a vocabulary of that many tokens."""
-    from transformers import BartConfig, Florence2Config
-    from transformers.models.florence2.configuration_florence2 import Florence2VisionConfig
-
-    vision = Florence2VisionConfig(
-        depths=(0, 1, 3), patch_size=(7, 3, 3), patch_stride=(4, 2, 2), patch_padding=(3, 1, 1),
-        patch_prenorm=(False, True, True), embed_dim=(48, 112, 224), num_heads=(3, 7, 14),
-        num_groups=(3, 7, 14), window_size=12, drop_path_rate=0.0, projection_dim=256,
-        max_position_embeddings=24,
-    )  # fmt: skip
-    text = BartConfig(
-        vocab_size=vocabulary, d_model=256, encoder_layers=2, decoder_layers=3,
-        encoder_ffn_dim=512, decoder_ffn_dim=768, encoder_attention_heads=8,
-        decoder_attention_heads=8, dropout=0.0, attention_dropout=0.0, activation_dropout=0.0,
-        max_position_embeddings=256, bos_token_id=BOS, pad_token_id=PAD, eos_token_id=EOS,
-        decoder_start_token_id=EOS, forced_bos_token_id=None, forced_eos_token_id=EOS,
-        scale_embedding=False, activation_function="gelu",
-    )  # fmt: skip
-    return Florence2Config(
-        text_config=text, vision_config=vision, image_token_id=vocabulary - 1,
-        bos_token_id=BOS, pad_token_id=PAD, eos_token_id=EOS, tie_word_embeddings=True,
-    )  # fmt: skip
-
-
 def build_model(seed: int = 0, attention: str = "sdpa") -> Florence2ForConditionalGeneration:
-    """A freshly initialised embedded model with the attention implementation named."""
+    """A freshly initialised model of the shipped one's dimensions, with that attention."""
     import torch
-    from transformers import Florence2ForConditionalGeneration
+    from transformers import Florence2Config, Florence2ForConditionalGeneration
 
     torch.manual_seed(seed)
-    config = model_config(len(build_tokenizer()))
+    config = Florence2Config.from_pretrained(SHIPPED, dtype=None)
     config._attn_implementation = attention
     return Florence2ForConditionalGeneration(config)
 
@@ -127,25 +106,16 @@ def save_folder(
     safetensors header (recipe, seed, figures).
     """
     import torch
+    from transformers import GenerationConfig
 
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
     model = build_model()
     model.load_state_dict(weights)
     model.to(torch.float16)
-    model.generation_config.update(
-        decoder_start_token_id=EOS, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD,
-        forced_eos_token_id=EOS, num_beams=1, max_length=128,
-    )  # fmt: skip
+    model.generation_config = GenerationConfig.from_pretrained(SHIPPED)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    preprocessor = {
-        "image_processor_type": "CLIPImageProcessor", "do_resize": True, "do_center_crop": False,
-        "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "resample": 3,
-        "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-        "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225],
-        "image_seq_length": CELLS * CELLS + 1,
-    }  # fmt: skip
-    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
+    shutil.copy(SHIPPED / "preprocessor_config.json", folder)
     if notes is not None:
         (folder / "training.json").write_text(json.dumps(notes, indent=2) + "\n")

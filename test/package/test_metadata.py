@@ -148,7 +148,7 @@ def test_the_wheel_for_pip_holds_weights_bag_and_definitions(tmp_path: Path) -> 
     names = zipfile.ZipFile(wheel).namelist()
     assert f"{PACKAGE}/core/errors.py" in names
     assert any(name.endswith("share/librobot_vlm_ros/msg/InferenceInfo.msg") for name in names)
-    for folder in ("models/checkpoints/shipped", "bags", "demo"):
+    for folder in ("models", "bench", "bags", "demo"):
         data = [
             path
             for path in (ROOT / PACKAGE / folder).rglob("*")

@@ -22,7 +22,7 @@ from librobot_vlm_ros.models.families.florence2.processor import (
     FlorenceSettings,
     FlorenceTokenizer,
 )
-from librobot_vlm_ros.models.families.preprocess import (
+from librobot_vlm_ros.models.inputs.preprocess import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     ImageSettings,
@@ -37,34 +37,14 @@ from librobot_vlm_ros.models.testing.parts import (
     heads,
     layer_norm,
     linear,
+    official_config,
     reference_pixels,
     write_json,
 )
 
-TINY_VISION: dict[str, Any] = {
-    "depths": [1, 1, 2, 1],
-    "embed_dim": [8, 16, 24, 32],
-    "num_heads": [1, 2, 3, 4],
-    "num_groups": [1, 2, 3, 4],
-    "patch_stride": [4, 2, 2, 1],
-    "window_size": 4,
-    "projection_dim": 32,
-    "drop_path_rate": 0.0,
-    "max_position_embeddings": 16,
-    "max_temporal_embeddings": 10,
-}
-TINY_TEXT: dict[str, Any] = {
-    "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 64,
-    "decoder_ffn_dim": 64,
-    "max_position_embeddings": 128,
-    # Wide, so that answers vary: a freshly initialised model repeats the token it was fed.
-    "init_std": 1.0,
-}
+#: Small parts as transformers names them. The weights start out wide, so that answers vary: a
+#: freshly initialised model repeats the token it was fed.
+TINY_VISION, TINY_TEXT = official_config("florence2_native").values()
 _SPOKEN = (
     "what does the image describe locate objects with category name in phrases caption a an and "
     "red green blue yellow cube ball duck mug table robot arm text region is it of mask detail "
@@ -149,8 +129,14 @@ def edit_json(path: Path, **changes: Any) -> None:
 
 Weights = State
 
-DEPTHS, DIMS, HEADS, WINDOW = (1, 2), (8, 16), (2, 4), 3
-D_MODEL, LAYERS, TEXT_HEADS = 24, 2, 3
+_CONFIG = official_config("florence2")
+VISION, TEXT = _CONFIG["vision_config"], _CONFIG["text_config"]
+DEPTHS, DIMS, HEADS = (tuple(VISION[name]) for name in ("depths", "dim_embed", "num_heads"))
+WINDOW, POSITIONS = VISION["window_size"], VISION["image_pos_embed"]["max_pos_embeddings"]
+D_MODEL, FFN, LAYERS = TEXT["d_model"], TEXT["encoder_ffn_dim"], TEXT["encoder_layers"]
+TEXT_HEADS, MAX_POSITIONS = TEXT["encoder_attention_heads"], TEXT["max_position_embeddings"]
+#: Pixels of a side of the published models' input.
+SIDE = 768
 
 
 def _layer_norm(w: Weights, name: str, x: Tensor) -> Tensor:
@@ -266,68 +252,15 @@ def original_logits(w: Weights, pixels: Tensor, words: Tensor, answer: Tensor) -
     return hidden @ table.T + w["language_model.final_logits_bias"]
 
 
-SIDE, POSITIONS, FFN, MAX_POSITIONS = 768, 20, 40, 150
-
-
 def added_parameters(module: Any) -> int:
     """transformers' place holder for the image is one row that the published models have not."""
     return int(module.config.text_config.d_model)
 
 
-def official_config(vocab_size: int) -> dict[str, Any]:
+def tiny_config(vocab_size: int) -> dict[str, Any]:
     """A config.json with the official fields, small numbers in them."""
-    return {
-        "architectures": ["Florence2ForConditionalGeneration"],
-        "auto_map": {"AutoConfig": "configuration_florence2.Florence2Config"},
-        "model_type": "florence2",
-        "projection_dim": D_MODEL,
-        "vocab_size": vocab_size,
-        "bos_token_id": 0,
-        "eos_token_id": 2,
-        "pad_token_id": 1,
-        "text_config": {
-            "vocab_size": vocab_size,
-            "activation_function": "gelu",
-            "d_model": D_MODEL,
-            "decoder_attention_heads": TEXT_HEADS,
-            "decoder_ffn_dim": FFN,
-            "decoder_layers": LAYERS,
-            "decoder_start_token_id": 2,
-            "early_stopping": True,
-            "encoder_attention_heads": TEXT_HEADS,
-            "encoder_ffn_dim": FFN,
-            "encoder_layers": LAYERS,
-            "bos_token_id": 0,
-            "eos_token_id": 2,
-            "pad_token_id": 1,
-            "forced_bos_token_id": 0,
-            "forced_eos_token_id": 2,
-            "is_encoder_decoder": True,
-            "max_position_embeddings": MAX_POSITIONS,
-            "no_repeat_ngram_size": 3,
-            "num_hidden_layers": LAYERS,
-            "num_beams": 3,
-            "scale_embedding": False,
-        },
-        "vision_config": {
-            "model_type": "davit",
-            "drop_path_rate": 0.1,
-            "patch_size": [7, 3],
-            "patch_stride": [4, 2],
-            "patch_padding": [3, 1],
-            "patch_prenorm": [False, True],
-            "enable_checkpoint": False,
-            "dim_embed": list(DIMS),
-            "num_heads": list(HEADS),
-            "num_groups": list(HEADS),
-            "depths": list(DEPTHS),
-            "window_size": WINDOW,
-            "projection_dim": D_MODEL,
-            "visual_temporal_embedding": {"type": "COSINE", "max_temporal_embeddings": 5},
-            "image_pos_embed": {"type": "learned_abs_2d", "max_pos_embeddings": POSITIONS},
-            "image_feature_source": ["spatial_avg_pool", "temporal_avg_pool"],
-        },
-    }
+    text = {**TEXT, "vocab_size": vocab_size}
+    return {**_CONFIG, "vocab_size": vocab_size, "text_config": text}
 
 
 def random_weights(vocab_size: int) -> Weights:
@@ -386,7 +319,7 @@ def write_official(folder: Path) -> None:
     save_file(random_weights(vocab_size), folder / "model.safetensors")
     images = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD, "resample": 3}
     images["size"] = {"height": 56, "width": 56}
-    write_json(folder, config=official_config(vocab_size), preprocessor_config=images)
+    write_json(folder, config=tiny_config(vocab_size), preprocessor_config=images)
 
 
 def difference(folder: Path, module: Any) -> float:

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from librobot_vlm_ros.models.configuration import sizes
 from librobot_vlm_ros.models.families.internvl2.processor import INTERNVL_TASKS, SYSTEM
 from librobot_vlm_ros.models.testing.conformance import our_pixels
 from librobot_vlm_ros.models.testing.parts import (
@@ -26,6 +25,7 @@ from librobot_vlm_ros.models.testing.parts import (
     heads,
     layer_norm,
     linear,
+    official_config,
     patches,
     pieces,
     reference_pixels,
@@ -35,8 +35,8 @@ from librobot_vlm_ros.models.testing.parts import (
     write_json,
 )
 
-VISION = {**sizes(hidden=24, inner=40, layers=3, heads=2), "image_size": 56, "patch_size": 14}
-TEXT = sizes(hidden=32, inner=48, layers=2, heads=4, kv_heads=2)
+_CONFIG = official_config("internvl2")
+VISION, TEXT = _CONFIG["vision_config"], _CONFIG["llm_config"]
 #: Tokens that take the place of pieces, and tokens that stand behind all pieces, in this order.
 _RENAMED = (
     *("<|plugin|>", "<|interpreter|>", "<|action_end|>", "<|action_start|>"),
@@ -56,58 +56,6 @@ def _pieces() -> bytes:
         add_dummy_prefix=False,
         user_defined_symbols=[f"[UNUSED_TOKEN_{141 + i}]" for i in range(len(_RENAMED))],
     )
-
-
-def _config(words: int) -> dict[str, Any]:
-    return {
-        "architectures": ["InternVLChatModel"],
-        "model_type": "internvl_chat",
-        "downsample_ratio": 0.5,
-        "dynamic_image_size": True,
-        "force_image_size": VISION["image_size"],
-        "max_dynamic_patch": 12,
-        "min_dynamic_patch": 1,
-        "pad2square": False,
-        "ps_version": "v2",
-        "select_layer": -1,
-        "template": "internlm2-chat",
-        "use_thumbnail": True,
-        "use_backbone_lora": 0,
-        "use_llm_lora": 0,
-        "llm_config": {
-            **TEXT,
-            "architectures": ["InternLM2ForCausalLM"],
-            "model_type": "internlm2",
-            "attn_implementation": "flash_attention_2",
-            "vocab_size": words,
-            "bias": False,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 2,
-            "hidden_act": "silu",
-            "max_position_embeddings": 2048,
-            "rms_norm_eps": 1e-5,
-            "rope_scaling": {"factor": 2.0, "type": "dynamic"},
-            "rope_theta": 1000000,
-            "tie_word_embeddings": False,
-        },
-        "vision_config": {
-            **VISION,
-            "architectures": ["InternVisionModel"],
-            "model_type": "intern_vit_6b",
-            "attention_dropout": 0.0,
-            "drop_path_rate": 0.0,
-            "dropout": 0.0,
-            "hidden_act": "gelu",
-            "initializer_factor": 1.0,
-            "layer_norm_eps": 1e-6,
-            "norm_type": "layer_norm",
-            "num_channels": 3,
-            "qk_normalization": False,
-            "qkv_bias": True,
-            "use_flash_attn": True,
-        },
-    }
 
 
 def _weights(config: dict[str, Any]) -> State:
@@ -172,9 +120,8 @@ def write_official(
     first = known.piece_to_id("[UNUSED_TOKEN_141]")
     added = {token: first + place for place, token in enumerate(_RENAMED)}
     added |= {token: count + place for place, token in enumerate(ADDED)}
-    config = _config(count + len(ADDED)) | top
-    config["vision_config"] |= vision or {}
-    config["llm_config"] |= text or {}
+    config = {**_CONFIG, **top, "vision_config": {**VISION, **(vision or {})}}
+    config["llm_config"] = {**TEXT, "vocab_size": count + len(ADDED), **(text or {})}
     decoder = {"0": "<unk>", "1": "<s>", "2": "</s>"}
     decoder |= {str(number): token for token, number in added.items()}
     settings = {

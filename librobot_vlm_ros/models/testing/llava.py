@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from librobot_vlm_ros.models.configuration import sizes
 from librobot_vlm_ros.models.families.llava.model import CLIP_MEAN, CLIP_STD
 from librobot_vlm_ros.models.families.llava.processor import BEFORE_IMAGE, LLAVA_TASKS
 from librobot_vlm_ros.models.testing.conformance import our_pixels
@@ -30,6 +29,7 @@ from librobot_vlm_ros.models.testing.parts import (
     gelu,
     layer_norm,
     linear,
+    official_config,
     patches,
     pieces,
     quick_gelu,
@@ -40,41 +40,12 @@ from librobot_vlm_ros.models.testing.parts import (
 )
 
 SIDE = 336
-VISION: dict[str, Any] = {
-    **sizes(hidden=24, inner=40, layers=3, heads=2),
-    "image_size": 28,
-    "patch_size": 14,
-    "projection_dim": 16,
-}
-TEXT = sizes(hidden=32, inner=48, layers=2, heads=4, kv_heads=2)
+#: The official config.json, whose top level is Llama's, and the tower's.
+TEXT, _TOWER = official_config("llava"), official_config("llava_tower")
+VISION = _TOWER["vision_config"]
 PATCHES, EPS = 4, 1e-5
 #: Token ids; the image stands behind the first.
 IDS = [1, 300, 301, 7, 20, 33]
-
-
-def _config(words: int) -> dict[str, Any]:
-    return {
-        **TEXT,
-        "architectures": ["LlavaLlamaForCausalLM"],
-        "model_type": "llava",
-        "vocab_size": words,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-        "hidden_act": "silu",
-        "rms_norm_eps": EPS,
-        "max_position_embeddings": 1024,
-        "rope_scaling": None,
-        "tie_word_embeddings": False,
-        "image_aspect_ratio": "pad",
-        "mm_hidden_size": VISION["hidden_size"],
-        "mm_projector_type": "mlp2x_gelu",
-        "mm_use_im_patch_token": False,
-        "mm_use_im_start_end": False,
-        "mm_vision_select_feature": "patch",
-        "mm_vision_select_layer": -2,
-        "mm_vision_tower": "vision_tower",
-    }
 
 
 def _clip_weights(made: RandomWeights) -> State:
@@ -127,10 +98,9 @@ def write_official(folder: Path) -> None:
     weight_map = {key: shard for shard, keys in shards.items() for key in keys}
     index = json.dumps({"metadata": {}, "weight_map": weight_map})
     (folder / "pytorch_model.bin.index.json").write_text(index)
-    write_json(folder, config=_config(words))
+    write_json(folder, config={**TEXT, "vocab_size": words})
     save_file(_clip_weights(RandomWeights(6)), tower / "model.safetensors")
-    config = {"model_type": "clip", "vision_config": {**VISION, "model_type": "clip_vision_model"}}
-    write_json(tower, config=config)
+    write_json(tower, config=_TOWER)
 
 
 def difference(folder: Path, module: Any) -> float:

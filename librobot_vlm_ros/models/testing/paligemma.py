@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from librobot_vlm_ros.models.configuration import sizes
 from librobot_vlm_ros.models.testing.conformance import our_pixels
 from librobot_vlm_ros.models.testing.parts import (
     RandomWeights,
@@ -29,6 +28,7 @@ from librobot_vlm_ros.models.testing.parts import (
     layer_norm,
     letter_tokenizer,
     linear,
+    official_config,
     patches,
     reference_pixels,
     rotary_angles,
@@ -36,8 +36,8 @@ from librobot_vlm_ros.models.testing.parts import (
 )
 
 SIDE = 224
-VISION = {**sizes(hidden=24, inner=40, layers=2, heads=2), "image_size": 28, "patch_size": 14}
-TEXT = {**sizes(hidden=32, inner=48, layers=2, heads=4, kv_heads=1), "head_dim": 8}
+_CONFIG = official_config("paligemma")
+VISION, TEXT = _CONFIG["vision_config"], _CONFIG["text_config"]
 PATCHES, EPS = 4, 1e-6
 #: Token ids behind the image.
 IDS = [2, 30, 31, 40, 21, 35, 50]
@@ -78,18 +78,7 @@ def write_official(folder: Path) -> None:
     made.save(str(folder / "tokenizer.json"))
     image = made.token_to_id("<image>")
     words = image + 3  # padding behind the image token, as in the published table
-    config = {
-        "architectures": ["PaliGemmaForConditionalGeneration"],
-        "model_type": "paligemma",
-        "bos_token_id": 2,
-        "eos_token_id": 1,
-        "pad_token_id": 0,
-        "hidden_size": TEXT["hidden_size"],
-        "projection_dim": TEXT["hidden_size"],
-        "image_token_index": image,
-        "text_config": {**TEXT, "model_type": "gemma", "vocab_size": words},
-        "vision_config": {**VISION, "model_type": "siglip_vision_model", "vision_use_head": False},
-    }
+    config = {**_CONFIG, "image_token_index": image, "text_config": {**TEXT, "vocab_size": words}}
     write_json(folder, config=config)
     save_file(_published_weights(words), folder / "model.safetensors")
     masks: dict[str, Any] = dict(mask_decoder_weights())

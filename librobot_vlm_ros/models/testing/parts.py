@@ -226,6 +226,15 @@ def pieces(sentences: Sequence[str], size: int, **options: Any) -> bytes:
     return model.getvalue()
 
 
+def official_config(name: str) -> dict[str, Any]:
+    """``configs/<name>.json``: a published config.json with small numbers in it, without what
+    follows from the tokenizer.
+    """
+    path = Path(__file__).parent / "configs" / f"{name}.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
 def write_json(folder: Path, **files: Any) -> None:
     """Write each as a file of that name with .json behind it."""
     for name, content in files.items():

@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from librobot_vlm_ros.models.configuration import sizes
 from librobot_vlm_ros.models.families.qwen_vl.processor import patches
 from librobot_vlm_ros.models.testing.parts import (
     LETTERS,
@@ -34,6 +33,7 @@ from librobot_vlm_ros.models.testing.parts import (
     layer_norm,
     letter_tokenizer,
     linear,
+    official_config,
     quick_gelu,
     rms_norm,
     rotary,
@@ -57,6 +57,8 @@ DEEP, SIDE, EPS, THETA = (0, 1), 6, 1e-6, 10000.0
 class Tiny:
     """What the generations differ in."""
 
+    #: Of `official_config`.
+    config: str
     third: bool
     patch: int
     head_dim: int
@@ -64,47 +66,13 @@ class Tiny:
     sections: tuple[int, int, int]
 
 
-SECOND = Tiny(third=False, patch=14, head_dim=8, sections=(2, 1, 1))
-THIRD = Tiny(third=True, patch=16, head_dim=16, sections=(4, 2, 2))
+SECOND = Tiny("qwen2_vl", third=False, patch=14, head_dim=8, sections=(2, 1, 1))
+THIRD = Tiny("qwen3_vl", third=True, patch=16, head_dim=16, sections=(4, 2, 2))
 
 
 def tokenizer() -> Any:
     """Letters for words, and the tokens of the notation."""
     return letter_tokenizer(["<unk>"], SPECIAL)
-
-
-def _config(tiny: Tiny) -> dict[str, Any]:
-    text: dict[str, Any] = {
-        **sizes(HIDDEN, INNER, LAYERS, HEADS, KV_HEADS),
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": EPS,
-        "rope_theta": THETA,
-        "bos_token_id": IDS["<|endoftext|>"],
-        "eos_token_id": IDS["<|im_end|>"],
-    }
-    vision: dict[str, Any] = {"depth": DEPTH, "num_heads": VISION_HEADS, "patch_size": tiny.patch}
-    vision |= {"spatial_merge_size": MERGE, "temporal_patch_size": 2}
-    marks = {
-        "image_token_id": IDS["<|image_pad|>"],
-        "video_token_id": IDS["<|video_pad|>"],
-        "vision_start_token_id": IDS["<|vision_start|>"],
-        "vision_end_token_id": IDS["<|vision_end|>"],
-    }
-    sections = list(tiny.sections)
-    if not tiny.third:  # the text model's fields stand at the top, as published
-        vision |= {"embed_dim": WIDTH, "hidden_size": HIDDEN, "mlp_ratio": VISION_INNER // WIDTH}
-        rope = {"type": "mrope", "mrope_section": sections}
-        own = {"model_type": "qwen2_vl", "tie_word_embeddings": True, "rope_scaling": rope}
-        return {**text, **own, **marks, "vision_config": {**vision, "in_chans": 3}}
-    text |= {"head_dim": tiny.head_dim, "model_type": "qwen3_vl_text"}
-    text["rope_scaling"] = {"mrope_interleaved": True, "mrope_section": sections}
-    text["rope_scaling"]["rope_type"] = "default"
-    vision |= {"hidden_size": WIDTH, "intermediate_size": VISION_INNER, "out_hidden_size": HIDDEN}
-    vision |= {"deepstack_visual_indexes": list(DEEP), "num_position_embeddings": SIDE**2}
-    vision["model_type"] = "qwen3_vl"
-    own = {"model_type": "qwen3_vl", "tie_word_embeddings": False}
-    return {**own, **marks, "text_config": text, "vision_config": vision}
 
 
 def _weights(tiny: Tiny) -> State:
@@ -159,7 +127,7 @@ def write_official(folder: Path, tiny: Tiny) -> None:
     tokenizer().save(str(folder / "tokenizer.json"))
     ends = [IDS["<|im_end|>"], IDS["<|endoftext|>"]]
     settings = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "eos_token_id": ends}
-    write_json(folder, config=_config(tiny), generation_config=settings)
+    write_json(folder, config=official_config(tiny.config), generation_config=settings)
     save_file(_weights(tiny), folder / "model.safetensors")
 
 

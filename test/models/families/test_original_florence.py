@@ -23,9 +23,9 @@ from librobot_vlm_ros.models.testing.florence2 import (
     POSITIONS,
     WINDOW,
     Weights,
-    official_config,
     original_logits,
     random_weights,
+    tiny_config,
     write_official,
 )
 
@@ -39,7 +39,7 @@ def write(tmp_path: Path) -> WriteCheckpoint:
     def make(weights: Weights, *, vocab_size: int, shards: int = 1, pickled: bool = False) -> Path:
         folder = tmp_path / "official"
         folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(official_config(vocab_size)))
+        (folder / "config.json").write_text(json.dumps(tiny_config(vocab_size)))
         if pickled:
             torch.save(weights, folder / "pytorch_model.bin")
         elif shards == 1:

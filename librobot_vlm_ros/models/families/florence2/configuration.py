@@ -13,54 +13,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
-from librobot_vlm_ros.models.configuration import FamilyConfig, strict_config, unreadable
-
-_VISION_COMMON: dict[str, Any] = {
-    "depths": [1, 1, 9, 1],
-    "patch_size": [7, 3, 3, 3],
-    "patch_stride": [4, 2, 2, 2],
-    "patch_padding": [3, 1, 1, 1],
-    "patch_prenorm": [False, True, True, True],
-    "window_size": 12,
-    "drop_path_rate": 0.1,
-    "max_temporal_embeddings": 100,
-    "max_position_embeddings": 50,
-}
-_TEXT_COMMON: dict[str, Any] = {
-    "vocab_size": 51290,
-    "dropout": 0.1,
-    "attention_dropout": 0.1,
-    "activation_dropout": 0.1,
-    "bos_token_id": 0,
-    "pad_token_id": 1,
-    "eos_token_id": 2,
-    "decoder_start_token_id": 2,
-    "is_encoder_decoder": True,
-    "scale_embedding": False,
-}
-
-
-def _davit(width: int, projection: int) -> dict[str, Any]:
-    """DaViT whose four stages have one, two, four and eight times `width`, by heads of 32."""
-    widths = [width * factor for factor in (1, 2, 4, 8)]
-    heads = [stage // 32 for stage in widths]
-    own = {"embed_dim": widths, "num_heads": heads, "num_groups": heads}
-    return {**_VISION_COMMON, **own, "projection_dim": projection}
-
-
-def _bart(width: int, inner: int, layers: int, heads: int, positions: int) -> dict[str, Any]:
-    own: dict[str, Any] = {"d_model": width, "max_position_embeddings": positions}
-    for side in ("encoder", "decoder"):
-        own |= {f"{side}_layers": layers, f"{side}_ffn_dim": inner}
-        own[f"{side}_attention_heads"] = heads
-    return {**_TEXT_COMMON, **own}
-
-
-#: Vision and text model of each size.
-_VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "florence-2-base": (_davit(128, 768), _bart(768, 3072, layers=6, heads=12, positions=1024)),
-    "florence-2-large": (_davit(256, 1024), _bart(1024, 4096, layers=12, heads=16, positions=4096)),
-}
+from librobot_vlm_ros.models.configuration import (
+    FamilyConfig,
+    published_variants,
+    strict_config,
+    unreadable,
+)
 
 
 @dataclass(frozen=True)
@@ -72,7 +30,7 @@ class FlorenceConfig(FamilyConfig):
     """
 
     family: ClassVar = "Florence-2"
-    variants: ClassVar = _VARIANTS
+    variants: ClassVar = published_variants(__file__)
 
     variant: str = "florence-2-base"
     #: Side of the square input, in pixels.
@@ -88,9 +46,8 @@ class FlorenceConfig(FamilyConfig):
 
     def to_transformers(self) -> Any:
         """transformers' Florence2Config; the image token is the last of the vocabulary."""
-        vision, text = _VARIANTS[self.variant]
-        text = {**text, **self.text_config}
-        return _native({**vision, **self.vision_config}, text, text["vocab_size"] - 1)
+        vision, text = self.parts()
+        return _native(vision, text, text["vocab_size"] - 1)
 
 
 def is_original(config: Mapping[str, Any]) -> bool:

@@ -36,8 +36,6 @@ from librobot_vlm_ros.models.configuration import (
     check_token,
 )
 from librobot_vlm_ros.models.families.florence2.configuration import image_tokens
-from librobot_vlm_ros.models.families.input_ids import token_rows
-from librobot_vlm_ros.models.families.preprocess import ImageSettings, Resizing, squash
 from librobot_vlm_ros.models.generation.config import (
     CoordinateBins,
     GenerationConfig,
@@ -48,9 +46,11 @@ from librobot_vlm_ros.models.generation.constraints.location_tokens import (
     PolygonConstraint,
 )
 from librobot_vlm_ros.models.generation.scores import AnswerText, Score, unknown
+from librobot_vlm_ros.models.inputs.input_ids import token_rows
+from librobot_vlm_ros.models.inputs.preprocess import ImageSettings, Resizing, squash
+from librobot_vlm_ros.models.inputs.tokenizer import check_words, read_fast, unbroken
 from librobot_vlm_ros.models.processor import Box, Processor, Size
 from librobot_vlm_ros.models.registry import model_info
-from librobot_vlm_ros.models.tokenizer import check_words, read_fast, unbroken
 
 #: Coordinates are written in thousandths of the image's width and height.
 BINS = 1000

@@ -15,34 +15,14 @@ from librobot_vlm_ros.models.configuration import (
     FamilyConfig,
     check_marks,
     llama_fields,
-    sizes,
+    published_variants,
     stated,
     strict_config,
     unreadable,
 )
 
-#: InternViT-300M-448px: the tower of both sizes.
-_INTERNVIT_300M: dict[str, Any] = {
-    **sizes(hidden=1024, inner=4096, layers=24, heads=16),
-    "attention_bias": True,
-    "image_size": 448,
-    "patch_size": 14,
-}
-#: `<IMG_CONTEXT>`, and how many of the added tokens stand behind it with itself.
-_IMAGE_TOKEN, _FROM_IMAGE_TOKEN = 92546, 7
-_TEXT_COMMON: dict[str, Any] = {
-    "vocab_size": _IMAGE_TOKEN + _FROM_IMAGE_TOKEN,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-5,
-    "bos_token_id": 1,
-    "eos_token_id": [92542, 2],
-    "pad_token_id": 2,
-    "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1000000.0},
-}
-_VARIANTS: dict[str, dict[str, Any]] = {
-    "internvl2-2b": sizes(hidden=2048, inner=8192, layers=24, heads=16, kv_heads=8),
-    "internvl2-8b": sizes(hidden=4096, inner=14336, layers=32, heads=32, kv_heads=8),
-}
+#: How many of the added tokens stand behind `<IMG_CONTEXT>` with itself.
+_FROM_IMAGE_TOKEN = 7
 #: Fields that have the same name in the official configuration of the tower.
 _VISION_FIELDS = (
     "hidden_size",
@@ -70,18 +50,19 @@ class InternVLConfig(FamilyConfig):
     """
 
     family: ClassVar = "InternVL2"
-    variants: ClassVar = _VARIANTS
+    variants: ClassVar = published_variants(__file__)
 
     variant: str = "internvl2-2b"
-    image_token_id: int = _IMAGE_TOKEN
+    #: `<IMG_CONTEXT>`.
+    image_token_id: int = 92546
     #: Most tiles of an image, its thumbnail not counted; None means those of the checkpoint.
     max_tiles: int | None = None
 
     def to_transformers(self) -> Any:
         """transformers' InternVLConfig with a LlamaConfig. Raises ModelError BAD_CONFIG."""
-        text = {**_TEXT_COMMON, **_VARIANTS[self.variant], **self.text_config}
+        vision, text = self.parts()
         check_marks({"image_token_id": self.image_token_id}, text["vocab_size"])
-        return _native({**_INTERNVIT_300M, **self.vision_config}, text, self.image_token_id)
+        return _native(vision, text, self.image_token_id)
 
 
 def is_original(config: Mapping[str, Any]) -> bool:

@@ -16,31 +16,15 @@ from librobot_vlm_ros.core import ErrorCode, ModelError
 from librobot_vlm_ros.models.configuration import (
     FamilyConfig,
     llama_fields,
-    sizes,
+    published_variants,
     stated,
     strict_config,
     unreadable,
 )
 
+_VARIANTS = published_variants(__file__)
 #: CLIP ViT-L/14 at 336 pixels: the tower of both published sizes.
-CLIP_LARGE_336: dict[str, Any] = {
-    **sizes(hidden=1024, inner=4096, layers=24, heads=16),
-    "image_size": 336,
-    "patch_size": 14,
-    "projection_dim": 768,
-}
-_TEXT_COMMON: dict[str, Any] = {
-    "vocab_size": 32000,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-_VARIANTS: dict[str, dict[str, Any]] = {
-    "llava-v1.5-7b": sizes(hidden=4096, inner=11008, layers=32, heads=32),
-    "llava-v1.5-13b": sizes(hidden=5120, inner=13824, layers=40, heads=40),
-}
+CLIP_LARGE_336 = _VARIANTS["llava-v1.5-7b"]["vision_config"]
 _VISION_FIELDS = (*CLIP_LARGE_336, "num_channels", "hidden_act", "layer_norm_eps")
 _ROW_MULTIPLE = 64
 
@@ -61,8 +45,7 @@ class LlavaConfig(FamilyConfig):
 
     def to_transformers(self) -> Any:
         """transformers' LlavaConfig."""
-        text = {**_TEXT_COMMON, **_VARIANTS[self.variant], **self.text_config}
-        return _native({**CLIP_LARGE_336, **self.vision_config}, text, -2, "default")
+        return _native(*self.parts(), -2, "default")
 
 
 def is_original(config: Mapping[str, Any]) -> bool:

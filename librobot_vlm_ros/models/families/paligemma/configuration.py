@@ -5,22 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from librobot_vlm_ros.models.configuration import FamilyConfig, sizes, strict_config
-
-_VISION: dict[str, Any] = {
-    **sizes(hidden=1152, inner=4304, layers=27, heads=16),
-    "image_size": 224,
-    "patch_size": 14,
-    "vision_use_head": False,
-}
-_TEXT: dict[str, Any] = {
-    **sizes(hidden=2048, inner=16384, layers=18, heads=8, kv_heads=1),
-    "vocab_size": 257216,
-    "head_dim": 256,
-    "bos_token_id": 2,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
+from librobot_vlm_ros.models.configuration import FamilyConfig, published_variants, strict_config
 
 
 @dataclass(frozen=True)
@@ -32,7 +17,7 @@ class PaliGemmaConfig(FamilyConfig):
     """
 
     family: ClassVar = "PaliGemma"
-    variants: ClassVar = {"paligemma-3b": (_VISION, _TEXT)}
+    variants: ClassVar = published_variants(__file__)
 
     variant: str = "paligemma-3b"
     image_token_id: int = 257152
@@ -44,11 +29,10 @@ class PaliGemmaConfig(FamilyConfig):
         from transformers import GemmaConfig, SiglipVisionConfig
         from transformers import PaliGemmaConfig as NativeConfig
 
-        vision, text = self.variants[self.variant]
-        text = {**text, **self.text_config}
+        vision, text = self.parts()
         with strict_config("PaliGemma configuration"):
             return NativeConfig(
-                vision_config=SiglipVisionConfig(**{**vision, **self.vision_config}),
+                vision_config=SiglipVisionConfig(**vision),
                 text_config=GemmaConfig(**text),
                 image_token_index=self.image_token_id,
                 projection_dim=text["hidden_size"],

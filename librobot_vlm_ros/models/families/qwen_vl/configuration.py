@@ -6,66 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from librobot_vlm_ros.models.configuration import FamilyConfig, check_marks, from_dict, sizes
-
-_QWEN2_TEXT: dict[str, Any] = {
-    "bos_token_id": 151643,
-    "eos_token_id": 151645,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-}
-_QWEN2_VISION: dict[str, Any] = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4}
-_QWEN3_TEXT: dict[str, Any] = {
-    "bos_token_id": 151643,
-    "eos_token_id": 151645,
-    "vocab_size": 151936,
-    "head_dim": 128,
-    "max_position_embeddings": 262144,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 5000000.0,
-    "rope_scaling": {
-        "rope_type": "default",
-        "mrope_section": [24, 20, 20],
-        "mrope_interleaved": True,
-    },
-}
-
-
-def _qwen3_vision(depth: int, width: int, inner: int, deep: list[int]) -> dict[str, Any]:
-    return {
-        "depth": depth,
-        "hidden_size": width,
-        "intermediate_size": inner,
-        "num_heads": 16,
-        "deepstack_visual_indexes": deep,
-    }
-
-
-#: Text model, vision model, and whether the output layer is the word table.
-_VARIANTS: Mapping[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
-    "qwen2-vl-2b": (
-        {**_QWEN2_TEXT, "vocab_size": 151936, **sizes(1536, 8960, 28, heads=12, kv_heads=2)},
-        _QWEN2_VISION,
-        True,
-    ),
-    "qwen2-vl-7b": (
-        {**_QWEN2_TEXT, "vocab_size": 152064, **sizes(3584, 18944, 28, heads=28, kv_heads=4)},
-        _QWEN2_VISION,
-        False,
-    ),
-    "qwen3-vl-4b": (
-        {**_QWEN3_TEXT, **sizes(2560, 9728, 36, heads=32, kv_heads=8)},
-        _qwen3_vision(24, 1024, 4096, deep=[5, 11, 17]),
-        True,
-    ),
-    "qwen3-vl-8b": (
-        {**_QWEN3_TEXT, **sizes(4096, 12288, 36, heads=32, kv_heads=8)},
-        _qwen3_vision(27, 1152, 4304, deep=[8, 16, 24]),
-        False,
-    ),
-}
+from librobot_vlm_ros.models.configuration import (
+    FamilyConfig,
+    check_marks,
+    from_dict,
+    published_variants,
+)
 
 
 @dataclass(frozen=True)
@@ -78,7 +24,7 @@ class QwenVLConfig(FamilyConfig):
     """
 
     family: ClassVar = "Qwen-VL"
-    variants: ClassVar = _VARIANTS
+    variants: ClassVar = published_variants(__file__)
 
     variant: str = "qwen2-vl-2b"
     #: Layers of the vision and of the text model; None means those of the variant.
@@ -106,12 +52,11 @@ class QwenVLConfig(FamilyConfig):
 
     def to_transformers(self) -> Any:
         """transformers' Qwen2VLConfig or Qwen3VLConfig."""
-        text, vision, tied = _VARIANTS[self.variant]
-        text, vision = {**text, **self.text_config}, {**vision, **self.vision_config}
-        if self.variant.startswith("qwen2"):
-            vision["hidden_size"] = text["hidden_size"]
-        else:
-            vision["out_hidden_size"] = text["hidden_size"]
+        vision, text = self.parts()
+        published = self.variants[self.variant]
+        second = published["model_type"] == "qwen2_vl"
+        vision["hidden_size" if second else "out_hidden_size"] = text["hidden_size"]
+        tied = self.tie_word_embeddings
         marks = {
             "image_token_id": self.image_token_id,
             "video_token_id": self.video_token_id,
@@ -121,12 +66,10 @@ class QwenVLConfig(FamilyConfig):
         check_marks(marks, text["vocab_size"])
         return native_config(
             {
-                "model_type": "qwen2_vl" if self.variant.startswith("qwen2") else "qwen3_vl",
+                **published,
                 "text_config": text,
                 "vision_config": vision,
-                "tie_word_embeddings": tied
-                if self.tie_word_embeddings is None
-                else self.tie_word_embeddings,
+                "tie_word_embeddings": published["tie_word_embeddings"] if tied is None else tied,
                 **marks,
             }
         )
