@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from action_msgs.msg import GoalStatus
 from rclpy.action import ActionServer, CancelResponse, GoalResponse
@@ -28,9 +28,6 @@ from librobot_vlm_ros.core import (
 from librobot_vlm_ros.ros.services.request_conversion import fill_answer, make_request
 from librobot_vlm_ros.ros.services.service_thread import SERVICE_QOS
 from librobot_vlm_ros.runtime.pending_request import busy
-
-if TYPE_CHECKING:
-    from librobot_vlm_ros.ros.node import VlmNode
 
 _CANCEL_SETTLES_S = 2.0
 # rclpy keeps an ended goal, with its image, for 15 minutes: a busy client's would fill the memory.
@@ -72,9 +69,9 @@ def _give_up(handle: Any) -> Any:
 
 
 class GenerateAction:
-    """The action of a node."""
+    """The action of the node, a `VlmNode`."""
 
-    def __init__(self, node: VlmNode) -> None:
+    def __init__(self, node: Any) -> None:
         self._node = node
         self._logger = node.get_logger()
         self._lock = threading.Lock()

@@ -6,7 +6,7 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from librobot_vlm_ros.core import VlmError, as_vlm_error
 from librobot_vlm_ros.models import list_vlms, model_info
@@ -19,23 +19,20 @@ from librobot_vlm_ros.runtime import LoadReport
 from librobot_vlm_ros.runtime.pending_request import busy
 from librobot_vlm_ros.srv import ListModels, Query, SwitchModel
 
-if TYPE_CHECKING:
-    from librobot_vlm_ros.ros.node import VlmNode
-
 #: How long a query waits for images that arrived before it. Only an executor that is held up takes
 #: so long; then the newest image that is there has to do.
 _CATCH_UP_S = 0.2
 
 
 class NodeServices:
-    """The three services of a node.
+    """The three services of the node, a `VlmNode`.
 
     The service thread only decides: what can be refused without a look at the image (the node is
     not active, the queue is full) is answered there, so that a flood costs little; the rest goes to
     a worker thread whose line is as bounded as the engine's queue.
     """
 
-    def __init__(self, node: VlmNode) -> None:
+    def __init__(self, node: Any) -> None:
         self._node = node
         # Images that come with a query are checked and decoded here.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="vlm-requests")
