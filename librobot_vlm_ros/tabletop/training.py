@@ -170,7 +170,7 @@ def batches(stream: FrameStream, size: int) -> Iterator[list[Sample]]:
     yield from loader
 
 
-class _Iterable(torch.utils.data.IterableDataset):  # type: ignore[misc]
+class _Iterable(torch.utils.data.IterableDataset):
     def __init__(self, stream: FrameStream) -> None:
         self.stream = stream
 

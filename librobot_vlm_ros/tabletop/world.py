@@ -119,7 +119,8 @@ def rotation(euler: tuple[float, float, float]) -> np.ndarray:
     rx = np.array([[1, 0, 0], [0, cr, -sr], [0, sr, cr]])
     ry = np.array([[cp, 0, sp], [0, 1, 0], [-sp, 0, cp]])
     rz = np.array([[cy, -sy, 0], [sy, cy, 0], [0, 0, 1]])
-    return rz @ ry @ rx
+    turned: np.ndarray = rz @ ry @ rx
+    return turned
 
 
 def solid(
@@ -174,7 +175,8 @@ def solid(
 def _points(kind: str, data: Path) -> np.ndarray:
     shape = SHAPES[kind]
     if shape.mesh is not None:
-        return _mesh_vertices(str(data / shape.mesh)) * np.array(shape.scale)
+        scaled: np.ndarray = _mesh_vertices(str(data / shape.mesh)) * np.array(shape.scale)
+        return scaled
     return solid(kind, shape.scale)[0]
 
 
