@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,13 +74,12 @@ class Job:
     def fingerprint(self) -> dict[str, Any]:
         """All that the results depend on, in JSON's own types."""
         options = self.options
-        parameters = sorted(options.parameters.items())
         return {
-            "bags": [[str(path.absolute()), _files(path)] for path in options.bags],
+            "bags": [[str(path.absolute()), files_of(path)] for path in options.bags],
             "salvage": options.salvage,
             "parameters": {
                 name: list(value) if isinstance(value, tuple) else value
-                for name, value in parameters
+                for name, value in sorted(options.parameters.items())
             },
             "cameras": dict(sorted(self.cameras.items())),
             "instruction_topic": self.instruction_topic,
@@ -89,10 +89,11 @@ class Job:
         }
 
 
-def _files(path: Path) -> list[list[Any]]:
+def files_of(path: Path) -> list[list[Any]]:
+    """[name, bytes, time of the last change] of each file of a bag."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    stats = [(file.name, file.stat()) for file in files if file.is_file()]
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    stats = {file.name: file.stat() for file in files if file.is_file()}
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()]
 
 
 @contextlib.contextmanager
@@ -139,10 +140,8 @@ def _find_cameras(
     images = {name for name, kind in types.items() if kind in IMAGE_TYPES}
     twins: dict[str, str] = {}
     if not asked:
-        for name in images:
-            raw, _, ending = name.rpartition("/")
-            if ending == "compressed" and raw in images:
-                twins[name] = raw
+        pairs = {f"{raw}/compressed": raw for raw in images}
+        twins = {name: raw for name, raw in pairs.items() if name in images}
         asked = sorted(images - set(twins))
         if not asked:
             raise BagError(
@@ -150,11 +149,11 @@ def _find_cameras(
                 "there is no topic of images: expected sensor_msgs/msg/Image or CompressedImage",
                 f"Topics are: {', '.join(sorted(types)) or 'none at all'}.",
             )
-    pairs = [_pair(entry, types) for entry in asked]
-    free = ["camera"] if len(pairs) == 1 else []  # what the node calls its only camera
     cameras: dict[str, str] = {}
-    for name, topic in pairs:
-        chosen = name or (free[0] if free else _name_of(topic, set(cameras.values())))
+    for entry in asked:
+        name, topic = _pair(entry, types)
+        only = "camera" if len(asked) == 1 else ""  # what the node calls its only camera
+        chosen = name or only or _name_of(topic, cameras.values())
         if topic in cameras or chosen in cameras.values():
             raise RequestError(
                 ErrorCode.BAD_PARAMETER,
@@ -167,36 +166,38 @@ def _find_cameras(
 
 def _pair(entry: str, types: Mapping[str, str]) -> tuple[str, str]:
     name, sign, topic = entry.rpartition("=")
-    topic = topic if topic.startswith("/") else f"/{topic}"
     if sign and not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
         raise RequestError(
             ErrorCode.BAD_PARAMETER, f"{name!r} is no camera name: expected letters, digits and _"
         )
+    return name, _require_topic(topic, types, *IMAGE_TYPES)
+
+
+def _require_topic(topic: str, types: Mapping[str, str], *kinds: str) -> str:
+    """The absolute name of a topic that the bags hold with one of these types."""
+    topic = topic if topic.startswith("/") else f"/{topic}"
     if topic not in types:
         raise BagError(
             ErrorCode.TOPIC_NOT_IN_BAG,
             f"no bag has the topic {topic}",
             f"Topics are: {', '.join(sorted(types)) or 'none at all'}.",
         )
-    if types[topic] not in IMAGE_TYPES:
+    if types[topic] not in kinds:
         raise BagError(
             ErrorCode.WRONG_TYPE,
-            f"topic {topic} holds {types[topic]}, expected one of {', '.join(IMAGE_TYPES)}",
+            f"topic {topic} holds {types[topic]}, expected {' or '.join(kinds)}",
         )
-    return name, topic
+    return topic
 
 
-def _name_of(topic: str, taken: set[str]) -> str:
-    words = [word for word in topic.split("/") if word]
+def _name_of(topic: str, taken: Collection[str]) -> str:
+    words = topic.strip("/").split("/")
     while len(words) > 1 and words[-1] in _ENDINGS:
         words.pop()
     name = "_".join(words)
     name = name if name[:1].isalpha() else f"camera_{name}"
-    number, free = 1, name
-    while free in taken:
-        number += 1
-        free = f"{name}_{number}"
-    return free
+    numbered = (f"{name}_{number}" for number in itertools.count(2))
+    return next(free for free in itertools.chain([name], numbered) if free not in taken)
 
 
 def _find_instruction_topic(types: Mapping[str, str], asked: str | None, node: str) -> str:
@@ -208,22 +209,12 @@ def _find_instruction_topic(types: Mapping[str, str], asked: str | None, node: s
     if asked is None:
         likely = (f"{node}/instruction", "/instruction")
         return next((name for name in likely if types.get(name) == TEXT_TYPE), "")
-    if not asked:
-        return ""
-    name = asked if asked.startswith("/") else f"/{asked}"
-    if name not in types:
-        raise BagError(ErrorCode.TOPIC_NOT_IN_BAG, f"no bag has the topic {name}")
-    if types[name] != TEXT_TYPE:
-        raise BagError(
-            ErrorCode.WRONG_TYPE, f"topic {name} holds {types[name]}, expected {TEXT_TYPE}"
-        )
-    return name
+    return _require_topic(asked, types, TEXT_TYPE) if asked else ""
 
 
 def standing_tasks_under(settings: Settings, text: str, number: int) -> list[StandingTask]:
     """The standing tasks while instruction number `number` is `text`."""
-    from librobot_vlm_ros.ros.engine_config import standing_tasks
-    from librobot_vlm_ros.ros.inputs.instruction import Instruction
+    from librobot_vlm_ros.ros.inputs.instruction import Instruction, standing_tasks
 
     instruction = Instruction(text)
     instruction.number = number

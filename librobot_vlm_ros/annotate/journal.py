@@ -11,12 +11,11 @@ import fcntl
 import json
 import shutil
 import sqlite3
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from librobot_vlm_ros.annotate.plan import FramePlan
+from librobot_vlm_ros.annotate.plan import FramePlan, Key
 from librobot_vlm_ros.bags.writer import disk_full, is_disk_full
 from librobot_vlm_ros.core import BagError, EngineError, ErrorCode
 
@@ -108,9 +107,8 @@ class Journal:
     def clear(self) -> None:
         """Throw everything away and begin anew."""
         self._db.close()
-        for item in self.folder.iterdir():
-            if item.name.startswith(_FILE):
-                item.unlink()
+        for item in self.folder.glob(f"{_FILE}*"):
+            item.unlink()
         self._connect()
 
     def meta(self) -> dict[str, Any]:
@@ -123,7 +121,6 @@ class Journal:
 
     def write_plan(self, frames: Iterable[FramePlan], meta: Callable[[], dict[str, Any]]) -> None:
         """Store the plan: all of it or nothing. `meta` is called after the last frame."""
-
         with self._transaction() as db:
             for statement in _TABLES.split(";"):
                 db.execute(statement)
@@ -175,27 +172,30 @@ class Journal:
 
     def frame_count(self) -> int:
         """Frames of the plan."""
-        return int(self._db.execute("SELECT count(*) FROM frames").fetchone()[0])
+        return self._sum("SELECT count(*) FROM frames")
 
     def done_count(self) -> int:
         """Frames of finished segments."""
-        text = "SELECT coalesce(sum(frames), 0) FROM segments"
+        return self._sum("SELECT coalesce(sum(frames), 0) FROM segments")
+
+    def _sum(self, text: str) -> int:
         return int(self._db.execute(text).fetchone()[0])
 
-    def results_at(self, bag: int, topic: str, stamp_ns: int, nth: int) -> list[tuple[str, bytes]]:
+    def results_at(self, key: Key) -> list[tuple[str, bytes]]:
         """(topic, data) of the results of one frame, in order."""
         text = (
             "SELECT results.topic, data FROM frames JOIN results ON results.frame = frames.number "
             "WHERE bag = ? AND frames.topic = ? AND stamp_ns = ? AND nth = ? ORDER BY place"
         )
-        return self._db.execute(text, (bag, topic, stamp_ns, nth)).fetchall()
+        return self._db.execute(text, key).fetchall()
 
-    def counts(self) -> tuple[Counter[int], Counter[int]]:
-        """Results and bad frames, by error code."""
+    def counts(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Results and bad frames, by the name of their error code."""
+        text = "SELECT code, count(*) FROM {} GROUP BY code ORDER BY code"
 
-        def count(table: str) -> Counter[int]:
-            rows = self._db.execute(f"SELECT code, count(*) FROM {table} GROUP BY code")
-            return Counter(dict(rows.fetchall()))
+        def count(table: str) -> dict[str, int]:
+            rows = self._db.execute(text.format(table))
+            return {ErrorCode(code).name: number for code, number in rows}
 
         return count("results"), count("bad")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from librobot_vlm_ros.annotate.journal import Journal, journal_folder
-from librobot_vlm_ros.annotate.plan import Numbering, in_time_order
+from librobot_vlm_ros.annotate.plan import in_time_order
 from librobot_vlm_ros.bags import BagReader, BagWriter
 from librobot_vlm_ros.bags.writer import BagSummary, Storage
 from librobot_vlm_ros.core import BagError, ErrorCode
@@ -42,17 +42,16 @@ def write_bag(
     folder = journal.folder / "bag"
     if folder.exists():  # of a run that was killed here
         shutil.rmtree(folder)
-    numbering = Numbering()
     written = 0
     with BagWriter(folder / name, storage=storage) as bag:
         left_out = _declare(bag, readers)
         for topic, kind in results.items():
             bag.add_topic(topic, kind)
-        for number, message in in_time_order(readers):
+        for key, message in in_time_order(readers):
             if message.topic in left_out:
                 continue
             bag.write(message.topic, message.stamp_ns, message.data)
-            for topic, data in journal.results_at(*numbering.key(number, message)):
+            for topic, data in journal.results_at(key):
                 bag.write(topic, message.stamp_ns, data)
                 written += 1
         bag.note(_NOTE, json.dumps(note))

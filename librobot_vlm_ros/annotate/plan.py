@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from librobot_vlm_ros.annotate.job import TEXT_TYPE, Job, standing_tasks_under
@@ -39,35 +39,34 @@ class FramePlan(NamedTuple):
     """Indices into the standing tasks."""
 
 
-class Numbering:
-    """Tells messages of one topic and time apart, by their order in the bag."""
-
-    def __init__(self) -> None:
-        self._seen: Counter[tuple[int, str, int]] = Counter()
-
-    def key(self, bag: int, message: BagMessage) -> tuple[int, str, int, int]:
-        """(bag, topic, time, nth): the same on each reading of the bag."""
-        place = (bag, message.topic, message.stamp_ns)
-        nth = self._seen[place]
-        self._seen[place] += 1
-        return (*place, nth)
+Key = tuple[int, str, int, int]
+"""(bag, topic, time, nth message of these) is the same on each reading of the bag."""
 
 
 def in_time_order(
-    readers: Sequence[BagReader], topics: Iterable[str] = ()
-) -> Iterator[tuple[int, BagMessage]]:
-    """(bag, message) of several bags merged by time; of all topics, unless some are named."""
-    wanted = set(topics)
+    readers: Sequence[BagReader], topics: Collection[str] = ()
+) -> Iterator[tuple[Key, BagMessage]]:
+    """Messages of several bags merged by time, with their keys; of all topics, unless some are
+    named.
+    """
+    streams = [keyed_messages(bag, reader, topics) for bag, reader in enumerate(readers)]
+    return heapq.merge(*streams, key=lambda row: (row[1].stamp_ns, row[0][0]))
 
-    def rows(bag: int, reader: BagReader) -> Iterator[tuple[int, int, BagMessage]]:
-        names = [topic.name for topic in reader.topics if not wanted or topic.name in wanted]
-        if names:
-            for message in reader.messages(names):
-                yield message.stamp_ns, bag, message
 
-    streams = [rows(bag, reader) for bag, reader in enumerate(readers)]
-    for _, bag, message in heapq.merge(*streams, key=lambda row: row[:2]):
-        yield bag, message
+def keyed_messages(
+    bag: int,
+    reader: BagReader,
+    topics: Collection[str],
+    start_ns: int | None = None,
+    stop_ns: int | None = None,
+) -> Iterator[tuple[Key, BagMessage]]:
+    """Messages of the bag of number `bag` with their keys, of those named topics that it has."""
+    names = [topic.name for topic in reader.topics if not topics or topic.name in topics]
+    seen: Counter[tuple[str, int]] = Counter()
+    for message in reader.messages(names, start_ns, stop_ns) if names else ():
+        place = (message.topic, message.stamp_ns)
+        yield (bag, *place, seen[place]), message
+        seen[place] += 1
 
 
 class Planner:
@@ -88,55 +87,46 @@ class Planner:
 
     def frames(self) -> Iterator[FramePlan]:
         """The frames in order of time."""
-        topics = [*self._job.cameras, self._job.instruction_topic]
-        numbering = Numbering()
         sequences: Counter[str] = Counter()
         number = 0
-        for bag, message in in_time_order(self._readers, [name for name in topics if name]):
+        topics = {*self._job.cameras, self._job.instruction_topic}
+        for key, message in in_time_order(self._readers, topics):
+            reader = self._readers[key[0]]
             if message.topic == self._job.instruction_topic:
-                self._read_instruction(self._readers[bag], message)
+                self._read_instruction(reader, message)
                 continue
             if message.type not in IMAGE_TYPES:
                 raise BagError(
                     ErrorCode.WRONG_TYPE,
-                    f"topic {message.topic} of {self._readers[bag].path} holds {message.type} "
-                    "among its images",
+                    f"topic {message.topic} of {reader.path} holds {message.type} among its images",
                 )
-            key = numbering.key(bag, message)
             camera = self._job.cameras[message.topic]
             self.images += 1
             sequences[camera] += 1
             tasks = self._due(camera, sequences[camera], _stamp_of(message))
             if tasks:
-                yield FramePlan(
-                    number,
-                    number // SEGMENT_FRAMES,
-                    *key,
-                    camera,
-                    sequences[camera],
-                    len(self.instructions) - 1,
-                    tasks,
-                )
+                place = (number, number // SEGMENT_FRAMES, *key)
+                instruction = len(self.instructions) - 1
+                yield FramePlan(*place, camera, sequences[camera], instruction, tasks)
                 number += 1
 
     def _due(self, camera: str, sequence: int, stamp_ns: int) -> tuple[int, ...]:
         options = self._job.options
-        if (sequence - 1) % options.every:
+        if (sequence - 1) % options.every or not self._passes(options.rate_hz, stamp_ns, camera):
             return ()
-        if options.rate_hz and not self._passes(("",), camera, options.rate_hz, stamp_ns):
-            return ()
-        due = []
-        for index, task in enumerate(self._tasks):
-            if not task.runs_on(camera) or task.idle_reason(None):
-                continue
-            asked = (task.name, task.prompt)  # another instruction is asked at once
-            if not task.rate_hz or self._passes(asked, camera, task.rate_hz, stamp_ns):
-                due.append(index)
-        return tuple(due)
+        return tuple(
+            index
+            for index, task in enumerate(self._tasks)
+            if task.runs_on(camera)
+            and not task.idle_reason(None)
+            # With its prompt: another instruction is asked at once.
+            and self._passes(task.rate_hz, stamp_ns, camera, task.name, task.prompt)
+        )
 
-    def _passes(self, what: tuple[str, ...], camera: str, rate_hz: float, stamp_ns: int) -> bool:
-        gate = self._gates.setdefault((camera, *what), RateGate(round(1e9 / rate_hz)))
-        return gate.passes(stamp_ns)
+    def _passes(self, rate_hz: float, stamp_ns: int, *what: str) -> bool:
+        if not rate_hz:
+            return True
+        return self._gates.setdefault(what, RateGate(round(1e9 / rate_hz))).passes(stamp_ns)
 
     def _read_instruction(self, reader: BagReader, message: BagMessage) -> None:
         try:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,13 @@ from librobot_vlm_ros.annotate.job import (
     Job,
     Options,
     check_tasks,
+    files_of,
     make_job,
     open_bags,
     topic_types,
 )
 from librobot_vlm_ros.annotate.journal import (
     Journal,
-    SegmentDone,
     check_work,
     journal_folder,
     remove_work,
@@ -90,7 +91,7 @@ def annotate(options: Options, console: Console) -> Summary | None:
             try:
                 return _Run(job, results, readers, journal, console).perform()
             except (VlmError, OSError) as error:
-                if not isinstance(error, VlmError) and is_disk_full(error):
+                if isinstance(error, OSError) and is_disk_full(error):
                     error = disk_full(journal.folder, error)
                 if isinstance(error, VlmError) and error.code == ErrorCode.DISK_FULL:
                     raise _with_hint_to_resume(error, journal) from error
@@ -153,19 +154,14 @@ def _is_done_already(job: Job) -> bool:
     if options.resume and is_finished(out, job.fingerprint()):
         remove_work(out)  # there is some where the run before was killed in its last step
         return True
-    if not options.overwrite:
-        raise BagError(
-            ErrorCode.PATH_NOT_ALLOWED,
-            f"{out} exists already" + (" and is of another run" if options.resume else ""),
-            "Choose another path, or replace it with --overwrite.",
-        )
-    if not (out / "metadata.yaml").is_file():
-        raise BagError(
-            ErrorCode.PATH_NOT_ALLOWED,
-            f"{out} is not replaced: it is no bag",
-            "Remove it yourself.",
-        )
-    return False
+    if options.overwrite and (out / "metadata.yaml").is_file():
+        return False
+    if options.overwrite:
+        wrong, hint = f"{out} is not replaced: it is no bag", "Remove it yourself."
+    else:
+        wrong = f"{out} exists already" + (" and is of another run" if options.resume else "")
+        hint = "Choose another path, or replace it with --overwrite."
+    raise BagError(ErrorCode.PATH_NOT_ALLOWED, wrong, hint)
 
 
 def _with_hint_to_resume(error: VlmError, journal: Journal) -> VlmError:
@@ -183,74 +179,83 @@ def _with_hint_to_resume(error: VlmError, journal: Journal) -> VlmError:
     )
 
 
+@dataclasses.dataclass
 class _Run:
     """The work itself, with its journal open."""
 
-    def __init__(
-        self,
-        job: Job,
-        results: dict[str, str],
-        readers: Sequence[BagReader],
-        journal: Journal,
-        console: Console,
-    ) -> None:
-        self._job = job
-        self._results = results
-        """Topic -> type of what is added."""
-        self._readers = readers
-        self._journal = journal
-        self._console = console
-        self._began_s = time.monotonic()
-        self._model: LoadReport | None = None
-        self._total = self._resumed = 0
+    job: Job
+    results: dict[str, str]
+    """Topic -> type of what is added."""
+    readers: Sequence[BagReader]
+    journal: Journal
+    console: Console
+    began_s: float = dataclasses.field(default_factory=time.monotonic)
+    model: LoadReport | None = None
 
     def perform(self) -> Summary:
         """Plan, answer, write the bag."""
-        out, journal = self._job.options.out, self._journal
+        out, journal = self.job.options.out, self.journal
         plan = self._plan()
-        self._total, self._resumed = journal.frame_count(), journal.done_count()
-        self._console.stage(
-            f"{self._total} of {plan['images']} frames to annotate"
-            + (f", {self._resumed} done before" if self._resumed else "")
+        total, resumed = journal.frame_count(), journal.done_count()
+        self.console.stage(
+            f"{total} of {plan['images']} frames to annotate"
+            + (f", {resumed} done before" if resumed else "")
         )
         self._warn_of_space()
-        if self._resumed < self._total:
-            for done in self._segments([(text, number) for text, number in plan["instructions"]]):
-                journal.commit(done)
-        model_s = time.monotonic() - self._began_s
-        self._console.stage(f"writing {out}")
+        if resumed < total:
+            self._answer(plan["instructions"], total, resumed)
+        model_s = time.monotonic() - self.began_s
+        self.console.stage(f"writing {out}")
         written, left_out = write_bag(
             journal,
-            self._readers,
-            self._results,
-            self._job.options.storage or storage_of(self._readers[0]),
-            {"fingerprint": self._job.fingerprint(), "model": self._model_used()},
+            self.readers,
+            self.results,
+            self.job.options.storage or storage_of(self.readers[0]),
+            {"fingerprint": self.job.fingerprint(), "model": self._model_used()},
             out.absolute().name,
         )
         put_in_place(out, out.absolute().name)
-        summary = self._summary(dict(written.counts), left_out, model_s)
+        results, bad = journal.counts()
+        good = results.pop("OK", 0)
+        self._warn_of_faults(left_out, results, bad)
         remove_work(out)
-        return summary
+        return Summary(
+            out=str(out),
+            bags=[str(path) for path in self.job.options.bags],
+            model=self._model_used(),
+            frames=total,
+            resumed_frames=resumed,
+            bad_frames=sum(bad.values()),
+            bad_frames_by_code=bad,
+            results=good + sum(results.values()),
+            failed_results=sum(results.values()),
+            failed_results_by_code=results,
+            topics=dict(written.counts),
+            left_out=left_out,
+            lost={str(reader.path): reader.lost for reader in self.readers if reader.lost},
+            model_s=round(model_s, 3),
+            seconds=round(time.monotonic() - self.began_s, 3),
+        )
 
     def _plan(self) -> dict[str, Any]:
         """The plan's meta data: of an unfinished run of the same job, or of a new plan."""
-        asked, journal = self._job.fingerprint(), self._journal
+        asked, journal = self.job.fingerprint(), self.journal
         meta = journal.meta()
         different = [name for name in asked if meta.get("fingerprint", {}).get(name) != asked[name]]
         # A run that ended before its first frames, for want of weights say, is in nobody's way.
-        if meta and not (different and journal.done_count() == 0):
+        if meta and (not different or journal.done_count()):
             if different:
                 raise BagError(
                     ErrorCode.PATH_NOT_ALLOWED,
                     f"{journal.folder} holds an unfinished run with other {', '.join(different)}",
                     "Give the arguments of that run to go on, or --overwrite to begin anew.",
                 )
-            self._console.line(f"going on with the unfinished run in {journal.folder}")
+            self.console.line(f"going on with the unfinished run in {journal.folder}")
             return meta
-        bags = ", ".join(str(path) for path in self._job.options.bags)
-        self._console.stage(f"looking through {bags}")
+        bags = ", ".join(str(path) for path in self.job.options.bags)
+        self.console.stage(f"looking through {bags}")
         journal.clear()
-        planner = Planner(self._job, self._readers)
+        planner = Planner(self.job, self.readers)
 
         def found() -> dict[str, Any]:
             return {
@@ -261,7 +266,7 @@ class _Run:
 
         journal.write_plan(planner.frames(), found)
         for problem in planner.problems[:_SHOWN]:
-            self._console.warn(problem)
+            self.console.warn(problem)
         if planner.images and not journal.frame_count():
             raise RequestError(
                 ErrorCode.EMPTY_PROMPT,
@@ -271,54 +276,50 @@ class _Run:
         return found()
 
     def _warn_of_space(self) -> None:
-        files = [
-            file
-            for reader in self._readers
-            for file in ([reader.path] if reader.path.is_file() else reader.path.iterdir())
-        ]
-        needed = sum(file.stat().st_size for file in files if file.is_file())
-        free = shutil.disk_usage(self._job.options.out.absolute().parent).free
+        needed = sum(size for path in self.job.options.bags for _, size, _ in files_of(path))
+        free = shutil.disk_usage(self.job.options.out.absolute().parent).free
         if free < needed:
-            self._console.warn(
+            self.console.warn(
                 f"{free / 1e9:.1f} GB are free for a bag that will have about {needed / 1e9:.1f} GB"
             )
 
-    def _segments(self, instructions: list[tuple[str, int]]) -> Iterator[SegmentDone]:
-        """Finished segments, with progress and an estimate of the time left."""
+    def _answer(self, instructions: list[list[Any]], total: int, resumed: int) -> None:
+        """Answer and store the open segments, with progress and an estimate of the time left."""
         began_s = 0.0
 
         def on_model(report: LoadReport) -> None:
             nonlocal began_s
-            if self._model is None:
+            if self.model is None:
                 from librobot_vlm_ros.ros.model_loading import loaded_text
 
-                self._model, began_s = report, time.monotonic()
-                self._console.line(loaded_text(report))
+                self.model, began_s = report, time.monotonic()
+                self.console.line(loaded_text(report))
 
-        with self._console.progress(self._total, "frames") as progress:
-            progress.done = self._resumed
+        def on_frames(more: int) -> None:
+            now = progress.done + more
+            rate = (now - resumed) / max(1e-6, time.monotonic() - began_s)
+            left = datetime.timedelta(seconds=round((total - now) / rate)) if rate else None
+            progress.step(f"{rate:.1f}/s, {left} left" if rate else "", to=now)
 
-            def on_frames(more: int) -> None:
-                now = progress.done + more
-                rate = (now - self._resumed) / max(1e-6, time.monotonic() - began_s)
-                left_s = (self._total - now) / rate if rate else 0.0
-                progress.step(f"{rate:.1f}/s, {_clock(left_s)} left" if rate else "", to=now)
-
-            numbers = self._journal.open_segments()
-            todo = ((number, self._journal.frames_of(number)) for number in numbers)
-            # More than there are segments would load the model for nothing.
-            workers = min(self._job.options.workers, len(numbers))
-            told = (on_model, on_frames)
+        numbers = self.journal.open_segments()
+        todo = ((number, self.journal.frames_of(number)) for number in numbers)
+        # More than there are segments would load the model for nothing.
+        workers = min(self.job.options.workers, len(numbers))
+        texts = [(text, number) for text, number in instructions]
+        with self.console.progress(total, "frames") as progress:
+            progress.done = resumed
             if workers > 1:
-                yield from run_in_processes(workers, self._job, instructions, todo, *told)
+                done = run_in_processes(workers, self.job, texts, todo, on_model, on_frames)
             else:
-                yield from run_here(self._job, self._readers, instructions, todo, *told)
+                done = run_here(self.job, self.readers, texts, todo, on_model, on_frames)
+            for segment in done:
+                self.journal.commit(segment)
 
     def _model_used(self) -> dict[str, str]:
         """Which model answered, as far as this run knows."""
-        model = self._model
+        model = self.model
         if model is None:  # all frames were done before
-            return {"name": self._job.options.parameters["model"]}
+            return {"name": self.job.options.parameters["model"]}
         return {
             "name": model.model,
             "revision": model.revision,
@@ -326,42 +327,17 @@ class _Run:
             "dtype": model.dtype,
         }
 
-    def _summary(self, topics: dict[str, int], left_out: dict[str, str], model_s: float) -> Summary:
-        """Count what was done, and show the faults."""
-        options, console = self._job.options, self._console
-        results, bad = (dict(sorted(one.items())) for one in self._journal.counts())
-        good = results.pop(0, 0)
-        failed, bad_frames = sum(results.values()), sum(bad.values())
-        failed_by_code = {ErrorCode(code).name: count for code, count in results.items()}
+    def _warn_of_faults(
+        self, left_out: dict[str, str], failed: dict[str, int], bad: dict[str, int]
+    ) -> None:
+        """`failed`: results that are errors, by their code; `bad`: frames, by theirs."""
+        warn = self.console.warn
         for topic, reason in left_out.items():
-            console.warn(f"{topic} is not in {options.out}: {reason}")
-        for topic, stamp_ns, text in self._journal.bad_frames(_SHOWN):
-            console.warn(f"bad frame on {topic} at {stamp_ns}: {text}")
-        if bad_frames > _SHOWN:
-            console.warn(f"{bad_frames} bad frames in all")
+            warn(f"{topic} is not in {self.job.options.out}: {reason}")
+        for topic, stamp_ns, text in self.journal.bad_frames(_SHOWN):
+            warn(f"bad frame on {topic} at {stamp_ns}: {text}")
+        if sum(bad.values()) > _SHOWN:
+            warn(f"{sum(bad.values())} bad frames in all")
         if failed:
-            codes = ", ".join(f"{name} {count}" for name, count in failed_by_code.items())
-            console.warn(f"{failed} results are errors: {codes}")
-        return Summary(
-            out=str(options.out),
-            bags=[str(path) for path in options.bags],
-            model=self._model_used(),
-            frames=self._total,
-            resumed_frames=self._resumed,
-            bad_frames=bad_frames,
-            bad_frames_by_code={ErrorCode(code).name: count for code, count in bad.items()},
-            results=good + failed,
-            failed_results=failed,
-            failed_results_by_code=failed_by_code,
-            topics=topics,
-            left_out=left_out,
-            lost={str(reader.path): reader.lost for reader in self._readers if reader.lost},
-            model_s=round(model_s, 3),
-            seconds=round(time.monotonic() - self._began_s, 3),
-        )
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"
+            codes = ", ".join(f"{name} {count}" for name, count in failed.items())
+            warn(f"{sum(failed.values())} results are errors: {codes}")

@@ -8,6 +8,7 @@ is published. There is no node and no middleware.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import multiprocessing
 import os
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from librobot_vlm_ros.annotate.job import Job, check_tasks, open_bags, standing_tasks_under
 from librobot_vlm_ros.annotate.journal import BadFrame, ResultRow, SegmentDone
-from librobot_vlm_ros.annotate.plan import FramePlan, Numbering
+from librobot_vlm_ros.annotate.plan import FramePlan, keyed_messages
 from librobot_vlm_ros.bags import BagMessage, BagReader, package_typestore
 from librobot_vlm_ros.core import (
     BagError,
@@ -31,6 +32,7 @@ from librobot_vlm_ros.core import (
     VlmError,
     as_vlm_error,
 )
+from librobot_vlm_ros.replay.message_types import IMAGE_TYPES
 
 if TYPE_CHECKING:
     from librobot_vlm_ros.runtime.loader import LoadReport
@@ -44,25 +46,24 @@ OnModel = Callable[["LoadReport"], None]
 #: Told of frames that were done since it was told last.
 OnFrames = Callable[[int], None]
 
-_COMPRESSED = "sensor_msgs/msg/CompressedImage"
 _END_S = 5.0
 
 
 # -- result messages without a node
 
 
+@dataclasses.dataclass
 class _RecordedTopic:
     """Stands for a publisher: appends what is published to `published`."""
 
-    def __init__(self, topic: str, kind: Any, published: list[tuple[str, bytes]]) -> None:
-        self.topic = topic
-        self.type = f"{kind.__module__.partition('.')[0]}/msg/{kind.__name__}"
-        self._published = published
+    topic: str
+    type: str
+    published: list[tuple[str, bytes]]
 
     def publish(self, message: Any) -> None:
         from rclpy.serialization import serialize_message
 
-        self._published.append((self.topic, bytes(serialize_message(message))))
+        self.published.append((self.topic, bytes(serialize_message(message))))
 
     def get_subscription_count(self) -> int:
         """1 where a bag can hold such messages: detections are built for subscribers only."""
@@ -80,11 +81,10 @@ class ResultRecorder:
         self._topics: list[_RecordedTopic] = []
         self._publisher = ResultPublisher(self, lambda: min_score)
 
-    def create_publisher(
-        self, kind: Any, name: str, _profile: Any, **_options: Any
-    ) -> _RecordedTopic:
+    def create_publisher(self, kind: Any, name: str, *_: Any, **_options: Any) -> _RecordedTopic:
         """As rclpy's node has it."""
-        topic = _RecordedTopic(name.replace("~", self._node, 1), kind, self._published)
+        type_name = f"{kind.__module__.partition('.')[0]}/msg/{kind.__name__}"
+        topic = _RecordedTopic(name.replace("~", self._node, 1), type_name, self._published)
         self._topics.append(topic)
         return topic
 
@@ -132,8 +132,7 @@ class _SegmentWorker:
 
     def run(self, number: int, plan: Sequence[FramePlan], on_frames: OnFrames) -> SegmentDone:
         """Answer the frames of one segment."""
-        results: list[ResultRow] = []
-        bad: list[BadFrame] = []
+        done = SegmentDone(number, len(plan), [], [])
         waiting: list[tuple[FramePlan, Frame]] = []
         read = 0
         for item, message in self._messages(plan):
@@ -142,26 +141,24 @@ class _SegmentWorker:
                 waiting.append((item, self._frame(item, message)))
             except Exception as error:
                 coded = as_vlm_error(error)
-                bad.append(BadFrame(item.number, int(coded.code), str(coded)))
+                done.bad.append(BadFrame(item.number, int(coded.code), str(coded)))
             if len(waiting) >= self._settings.max_batch:
-                self._answer_all(waiting, results)
+                self._answer(waiting, done.results)
                 on_frames(read)
                 waiting, read = [], 0
-        self._answer_all(waiting, results)
+        self._answer(waiting, done.results)
         on_frames(read)
-        return SegmentDone(number, len(plan), results, bad)
+        return done
 
     def _messages(self, plan: Sequence[FramePlan]) -> Iterator[tuple[FramePlan, BagMessage]]:
         for bag in sorted({item.bag for item in plan}):
             wanted = {(i.bag, i.topic, i.stamp_ns, i.nth): i for i in plan if i.bag == bag}
-            first = min(item.stamp_ns for item in wanted.values())
-            last = max(item.stamp_ns for item in wanted.values())
-            numbering = Numbering()
             topics = {item.topic for item in wanted.values()}
-            for message in self._readers[bag].messages(topics, first, last + 1):
-                item = wanted.pop(numbering.key(bag, message), None)
-                if item is not None:
-                    yield item, message
+            times_ns = [item.stamp_ns for item in wanted.values()]
+            span_ns = min(times_ns), max(times_ns) + 1
+            for key, message in keyed_messages(bag, self._readers[bag], topics, *span_ns):
+                if key in wanted:
+                    yield wanted.pop(key), message
             if wanted:
                 raise BagError(
                     ErrorCode.BAG_UNREADABLE,
@@ -174,28 +171,39 @@ class _SegmentWorker:
         from librobot_vlm_ros.ros.inputs.camera import frame_from_message, read_image
 
         return frame_from_message(
-            read_image(message.data, compressed=message.type == _COMPRESSED),
+            read_image(message.data, compressed=message.type != IMAGE_TYPES[0]),
             item.camera,
             sequence=item.sequence,
             received_ns=time.monotonic_ns(),
             allow_depth=self._settings.allow_depth,
         )
 
-    def _answer_all(
-        self, frames: Sequence[tuple[FramePlan, Frame]], results: list[ResultRow]
-    ) -> None:
+    def _answer(self, frames: Sequence[tuple[FramePlan, Frame]], results: list[ResultRow]) -> None:
         """Ask task by task: requests of one task make the best batches, and the model caches the
         features of these frames for the next task.
         """
-        for index in sorted({index for item, _ in frames for index in item.tasks}):
-            asked = [
-                (item.number, self._request(item, index, frame))
-                for item, frame in frames
-                if index in item.tasks
-            ]
-            self._answer(asked, results)
+        from librobot_vlm_ros.runtime.batch_executor import run_batch
+        from librobot_vlm_ros.runtime.pending_request import PendingRequest, make_result
 
-    def _request(self, item: FramePlan, index: int, frame: Frame) -> InferenceRequest:
+        for index in sorted({index for item, _ in frames for index in item.tasks}):
+            if self._should_cancel():
+                raise KeyboardInterrupt
+            asked = [pair for pair in frames if index in pair[0].tasks]
+            batch = [PendingRequest(self._request(index, *pair)) for pair in asked]
+            outcomes = run_batch(self._backend, batch).outcomes
+            for (item, frame), pending, outcome in zip(asked, batch, outcomes, strict=True):
+                result = make_result(
+                    pending.request,
+                    outcome,
+                    model=self.report,
+                    now_ns=time.monotonic_ns(),
+                    batch_size=len(batch),
+                )
+                for topic, data in self._recorder.messages(result, frame):
+                    row = ResultRow(item.number, len(results), topic, result.error_code, data)
+                    results.append(row)
+
+    def _request(self, index: int, item: FramePlan, frame: Frame) -> InferenceRequest:
         task = self._tasks[item.instruction][index]
         return InferenceRequest(
             request_id=f"{task.name}@{item.camera}#{item.sequence}",
@@ -205,26 +213,6 @@ class _SegmentWorker:
             params=task.params,
             instruction_id=task.instruction_id,
         )
-
-    def _answer(
-        self, batch: Sequence[tuple[int, InferenceRequest]], results: list[ResultRow]
-    ) -> None:
-        from librobot_vlm_ros.runtime.batch_executor import run_batch
-        from librobot_vlm_ros.runtime.pending_request import PendingRequest, make_result
-
-        if self._should_cancel():
-            raise KeyboardInterrupt
-        run = run_batch(self._backend, [PendingRequest(request) for _, request in batch])
-        for (number, request), outcome in zip(batch, run.outcomes, strict=True):
-            result = make_result(
-                request,
-                outcome,
-                model=self.report,
-                now_ns=time.monotonic_ns(),
-                batch_size=len(batch),
-            )
-            for topic, data in self._recorder.messages(result, request.frame):
-                results.append(ResultRow(number, len(results), topic, result.error_code, data))
 
 
 # -- one process, or several
@@ -259,17 +247,16 @@ def run_in_processes(
     this ends, the processes end too; they notice by themselves when this one is gone.
     """
     context = multiprocessing.get_context("spawn")  # a fork of a process with torch in it hangs
+    cores = max(1, (os.cpu_count() or 1) // count)
     processes: dict[Connection, Any] = {}
     try:
-        with _shared_cores(count):
-            for _ in range(count):
-                here, there = context.Pipe()
-                process = context.Process(
-                    target=_work, args=(there, job, list(instructions)), daemon=True
-                )
-                process.start()
-                there.close()  # so that its end is noticed
-                processes[here] = process
+        for _ in range(count):
+            here, there = context.Pipe()
+            words = (there, job, list(instructions), cores)
+            process = context.Process(target=_work, args=words, daemon=True)
+            process.start()
+            there.close()  # so that its end is noticed
+            processes[here] = process
         yield from _collect(processes, segments, on_model, on_frames)
     finally:
         for process in processes.values():
@@ -319,41 +306,22 @@ def _killed(process: Any) -> VlmError:
     )
 
 
-@contextlib.contextmanager
-def _shared_cores(count: int) -> Iterator[None]:
-    """Let each process started inside use its share of the cores, unless the user set it."""
-    name = "OMP_NUM_THREADS"
-    if name in os.environ:
-        yield
-        return
-    os.environ[name] = str(max(1, (os.cpu_count() or 1) // count))
-    try:
-        yield
-    finally:
-        del os.environ[name]
-
-
-def _work(pipe: Connection, job: Job, instructions: Instructions) -> None:
+def _work(pipe: Connection, job: Job, instructions: Instructions, cores: int) -> None:
     """A worker process: answer the segments that come through the pipe, until None comes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent ends this one
+    os.environ.setdefault("OMP_NUM_THREADS", str(cores))  # read when torch is imported
     parent = multiprocessing.parent_process()
-
-    def orphaned() -> bool:
-        return parent is not None and not parent.is_alive()
-
-    def on_frames(count: int) -> None:
-        pipe.send(("frames", count))
-
+    assert parent is not None
     try:
         with open_bags(job.options.bags, salvage=job.options.salvage) as readers:
-            worker = _SegmentWorker(job, readers, instructions, orphaned)
+            worker = _SegmentWorker(job, readers, instructions, lambda: not parent.is_alive())
             pipe.send(("model", worker.report))
             while (segment := pipe.recv()) is not None:
                 number, plan = segment
-                pipe.send(("done", worker.run(number, plan, on_frames)))
+                done = worker.run(number, plan, lambda frames: pipe.send(("frames", frames)))
+                pipe.send(("done", done))
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         return  # nobody waits for it any more
     except Exception as error:
-        coded = as_vlm_error(error)
         with contextlib.suppress(OSError):
-            pipe.send(("error", coded))
+            pipe.send(("error", as_vlm_error(error)))

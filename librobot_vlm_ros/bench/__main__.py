@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-_EPILOG = """\
+EPILOG = """\
 Both sides get the same inputs in turns; what counts is the ratio. The folder OUT gets summary.json,
 a table and a plot. Exit code 1 when a row failed or tokens differ in full precision.
 
@@ -21,7 +21,7 @@ Examples:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options, shared with `librobot-vlm bench`."""
-    parser.epilog = _EPILOG
+    parser.epilog = EPILOG
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument(
         "--out",

@@ -23,7 +23,7 @@ from librobot_vlm_ros.bench.models import published_settings, qwen_with_tokenize
 from librobot_vlm_ros.core import Frame, GenerationParams, InferenceRequest, ModelAnswer
 from librobot_vlm_ros.models import create_vlm
 from librobot_vlm_ros.models.families.florence2.processor import FLORENCE_TASKS, build_prompt
-from librobot_vlm_ros.models.families.preprocess import (
+from librobot_vlm_ros.models.inputs.preprocess import (
     ImageSettings,
     Resizing,
     normalise,

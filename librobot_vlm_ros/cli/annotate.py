@@ -7,7 +7,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from librobot_vlm_ros.cli.arguments import (
     add_model_arguments,
@@ -30,7 +30,7 @@ _PARAMETERS = (
 
 SUMMARY = "run a model over recorded bags: originals and results into a new bag"
 
-_EPILOG = """\
+EPILOG = """\
 Every frame of the image topics, raw or compressed, is given to the model, batched and without ROS
 in between. The new bag holds the original topics and, at each frame's time, the messages that the
 live node would publish: /vlm/caption, /vlm/grounding, /vlm/embedding under the frame's own header.
@@ -50,14 +50,13 @@ Examples:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments and help."""
-    parser.epilog = _EPILOG
     parser.usage = "librobot-vlm annotate IN_BAG [IN_BAG ...] OUT_BAG --tasks TASK [TASK ...]"
-    parser.add_argument(
-        "bags", type=Path, nargs="+", metavar="BAG", help="bags to read, and last the one to write"
-    )
-    parser.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="what to ask")
+    add = parser.add_argument
+    add("bags", type=Path, nargs="+", metavar="BAG", help="bags to read, and last the one to write")
+    add("--tasks", nargs="+", required=True, metavar="TASK", help="what to ask")
     frames = parser.add_argument_group("frames")
-    frames.add_argument(
+    add = frames.add_argument
+    add(
         "--topics",
         nargs="+",
         default=(),
@@ -77,39 +76,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="HZ",
         help="at most HZ frames of a camera per second of its stamps",
     )
-    frames.add_argument("--instruction", default="", help="what tasks look for from the beginning")
-    frames.add_argument(
+    add("--instruction", default="", help="what tasks look for from the beginning")
+    add(
         "--instruction-topic",
         metavar="T",
         help="std_msgs/String in the bag that changes it (default: NODE/instruction or "
         "/instruction, where the bag has one; '' for none)",
     )
-    frames.add_argument(
+    add(
         "--salvage",
         action="store_true",
         help="read what is whole of a bag that is cut off or damaged",
     )
-    _configure_model(parser.add_argument_group("model"))
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--storage", choices=("mcap", "db3"), help="of the new bag (default: as the first bag's)"
-    )
-    add_node_argument(output, "names the result topics")
-    output.add_argument(
-        "--overwrite", action="store_true", help="begin anew and replace OUT_BAG if there is one"
-    )
-    output.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on with an unfinished run (also the default); fine when it is finished",
-    )
-    output.add_argument("--json", action="store_true", help="print the summary as JSON")
-
-
-def _configure_model(model: Any) -> None:
+    model = parser.add_argument_group("model")
     add_model_arguments(model)
-    model.add_argument("--model-config", default="", metavar="JSON", help="the model's settings")
-    model.add_argument(
+    add = model.add_argument
+    add("--model-config", default="", metavar="JSON", help="the model's settings")
+    add(
         "--batch",
         dest="max_batch",
         type=at_least_one,
@@ -117,13 +100,11 @@ def _configure_model(model: Any) -> None:
         metavar="N",
         help="frames at once (default 8)",
     )
-    model.add_argument("--max-new-tokens", type=count, default=0, metavar="N", help="length limit")
-    model.add_argument("--num-beams", type=count, default=0, metavar="N", help="of the decoding")
-    model.add_argument(
-        "--min-score", type=float, default=0.0, metavar="P", help="leave out regions below P"
-    )
-    model.add_argument("--allow-depth", action="store_true", help="take depth images as grey ones")
-    model.add_argument(
+    add("--max-new-tokens", type=count, default=0, metavar="N", help="length limit")
+    add("--num-beams", type=count, default=0, metavar="N", help="of the decoding")
+    add("--min-score", type=float, default=0.0, metavar="P", help="leave out regions below P")
+    add("--allow-depth", action="store_true", help="take depth images as grey ones")
+    add(
         "--workers",
         type=_workers,
         default=1,
@@ -131,6 +112,17 @@ def _configure_model(model: Any) -> None:
         help="processes, each with the model (default 1, at most 64; never more than there are "
         "segments of frames to do)",
     )
+    output = parser.add_argument_group("output")
+    add = output.add_argument
+    add("--storage", choices=("mcap", "db3"), help="of the new bag (default: as the first bag's)")
+    add_node_argument(output, "names the result topics")
+    add("--overwrite", action="store_true", help="begin anew and replace OUT_BAG if there is one")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on with an unfinished run (also the default); fine when it is finished",
+    )
+    add("--json", action="store_true", help="print the summary as JSON")
 
 
 def _workers(text: str) -> int:

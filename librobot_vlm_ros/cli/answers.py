@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from librobot_vlm_ros.console import Console
 
-Box = tuple[float, float, float, float]
-"""x_min, y_min, x_max, y_max in pixels."""
+if TYPE_CHECKING:
+    from librobot_vlm_ros.core import Region
 
 
-def print_answer(
-    text: str, regions: Sequence[tuple[str, float, Box]], embedding: str, note: str
-) -> None:
-    """Print regions (label, score, box), else the text, else the embedding's description; `note`
-    goes to stderr.
-    """
+def print_answer(text: str, regions: Sequence[Region], embedding: str, note: str) -> None:
+    """Print regions, else the text, else the embedding's description; `note` goes to stderr."""
     if regions:
         rows = [
-            (label, "-" if math.isnan(score) else f"{score:.2f}", *(f"{edge:.1f}" for edge in box))
-            for label, score, box in regions
+            (
+                region.label,
+                "-" if math.isnan(region.score) else f"{region.score:.2f}",
+                *(f"{edge:.1f}" for edge in region.box),
+            )
+            for region in regions
         ]
         header = ("label", "score", "x_min", "y_min", "x_max", "y_max")
         Console().table(rows, header=header, right="lrrrrr")
@@ -31,16 +31,17 @@ def print_answer(
     print(f"({note})", file=sys.stderr)
 
 
-def region_as_dict(
-    label: str, score: float, box: Box, polygon: Iterable[tuple[float, float]]
-) -> dict[str, Any]:
-    """A region for JSON."""
-    return {
-        "label": label,
-        "score": number_or_none(score),
-        "box": list(box),
-        "polygon": [list(point) for point in polygon],
-    }
+def regions_as_dicts(regions: Sequence[Region]) -> list[dict[str, Any]]:
+    """Regions for JSON."""
+    return [
+        {
+            "label": region.label,
+            "score": number_or_none(region.score),
+            "box": list(region.box),
+            "polygon": [list(point) for point in region.polygon],
+        }
+        for region in regions
+    ]
 
 
 def describe_embedding(dtype: str, shape: Sequence[int]) -> str:

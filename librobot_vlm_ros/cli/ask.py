@@ -12,7 +12,7 @@ from librobot_vlm_ros.cli.answers import (
     describe_embedding,
     number_or_none,
     print_answer,
-    region_as_dict,
+    regions_as_dicts,
 )
 from librobot_vlm_ros.cli.arguments import add_model_arguments, add_region_argument, count
 from librobot_vlm_ros.console import log_on_stderr
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "ask a model about a picture: the answer in the terminal, and drawn beside the picture"
 
-_EPILOG = """\
+EPILOG = """\
 The answer stands in IMAGE.answer.png too: boxes, polygons, labels, scores, text. No ROS is needed.
 Pictures are turned as their EXIF says; boxes are pixels of the upright picture.
 
@@ -36,17 +36,15 @@ Examples:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments and help."""
-    parser.epilog = _EPILOG
-    parser.add_argument("image", type=Path, metavar="IMAGE", help="JPEG, PNG, WebP, BMP, TIFF, ...")
-    parser.add_argument("text", nargs="?", default="", help="text, for tasks that need one")
-    parser.add_argument("--task", default="caption", help="default caption; `models` lists them")
+    add = parser.add_argument
+    add("image", type=Path, metavar="IMAGE", help="JPEG, PNG, WebP, BMP, TIFF, ...")
+    add("text", nargs="?", default="", help="text, for tasks that need one")
+    add("--task", default="caption", help="default caption; `models` lists them")
     add_model_arguments(parser)
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="where to draw (default IMAGE.answer.png)"
-    )
+    add("--out", type=Path, metavar="FILE", help="where to draw (default IMAGE.answer.png)")
     add_region_argument(parser)
-    parser.add_argument("--max-new-tokens", type=count, default=0, metavar="N", help="length limit")
-    parser.add_argument("--json", action="store_true", help="print the answer as JSON")
+    add("--max-new-tokens", type=count, default=0, metavar="N", help="length limit")
+    add("--json", action="store_true", help="print the answer as JSON")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -154,10 +152,7 @@ def _as_dict(
     return {
         "text": answer.text,
         "score": number_or_none(answer.score),
-        "regions": [
-            region_as_dict(region.label, region.score, region.box, region.polygon)
-            for region in answer.regions
-        ],
+        "regions": regions_as_dicts(answer.regions),
         "malformed": answer.malformed,
         "embedding": None if found is None else found.array.tolist(),
         "image_width": frame.width,
@@ -180,7 +175,7 @@ def _print(vlm: Any, request: InferenceRequest, answer: ModelAnswer, out: Path) 
     found = answer.embedding
     print_answer(
         answer.text if request.spec.output == "text" else "",
-        [(region.label, region.score, region.box) for region in answer.regions],
+        answer.regions,
         "" if found is None else describe_embedding(str(found.array.dtype), found.array.shape),
         f"{vlm.name} on {vlm.device} in {vlm.dtype}, {request.task}, "
         f"{answer.preprocess_s + answer.inference_s:.3f} s; drawn: {out}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from librobot_vlm_ros.bench.__main__ import EPILOG as EPILOG
 from librobot_vlm_ros.bench.__main__ import configure as configure
 from librobot_vlm_ros.bench.__main__ import run
 

@@ -11,7 +11,7 @@ from librobot_vlm_ros.console import log_on_stderr
 
 SUMMARY = "write a checkpoint anew in transformers' native layout, and prove it equal"
 
-_EPILOG = """\
+EPILOG = """\
 SOURCE is a folder (official or native layout), a hub id (owner/name or owner/name@revision), or a
 registered model. OUT holds safetensors, tokenizer and image settings; the node loads it by
 weights:=OUT, and so does transformers' own from_pretrained. It is written as OUT.partial, loaded
@@ -26,18 +26,14 @@ Examples:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments and help."""
-    parser.epilog = _EPILOG
-    parser.add_argument("source", metavar="SOURCE", help="folder, hub id or registered model")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
-    parser.add_argument("--model", default="", help="the registered model it is, if not obvious")
-    parser.add_argument(
-        "--dtype", default="", help="float32, float16, bfloat16 (default: as it is stored)"
-    )
-    parser.add_argument(
-        "--adapter", type=Path, metavar="FOLDER", help="merge this LoRA of peft into the weights"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
-    parser.add_argument("--json", action="store_true", help="print what was written as JSON")
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="folder, hub id or registered model")
+    add("out", type=Path, metavar="OUT", help="folder to write")
+    add("--model", default="", help="the registered model it is, if not obvious")
+    add("--dtype", default="", help="float32, float16, bfloat16 (default: as it is stored)")
+    add("--adapter", type=Path, metavar="FOLDER", help="merge this LoRA of peft into the weights")
+    add("--overwrite", action="store_true", help="replace OUT if it is there")
+    add("--json", action="store_true", help="print what was written as JSON")
 
 
 def main(args: argparse.Namespace) -> int:

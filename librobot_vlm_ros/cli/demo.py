@@ -9,7 +9,7 @@ from librobot_vlm_ros.cli.arguments import positive
 
 SUMMARY = "run the node on the bag that ships, ask it questions, and write a report"
 
-_EPILOG = """\
+EPILOG = """\
 The node runs as a process of its own in a ROS domain of its own; nothing leaves this machine, and
 the node is ended whatever happens. In the folder OUT it leaves:
 
@@ -25,23 +25,17 @@ every question got an answer.
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments and help."""
-    parser.epilog = _EPILOG
-    parser.add_argument(
-        "--out", type=Path, default=Path("build/demo"), help="folder to write (default build/demo)"
-    )
-    parser.add_argument(
-        "--model", default="florence-2-tabletop", help="default florence-2-tabletop, which ships"
-    )
-    parser.add_argument("--bag", type=Path, help="another bag than the one that ships")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("build/demo"), help="folder to write (default build/demo)")
+    add("--model", default="florence-2-tabletop", help="default florence-2-tabletop, which ships")
+    add("--bag", type=Path, help="another bag than the one that ships")
+    add(
         "--image-topic",
         default="/camera/image_raw",
         metavar="T",
         help="topic of its frames, raw or .../compressed (default /camera/image_raw)",
     )
-    parser.add_argument(
-        "--rate", type=positive, default=1.0, metavar="R", help="at most R times the bag's speed"
-    )
+    add("--rate", type=positive, default=1.0, metavar="R", help="at most R times the bag's speed")
 
 
 def main(args: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "look at Python, torch, GPU, ROS, shared memory, weights; say what to mend"
 
-_EPILOG = """\
+EPILOG = """\
 Each line is ok, a warning (works, but not as well as it could) or a problem (does not work), the
 last two with the fix. Exit code 1 when there is a problem. Nothing is downloaded or changed, ROS
 need not be there. The NaN probe asks the chosen model about a picture in each dtype that fits,
@@ -36,7 +36,6 @@ _MARKS = {
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments and help."""
-    parser.epilog = _EPILOG
     add_model_arguments(parser, quantization=False)
     parser.add_argument("--no-probe", action="store_true", help="leave out the NaN probe")
     parser.add_argument("--json", action="store_true", help="print one JSON document")

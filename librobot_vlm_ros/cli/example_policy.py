@@ -10,7 +10,7 @@ from librobot_vlm_ros.cli.arguments import add_node_argument
 _SOURCE = Path(__file__).parents[1] / "client" / "policy_node.py"
 SUMMARY = "run a small policy on the node's results (pointing target); its source is to be copied"
 
-_EPILOG = """\
+EPILOG = """\
 It listens to the node's caption, grounding and embedding and publishes /pointing_policy/target
 (geometry_msgs/PointStamped, pixels of the source image). The node needs the standing tasks
 ground, and for the rest caption and embed:
@@ -24,7 +24,6 @@ ground, and for the rest caption and embed:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments and help."""
-    parser.epilog = _EPILOG
     add_node_argument(parser)
     parser.add_argument("--source", action="store_true", help="print the source and end")
 

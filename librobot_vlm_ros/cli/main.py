@@ -16,7 +16,7 @@ from librobot_vlm_ros.client import signals
 from librobot_vlm_ros.ros.third_party import let_libraries_warn
 
 #: Subcommands in the order of the help; each is a module of this folder (`_` for `-`) with
-#: `SUMMARY`, `configure(parser)` and `main(args) -> exit code`.
+#: `SUMMARY`, `EPILOG`, `configure(parser)` and `main(args) -> exit code`.
 COMMANDS = (
     "run",
     "demo",
@@ -112,6 +112,7 @@ def _parser(
             name,
             help=module.SUMMARY,
             description=module.SUMMARY,
+            epilog=module.EPILOG,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if [name] == list(words[:1]):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "list the models with size, tasks, memory, licence and weights; --check tries each"
 
-_EPILOG = """\
+EPILOG = """\
 Memory is that of the weights alone; pictures and answers come on top. The list loads neither torch
 nor weights.
 
@@ -40,16 +40,16 @@ _COLUMNS = ("float32", "float16", "int8", "nf4")  # bfloat16 takes what float16 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments and help."""
-    parser.epilog = _EPILOG
-    parser.add_argument("names", nargs="*", metavar="NAME", help="only these models (default: all)")
-    parser.add_argument(
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help="only these models (default: all)")
+    add(
         "--sha256",
         type=Path,
         metavar="FOLDER",
         help="print the sha256 of the weights in a folder, for the parameter weights_sha256",
     )
-    parser.add_argument("--check", action="store_true", help="try the models at tiny size")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    add("--check", action="store_true", help="try the models at tiny size")
+    add("--json", action="store_true", help="print one JSON document")
 
 
 def main(args: argparse.Namespace) -> int:

@@ -6,13 +6,13 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from librobot_vlm_ros.cli.answers import (
     describe_embedding,
     number_or_none,
     print_answer,
-    region_as_dict,
+    regions_as_dicts,
 )
 from librobot_vlm_ros.cli.arguments import (
     add_node_argument,
@@ -22,9 +22,12 @@ from librobot_vlm_ros.cli.arguments import (
     stamp,
 )
 
+if TYPE_CHECKING:
+    from librobot_vlm_ros.core import Region
+
 SUMMARY = "ask the running node about the newest camera frame, or about a picture"
 
-_EPILOG = """\
+EPILOG = """\
 Tasks have the same names for every model: caption, detect, ground, answer, ocr, ... (Florence-2's
 own, such as <OD>, are understood too). `librobot-vlm models` says which model can do which.
 
@@ -38,12 +41,12 @@ _FIND_S = 10.0
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments and help."""
-    parser.epilog = _EPILOG
-    parser.add_argument("task", help="what to do: caption, detect, ground, answer, ...")
-    parser.add_argument("prompt", nargs="?", default="", help="text, for tasks that need one")
-    parser.add_argument("--image", type=Path, help="ask about this picture, not a camera's frame")
-    parser.add_argument("--camera", default="", help="which camera (default: the only one)")
-    parser.add_argument(
+    add = parser.add_argument
+    add("task", help="what to do: caption, detect, ground, answer, ...")
+    add("prompt", nargs="?", default="", help="text, for tasks that need one")
+    add("--image", type=Path, help="ask about this picture, not a camera's frame")
+    add("--camera", default="", help="which camera (default: the only one)")
+    add(
         "--stamp",
         type=stamp,
         metavar="S",
@@ -51,10 +54,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "latest (default: the newest)",
     )
     add_region_argument(parser)
-    parser.add_argument("--max-new-tokens", type=count, default=0, metavar="N", help="length limit")
+    add("--max-new-tokens", type=count, default=0, metavar="N", help="length limit")
     add_node_argument(parser)
-    parser.add_argument("--timeout", type=positive, default=30.0, metavar="S", help="default 30")
-    parser.add_argument("--json", action="store_true", help="print the answer as JSON")
+    add("--timeout", type=positive, default=30.0, metavar="S", help="default 30")
+    add("--json", action="store_true", help="print the answer as JSON")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -108,12 +111,6 @@ def _image_message(path: Path) -> Any:
 
 def _as_dict(answer: Any) -> dict[str, Any]:
     info = answer.info
-    regions = [
-        region_as_dict(
-            region.label, region.score, _box(region), [(at.x, at.y) for at in region.polygon]
-        )
-        for region in answer.grounding.regions
-    ]
     stamp = answer.header.stamp
     return {
         "success": answer.success,
@@ -121,7 +118,7 @@ def _as_dict(answer: Any) -> dict[str, Any]:
         "error_msg": answer.error_msg,
         "text": answer.text,
         "score": number_or_none(answer.score),
-        "regions": regions,
+        "regions": regions_as_dicts(_regions(answer)),
         "embedding_shape": list(answer.embedding.shape),
         "stamp_ns": stamp.sec * 10**9 + stamp.nanosec,
         "frame_id": answer.header.frame_id,
@@ -138,11 +135,19 @@ def _print(answer: Any) -> None:
     found, info = answer.embedding, answer.info
     print_answer(
         answer.text,
-        [(region.label, region.score, _box(region)) for region in answer.grounding.regions],
+        _regions(answer),
         describe_embedding(found.dtype, found.shape) if found.shape else "",
         f"{info.model}, {info.task}, {info.preprocess_s + info.inference_s:.3f} s",
     )
 
 
-def _box(region: Any) -> tuple[float, float, float, float]:
-    return region.x_min, region.y_min, region.x_max, region.y_max
+def _regions(answer: Any) -> list[Region]:
+    from librobot_vlm_ros.core import Region
+
+    return [
+        Region(
+            *(item.label, item.score, item.x_min, item.y_min, item.x_max, item.y_max),
+            polygon=tuple((point.x, point.y) for point in item.polygon),
+        )
+        for item in answer.grounding.regions
+    ]

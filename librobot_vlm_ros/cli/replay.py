@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "play a db3 or MCAP bag into topics, at its own timing or in step with the node"
 
-_EPILOG = """\
+EPILOG = """\
 The recorded bytes are published as they are: headers, stamps and types unchanged, with the quality
 of service that was recorded. Topics whose type is not installed here are named and left out.
 
@@ -36,30 +36,26 @@ Examples:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments and help."""
-    parser.epilog = _EPILOG
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "bag",
         type=Path,
         nargs="?",
         help="bag folder, or a .mcap or .db3 file (default: the tabletop bag that ships)",
     )
-    timing = parser.add_argument_group("timing")
-    timing.add_argument(
+    add = parser.add_argument_group("timing").add_argument
+    add(
         "--rate",
         type=positive,
         metavar="R",
         help="times the recorded speed (default 1; in lock-step as fast as the node answers, "
         "and with this at most so fast)",
     )
-    timing.add_argument(
-        "--lock-step", action="store_true", help="wait for the node's results of each frame"
-    )
-    timing.add_argument(
-        "--start", type=seconds, default=0.0, metavar="S", help="begin S seconds in"
-    )
-    timing.add_argument("--duration", type=positive, metavar="S", help="play only S seconds")
-    timing.add_argument("--loop", action="store_true", help="begin again at the end, until Ctrl-C")
-    timing.add_argument(
+    add("--lock-step", action="store_true", help="wait for the node's results of each frame")
+    add("--start", type=seconds, default=0.0, metavar="S", help="begin S seconds in")
+    add("--duration", type=positive, metavar="S", help="play only S seconds")
+    add("--loop", action="store_true", help="begin again at the end, until Ctrl-C")
+    add(
         "--clock",
         type=positive,
         nargs="?",
@@ -69,21 +65,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="publish the bag's time on /clock, HZ times a second (default 40), for nodes with "
         "use_sim_time",
     )
-    topics = parser.add_argument_group("topics")
-    topics.add_argument("--topics", nargs="+", default=(), metavar="T", help="play only these")
-    topics.add_argument(
-        "--remap", nargs="+", type=remapping, default=(), metavar="A:=B", help="publish A as B"
-    )
-    topics.add_argument(
-        "--strict", action="store_true", help="refuse the bag if any topic cannot be played"
-    )
-    topics.add_argument(
+    add = parser.add_argument_group("topics").add_argument
+    add("--topics", nargs="+", default=(), metavar="T", help="play only these")
+    add("--remap", nargs="+", type=remapping, default=(), metavar="A:=B", help="publish A as B")
+    add("--strict", action="store_true", help="refuse the bag if any topic cannot be played")
+    add(
         "--salvage",
         action="store_true",
         help="play what is whole of a bag that is cut off or damaged",
     )
     waiting = parser.add_argument_group("waiting")
-    waiting.add_argument(
+    add = waiting.add_argument
+    add(
         "--wait",
         type=seconds,
         default=3.0,
@@ -91,7 +84,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="longest wait for subscribers before the first message (default 3)",
     )
     add_node_argument(waiting, "lock-step: the node")
-    waiting.add_argument(
+    add(
         "--timeout",
         type=positive,
         default=30.0,
@@ -124,7 +117,10 @@ def main(args: argparse.Namespace) -> int:
                 console.warn(f"{link.name} runs without lock_step:=true and may drop frames")
         player = Player(session, reader, options, link=link)
         player.open()
-        _announce(console, player.report)
+        for name, reason in player.report.skipped.items():
+            console.warn(f"{name} is left out: {reason}")
+        if player.report.without_subscriber:
+            console.warn(f"nobody listens to {', '.join(player.report.without_subscriber)}")
         console.stage(f"playing {path} ({player.total} messages, {reader.duration_s:.1f} s)")
         with console.progress(player.total, "messages") as progress:
             player.on_publish = lambda message, _sent_s: progress.step(
@@ -155,13 +151,6 @@ def _options(args: argparse.Namespace) -> PlayOptions:
         answer_timeout_s=args.timeout,
         strict=args.strict,
     )
-
-
-def _announce(console: Console, report: PlayReport) -> None:
-    for name, reason in report.skipped.items():
-        console.warn(f"{name} is left out: {reason}")
-    if report.without_subscriber:
-        console.warn(f"nobody listens to {', '.join(report.without_subscriber)}")
 
 
 def _summary(console: Console, report: PlayReport, *, lock_step: bool) -> int:

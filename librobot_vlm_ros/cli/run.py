@@ -13,17 +13,18 @@ if TYPE_CHECKING:
 
 SUMMARY = "start the node: run model:=florence-2-base image_topic:=/camera/image_raw"
 
+EPILOG = """\
+examples:
+  librobot-vlm run model:=florence-2-base image_topic:=/camera/image_raw
+  librobot-vlm run model:=florence-2-tabletop tasks:='[caption@1, detect@5]'
+  librobot-vlm run cameras:='front=/front/image_raw, wrist=/wrist/image_raw:compressed'
+every parameter of the node is an argument: librobot-vlm run --show-args
+"""
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the `name:=value` words and `--show-args`."""
     parser.description = "Starts the node `vlm`, configures and activates it. Ctrl-C ends it."
-    parser.epilog = (
-        "examples:\n"
-        "  librobot-vlm run model:=florence-2-base image_topic:=/camera/image_raw\n"
-        "  librobot-vlm run model:=florence-2-tabletop tasks:='[caption@1, detect@5]'\n"
-        "  librobot-vlm run cameras:='front=/front/image_raw, wrist=/wrist/image_raw:compressed'\n"
-        "every parameter of the node is an argument: librobot-vlm run --show-args"
-    )
     parser.add_argument("arguments", nargs="*", metavar="name:=value", help="as for ros2 launch")
     parser.add_argument(
         "-s", "--show-args", action="store_true", help="say what each argument means and end"

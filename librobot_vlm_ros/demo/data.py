@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,17 @@ class DemoRun:
     def frame(self, stamp_ns: int) -> FrameRecord | None:
         """The frame of that stamp."""
         return next((frame for frame in self.frames if frame.stamp_ns == stamp_ns), None)
+
+
+def spread(frames: Sequence[FrameRecord], count: int) -> list[FrameRecord]:
+    """At most `count` frames, evenly over all of them."""
+    count = min(count, len(frames))
+    return [frames[(2 * turn + 1) * len(frames) // (2 * count)] for turn in range(count)]
+
+
+def duration(seconds: float) -> str:
+    """`212 ms`, or `29.6 s` from ten seconds on."""
+    return f"{seconds:.1f} s" if seconds >= 10.0 else f"{seconds * 1e3:.0f} ms"
 
 
 def answer_of(message: Any, *, took_s: float) -> Answer:

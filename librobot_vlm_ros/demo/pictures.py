@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -18,20 +16,15 @@ from librobot_vlm_ros.core.drawing import (
     tag,
     wrapped,
 )
-from librobot_vlm_ros.demo.data import DemoRun, FrameRecord
+from librobot_vlm_ros.demo.data import DemoRun, FrameRecord, duration, spread
 from librobot_vlm_ros.demo.scores import missed_objects
-
-
-def duration(seconds: float) -> str:
-    """`212 ms`, or `29.6 s` from ten seconds on."""
-    return f"{seconds:.1f} s" if seconds >= 10.0 else f"{seconds * 1e3:.0f} ms"
-
 
 _WIDTH = 640  # of an annotated frame, pixels
 _SMOOTH = 2  # drawn this much larger and reduced: Pillow's lines have hard edges
 _PAPER: Rgb = (15, 23, 42)
 _INK: Rgb = (226, 232, 240)
 _FAINT: Rgb = (148, 163, 184)
+_WHITE: Rgb = (255, 255, 255)
 
 
 def annotated(frame: FrameRecord, width: int = _WIDTH) -> Image.Image:
@@ -47,20 +40,20 @@ def annotated(frame: FrameRecord, width: int = _WIDTH) -> Image.Image:
     grounded = frame.answers.get("ground")
     missed = missed_objects(frame) if detected is not None else ()
     for region in missed:
-        _dashed(canvas, scaled_box(region, scale), (255, 255, 255), width=2 * _SMOOTH)
+        _dashed(canvas, scaled_box(region, scale), width=2 * _SMOOTH)
     for region in grounded.regions if grounded is not None else ():
         box = scaled_box(region, scale)
         grown = (box[0] - 7, box[1] - 7, box[2] + 7, box[3] + 7)
         # White in a dark rim: seen on light and on dark tables.
         rim = (grown[0] - 3, grown[1] - 3, grown[2] + 3, grown[3] + 3)
         canvas.rounded_rectangle(rim, radius=12, outline=_PAPER, width=2 * _SMOOTH + 6)
-        canvas.rounded_rectangle(grown, radius=10, outline=(255, 255, 255), width=2 * _SMOOTH)
+        canvas.rounded_rectangle(grown, radius=10, outline=_WHITE, width=2 * _SMOOTH)
     found, face = detected.regions if detected is not None else (), font(round(size[0] / 44))
     draw_outlines(canvas, found, scale, 3 * _SMOOTH)
     draw_tags(canvas, found, scale, size, face)
     for region in missed:
         words = f"missed: {region.label}"
-        tag(canvas, scaled_box(region, scale), words, (255, 255, 255), size, face)
+        tag(canvas, scaled_box(region, scale), words, _WHITE, size, face)
     picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     return _with_words(picture, frame)
 
@@ -78,8 +71,7 @@ def save_frames(run: DemoRun, folder: Path) -> list[Path]:
 
 def save_overview(run: DemoRun, path: Path, columns: int = 3, rows: int = 2) -> None:
     """A contact sheet of frames spread over the run."""
-    chosen = _spread(run.frames, columns * rows)
-    cells = [annotated(frame, 520) for frame in chosen]
+    cells = [annotated(frame, 520) for frame in spread(run.frames, columns * rows)]
     if not cells:
         return
     gap = 18
@@ -92,12 +84,6 @@ def save_overview(run: DemoRun, path: Path, columns: int = 3, rows: int = 2) -> 
         row, column = divmod(place, columns)
         sheet.paste(cell, (gap + column * (width + gap), gap + row * (height + gap)))
     sheet.save(path)
-
-
-def _spread(frames: Sequence[FrameRecord], count: int) -> list[FrameRecord]:
-    if len(frames) <= count:
-        return list(frames)
-    return [frames[(2 * turn + 1) * len(frames) // (2 * count)] for turn in range(count)]
 
 
 def _with_words(picture: Image.Image, frame: FrameRecord) -> Image.Image:
@@ -126,19 +112,12 @@ def _with_words(picture: Image.Image, frame: FrameRecord) -> Image.Image:
 
 
 def _dashed(
-    canvas: ImageDraw.ImageDraw,
-    box: tuple[float, float, float, float],
-    colour: Rgb,
-    width: int,
+    canvas: ImageDraw.ImageDraw, box: tuple[float, float, float, float], width: int
 ) -> None:
     x_min, y_min, x_max, y_max = box
-    corners = [(x_min, y_min), (x_max, y_min), (x_max, y_max), (x_min, y_max), (x_min, y_min)]
-    for (x_1, y_1), (x_2, y_2) in itertools.pairwise(corners):
-        length = math.hypot(x_2 - x_1, y_2 - y_1)
-        for start in range(0, int(length), 20):
-            a, b = start / length, min(start + 11, length) / length
-            points = [
-                (x_1 + (x_2 - x_1) * a, y_1 + (y_2 - y_1) * a),
-                (x_1 + (x_2 - x_1) * b, y_1 + (y_2 - y_1) * b),
-            ]
-            canvas.line(points, fill=colour, width=width)
+    for left in range(round(x_min), round(x_max), 20):
+        for y in (y_min, y_max):
+            canvas.line((left, y, min(left + 11, x_max), y), fill=_WHITE, width=width)
+    for top in range(round(y_min), round(y_max), 20):
+        for x in (x_min, x_max):
+            canvas.line((x, top, x, min(top + 11, y_max)), fill=_WHITE, width=width)

@@ -11,7 +11,7 @@ from librobot_vlm_ros.client.node_process import NodeProcess
 from librobot_vlm_ros.client.session import Session
 from librobot_vlm_ros.console import Console
 from librobot_vlm_ros.core import EngineError
-from librobot_vlm_ros.demo.data import Answer, DemoRun, FrameRecord, answer_of
+from librobot_vlm_ros.demo.data import Answer, DemoRun, FrameRecord, answer_of, spread
 from librobot_vlm_ros.replay.lock_step import NodeLink, ResultMessage
 from librobot_vlm_ros.replay.message_types import IMAGE_TYPES, header_stamp_ns
 from librobot_vlm_ros.replay.player import Player, PlayOptions
@@ -202,11 +202,9 @@ def _plan(frames: list[FrameRecord], can: set[str]) -> dict[int, tuple[str, str]
     """Which question (task, prompt) is asked at which frame: mostly where something is that can be
     seen, now and then what is there.
     """
-    count = min(_QUESTIONS, len(frames))
     plan: dict[int, tuple[str, str]] = {}
     asked: set[str] = set()
-    for turn in range(count):
-        frame = frames[(2 * turn + 1) * len(frames) // (2 * count)]
+    for turn, frame in enumerate(spread(frames, _QUESTIONS)):
         labels = list(frame.truth.labels) if frame.truth is not None else []
         fresh = [label for label in labels if label not in asked] or labels
         if turn % 4 == 1 and "caption" in can:

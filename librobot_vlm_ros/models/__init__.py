@@ -43,8 +43,8 @@ __all__ = [
 ]
 
 
-# `librobot_vlm_ros.models.qwen_vl` and the like: see `aliases`.
-__path__ = [*__path__, *(os.path.join(folder, "aliases") for folder in __path__)]
+# `librobot_vlm_ros.models.qwen_vl` and the like: see `families/aliases`.
+__path__ = [*__path__, *(os.path.join(folder, "families", "aliases") for folder in __path__)]
 
 
 def __getattr__(name: str) -> Any:

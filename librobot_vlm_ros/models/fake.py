@@ -75,7 +75,7 @@ class FakeConfig:
                 )
 
 
-@register_vlm("fake")
+@register_vlm()
 class FakeVlm:
     """A `VlmBackend` whose answer is a function of the frame's pixels, the task and the prompt."""
 

@@ -28,7 +28,9 @@ _log = logging.getLogger(__name__)
 
 
 def register_vlm(*names: str, info: ModelInfo | None = None) -> Callable[[_Class], _Class]:
-    """Bind the decorated class to catalogue rows, or to a row of its own given as `info`.
+    """Bind the decorated class to the catalogue rows that name its module.
+
+    Or to the rows called `names`, or to a row of its own given as `info`.
 
     Raises ValueError for a name that has no row, and for a name that another class holds.
     """
@@ -38,11 +40,14 @@ def register_vlm(*names: str, info: ModelInfo | None = None) -> Callable[[_Class
         _rows[info.name] = info
         names = (*names, info.name)
     unknown = [name for name in names if name not in _rows]
-    if unknown or not names:
-        raise ValueError(f"no catalogue row for {unknown or 'no name at all'}: pass info=ModelInfo")
+    if unknown:
+        raise ValueError(f"no catalogue row for {unknown}: pass info=ModelInfo")
 
     def bind(cls: _Class) -> _Class:
-        for name in names:
+        bound = names or [n for n, row in _rows.items() if row.full_module == cls.__module__]
+        if not bound:
+            raise ValueError(f"no catalogue row names {cls.__module__}: pass info=ModelInfo")
+        for name in bound:
             held = _classes.get(name)
             if held is not None and held.__qualname__ != cls.__qualname__:
                 raise ValueError(f"the model name {name!r} belongs to {held.__qualname__} already")

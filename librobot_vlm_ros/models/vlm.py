@@ -37,11 +37,11 @@ from librobot_vlm_ros.models.checkpoints.checksum import check_sha256
 from librobot_vlm_ros.models.checkpoints.hub import find_weights, folder_digest
 from librobot_vlm_ros.models.checkpoints.size_limits import refuse_endless
 from librobot_vlm_ros.models.configuration import ModelConfig
-from librobot_vlm_ros.models.families.input_ids import IGNORED
-from librobot_vlm_ros.models.families.preprocess import Resizing, resizing
 from librobot_vlm_ros.models.generation.decoder import Decoder
 from librobot_vlm_ros.models.generation.fast.weights import states
 from librobot_vlm_ros.models.generation.generator import Generator
+from librobot_vlm_ros.models.inputs.input_ids import IGNORED
+from librobot_vlm_ros.models.inputs.preprocess import Resizing, resizing
 from librobot_vlm_ros.models.local_backend import LocalBackend
 from librobot_vlm_ros.models.placement import (
     Placement,
@@ -251,8 +251,15 @@ class AbstractVLM(nn.Module, ABC):
                 f"a {cls.config_class.__name__} has no {', '.join(map(repr, strange))}",
                 f"fields: {', '.join(sorted(known))}",
             )
-        given.setdefault("variant", name)
+        given.setdefault("variant", cls.variant_of(name))
         return cls.config_class(**given)
+
+    @classmethod
+    def variant_of(cls, name: str) -> str:
+        """The published architecture behind a registered name; a name of one's own, whose weights
+        state theirs, starts from that of `default_name`.
+        """
+        return name if name in cls.config_class.variants else cls.default_name
 
     @classmethod
     def create(

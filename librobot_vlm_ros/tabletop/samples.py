@@ -110,7 +110,7 @@ def _relight(small: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return light
 
 
-class FrameStream(IterableDataset):  # type: ignore[misc]
+class FrameStream(IterableDataset):
     """An endless, seeded stream of samples; ``renders`` (full frames) are mixed in by ``share``."""
 
     def __init__(

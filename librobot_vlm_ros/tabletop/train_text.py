@@ -72,7 +72,7 @@ def place_positions(embed: Any) -> None:
         embed.row_embeddings.weight.zero_()[:, QUIET_Y.start - half : QUIET_Y.stop - half] = code
 
 
-class TextTrainer(nn.Module):  # type: ignore[misc]
+class TextTrainer(nn.Module):
     """Projector, BART and the tied embedding of a Florence-2 module, trained with smooth
     locations.
     """

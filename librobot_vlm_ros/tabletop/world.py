@@ -159,7 +159,8 @@ def _points(kind: str, data: Path) -> np.ndarray:
         return solid(kind, shape.scale)[0]
     with open(data / shape.mesh, encoding="utf-8", errors="replace") as lines:
         rows = [line.split()[1:4] for line in lines if line.startswith("v ")]
-    return np.array(rows, dtype=np.float64) * np.array(shape.scale)
+    points: np.ndarray = np.array(rows, dtype=np.float64) * np.array(shape.scale)
+    return points
 
 
 def shape_extent(

@@ -13,8 +13,7 @@ from PIL import Image
 
 from librobot_vlm_ros.demo.data import Answer, DemoRun
 from librobot_vlm_ros.demo.pictures import annotated, save_frames, save_overview
-from librobot_vlm_ros.demo.plot import latency_plot, similarity_plot
-from librobot_vlm_ros.demo.report import save_report
+from librobot_vlm_ros.demo.report import latency_plot, save_report, similarity_plot
 from librobot_vlm_ros.demo.scores import summarize
 
 _VOID = {"meta", "image", "rect", "line", "circle", "polyline", "path", "br"}

@@ -117,3 +117,17 @@ def test_a_missing_package_is_named() -> None:
     with pytest.raises(ModelError, match="no_such_package") as caught:
         create_vlm("needy")
     assert caught.value.code == ErrorCode.MISSING_DEPENDENCY
+
+
+def test_models_and_processors_are_at_most_three_classes_of_ours_deep() -> None:
+    from librobot_vlm_ros.models.processor import Processor
+
+    found = {get_vlm(info.name) for info in CATALOG}
+    bases = [Processor]
+    while bases:  # the families' modules are imported now, and so their processors are known
+        found.update(bases)
+        bases = [below for base in bases for below in base.__subclasses__()]
+    assert len(found) > 12
+    for cls in found:
+        ours = [base for base in cls.__mro__ if base.__module__.startswith("librobot_vlm_ros.")]
+        assert len(ours) <= 3, ours

@@ -72,6 +72,20 @@ def test_every_path_that_a_page_names_exists(page: Path) -> None:
     assert {name for name in named if not (ROOT / name).exists()} == set()
 
 
+@pytest.mark.parametrize(
+    ("heading", "word", "most"), [("frame", "Twelve", 12), ("step", "Ten", 10)]
+)
+def test_the_tables_of_the_ways_have_as_many_files_as_they_say(
+    heading: str, word: str, most: int
+) -> None:
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    section = re.search(rf"^## .*{heading}$(.*?)^## ", text, re.MULTILINE | re.DOTALL)
+    assert section is not None
+    assert f"{word} files, from" in section[1]
+    steps = re.findall(r"^\| (\d+) \|", section[1], re.MULTILINE)
+    assert steps == [str(step) for step in range(1, most + 1)]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=ids)
 def test_every_module_that_a_page_runs_exists(page: Path) -> None:
     text = page.read_text(encoding="utf-8")

@@ -145,8 +145,79 @@ def circles(imports: dict[str, set[str]]) -> list[list[str]]:
     return found
 
 
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    known = {module for _, module, _ in modules()}
+    imports: dict[str, set[str]] = {}
+    for path, module, is_package in modules():
+        names = imported_names(path.read_text(encoding="utf-8"), module, is_package)
+        imports[module] = {
+            name if name in known else name.rpartition(".")[0] for name in names
+        } & known - {module}
+    assert circles(imports) == []
+
+
+#: Inside `models/` a room or module imports those below it in this list, and none above.
+MODELS = (
+    *("testing", "families", "vlm", "local_backend", "processor", "training", "generation"),
+    *("cache", "inputs", "checkpoints", "fake", "registry", "catalog", "placement"),
+    *("configuration", "backend"),
+)
+
+
+def upward_imports(source: str, module: str) -> list[str]:
+    """Imports of a module in `models/` that go up in MODELS."""
+    room = module.split(".")[2]
+    return [
+        f"{module} imports {name}"
+        for name in imported_names(source, module, is_package=False)
+        if name.startswith(f"{PACKAGE}.models.")
+        and name.split(".")[2] in MODELS
+        and MODELS.index(name.split(".")[2]) < MODELS.index(room)
+    ]
+
+
+def test_inside_models_the_arrows_run_one_way() -> None:
+    found = [
+        (path, module)
+        for path, module, _ in modules()
+        if module.startswith(f"{PACKAGE}.models.") and module.count(".") >= 2
+    ]
+    assert {module.split(".")[2] for _, module in found} == set(MODELS)
+    wrong = [
+        line
+        for path, module in found
+        for line in upward_imports(path.read_text(encoding="utf-8"), module)
+    ]
+    assert wrong == []
+
+
+def test_an_arrow_that_goes_up_in_models_is_found() -> None:
+    line = "from librobot_vlm_ros.models.families.llava.model import LlavaVLM"
+    assert len(upward_imports(line, f"{PACKAGE}.models.local_backend")) == 1
+    assert (
+        upward_imports(
+            "from librobot_vlm_ros.models.vlm import Parts",
+            f"{PACKAGE}.models.families.llava.model",
+        )
+        == []
+    )
+
+
 def test_a_circle_is_found() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
+
+
+def test_no_folder_lists_more_than_about_fifteen_entries() -> None:
+    folders = {path.parent for path in SOURCES.rglob("*.py")}
+    entries = {
+        str(folder.relative_to(SOURCES)): [
+            path.name
+            for path in folder.iterdir()
+            if not path.name.startswith("__") and path.name != "py.typed"
+        ]
+        for folder in folders
+    }
+    assert {name: len(found) for name, found in entries.items() if len(found) > 16} == {}
 
 
 def test_every_room_has_a_rule() -> None:

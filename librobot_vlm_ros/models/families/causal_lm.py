@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -21,8 +20,6 @@ from torch.nn.utils.rnn import pad_sequence
 from librobot_vlm_ros.core import ErrorCode, GenerationParams, ImageError, RequestError
 from librobot_vlm_ros.models.cache.image_features import ImageFeatures, concat_features
 from librobot_vlm_ros.models.checkpoints.loading import LoadPlan, build_random
-from librobot_vlm_ros.models.families.input_ids import IGNORED, token_rows
-from librobot_vlm_ros.models.families.preprocess import as_pixels, normalise, to_views
 from librobot_vlm_ros.models.generation.causal_decoder import (
     CausalDecoder,
     PromptBatch,
@@ -38,6 +35,8 @@ from librobot_vlm_ros.models.generation.constraints.box_syntax import BoxSyntax
 from librobot_vlm_ros.models.generation.constraints.syntax_constraint import syntax_constraint
 from librobot_vlm_ros.models.generation.decoder import Decoder
 from librobot_vlm_ros.models.generation.fast.llama import FastCausalDecoder, FastLlama
+from librobot_vlm_ros.models.inputs.input_ids import IGNORED, token_rows
+from librobot_vlm_ros.models.inputs.preprocess import as_pixels, image_rows, normalise, to_views
 from librobot_vlm_ros.models.placement import Placement
 from librobot_vlm_ros.models.processor import Box, Processor, Size
 from librobot_vlm_ros.models.vlm import AbstractVLM, Parts, Prefixes
@@ -258,11 +257,11 @@ class CausalLM(AbstractVLM):
     def look(self, images: Any) -> list[ImageFeatures]:
         """See `AbstractVLM`."""
         if not self.processor.one_size:
-            rows = self._prepared_rows(images)
+            rows = [[self._prepared(image) for image in row] for row in image_rows(images)]
             found = iter(self.image_features([image for row in rows for image in row]))
             return [concat_features([next(found) for _ in row]) for row in rows]
         settings = self.processor.images
-        views = to_views(self._fitted(images), settings, self.torch_device, self.torch_dtype)
+        views = to_views(images, settings, self.torch_device, self.torch_dtype, self.pixels)
         height, width = views.shape[-2:]
         if (height, width) != (settings.height, settings.width):
             raise ImageError(
@@ -277,25 +276,8 @@ class CausalLM(AbstractVLM):
             for row in features
         ]
 
-    def _prepared_rows(self, images: Any) -> list[list[Any]]:
-        """Prepared images, a list of views a row; each of its own size.
-
-        Float tensors [3, H, W], [B, 3, H, W] or [B, views, 3, H, W] count as normalised. Raises
-        ImageError BAD_IMAGE.
-        """
-        if _is_array(images) and images.ndim > 3:
-            images = list(images)
-        if not isinstance(images, (list, tuple)):
-            images = [images]
-        rows = []
-        for row in images:
-            several = isinstance(row, (list, tuple)) or (_is_array(row) and row.ndim == 4)
-            rows.append([self._prepare_one(image) for image in (row if several else [row])])
-        if not rows or not all(rows):
-            raise ImageError(ErrorCode.BAD_IMAGE, "there is a row without an image")
-        return rows
-
-    def _prepare_one(self, image: Any) -> Any:
+    def _prepared(self, image: Any) -> Any:
+        """One image in the prepared form; a float tensor [3, H, W] counts as normalised."""
         if not isinstance(image, Tensor) or not image.is_floating_point():
             return self.pixels(as_pixels(image))
         if image.dim() != 3 or image.shape[0] != 3:
@@ -305,14 +287,6 @@ class CausalLM(AbstractVLM):
                 "expected [3, H, W], normalised",
             )
         return self.processor.normalised(image)
-
-    def _fitted(self, images: Any) -> Any:
-        """The same lists of images, all of those in uint8 brought to the model's size."""
-        if isinstance(images, Tensor) and images.is_floating_point():
-            return images
-        if (_is_array(images) and images.ndim > 3) or isinstance(images, (list, tuple)):
-            return [self._fitted(image) for image in images]
-        return self.pixels(as_pixels(images))
 
     # Tokens in, tokens out.
 
@@ -466,7 +440,3 @@ class CausalLM(AbstractVLM):
             prefix_attention=self.prefix_attention,
             **options,
         )
-
-
-def _is_array(value: Any) -> bool:
-    return isinstance(value, (Tensor, np.ndarray))

@@ -100,16 +100,20 @@ def beam_search(
     stop: StopRow,
     tell: TellIds | None,
     grammars: Sequence[TokenConstraint | None] = (),
+    bound: bool = True,
 ) -> list[Generated | VlmError]:
     """See `generate`; `history` is int64 [B, H].
 
-    `grammars`: hypotheses that break them are left out of the search. It may end at another answer
+    `grammars`: probabilities are those among what they allow. Where the search is `bound` to them,
+    hypotheses that break them are left out; it may end at another answer
     than without them, also where that is well formed (see `beam_grammar`).
     """
     first = rules.forced(0)
     logits = decoder.prefill() if first is None else _behind(decoder, first, history)
     with threads_for(decoder):
-        return _search(decoder, logits, rules, history, stop, tell, grammars, ahead=history.is_cuda)
+        return _search(
+            decoder, logits, rules, history, stop, tell, grammars, bound, ahead=history.is_cuda
+        )
 
 
 def _search(
@@ -120,6 +124,7 @@ def _search(
     stop: StopRow,
     tell: TellIds | None,
     grammars: Sequence[TokenConstraint | None] = (),
+    bound: bool = True,
     *,
     ahead: bool,
 ) -> list[Generated | VlmError]:
@@ -170,7 +175,8 @@ def _search(
             choices.bar(logits, allowed)
             # The search goes by the model's own numbers; told are those among what may follow.
             raw = choices.restrict(token_log_probs(logits, unused), allowed)
-            scores = scores.masked_fill(raw.isneginf(), -math.inf)
+            if bound:
+                scores = scores.masked_fill(raw.isneginf(), -math.inf)
             single = [
                 some is not None and not isinstance(some, AllExcept) and len(some) == 1
                 for some in allowed
@@ -333,7 +339,13 @@ def search_in_notation(
             tell(row, ids)
 
     found = beam_search(
-        decoder, rules, history, stop=stop, tell=tell_free if tell is not None else None
+        decoder,
+        rules,
+        history,
+        stop=stop,
+        tell=tell_free if tell is not None else None,
+        grammars=grammars,
+        bound=False,
     )
     bound = {
         row: grammar

@@ -6,8 +6,8 @@ Tokens without a choice do not count (`Generated`). A score that nothing is know
 
 A coordinate that is one location token has the mass of the bins near it. One that is written as
 text has several steps: each counts with the mass of the tokens with which the number can still
-come within 1 %, or can end there, behind what was written of it before; the coordinate's
-probability is the product over its steps.
+come within 1 %, or can end there, behind what was written of it before (no number is padded with
+zeros); the coordinate's probability is the product over its steps.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from librobot_vlm_ros.models.generation.streaming import Decode, token_spans
 #: Characters (begin, end) of an answer's text.
 Span = tuple[int, int]
 
-#: The score of a region, from the spans of its label and coordinates and 1 % of the image's side
-#: in the unit of each coordinate; see `AnswerText.region`.
+#: The score of a region, from where its label and coordinates are written: `AnswerText.region`.
 Score = Callable[..., float]
 
 _DIGITS = re.compile(r"[0-9.]+")
+#: 0.09 + 0.01 is a little less than 0.1.
+_EPSILON = 1e-9
 #: Digits that a coordinate may have before its point.
 _MOST_DIGITS = 5
 
@@ -140,12 +141,17 @@ class AnswerText:
         self.text, self.spans = token_spans(generated.ids, decode, control_ids)
 
     def region(
-        self, label: Span | None, coordinates: Sequence[Span], radii: Sequence[float] = ()
+        self,
+        label: Span | None,
+        coordinates: Sequence[Span],
+        radii: Sequence[float] = (),
+        most: float = math.inf,
     ) -> float:
         """The score of a region, 0 to 1; NaN when nothing of it is known.
 
         `label`: where it is written, None where it is not. `coordinates`: where each is written.
-        `radii`: 1 % of the image's side in the unit of each, for those written as text.
+        For those written as text, `radii`: 1 % of the image's side in the unit of each, and `most`,
+        the largest that any can be.
         """
         found = [
             value
@@ -154,7 +160,7 @@ class AnswerText:
         ]
         for number, span in enumerate(coordinates):
             if self._number_texts:
-                found.append(self._number(span, radii[number]))
+                found.append(self._number(span, radii[number], most))
             else:
                 found += [self._log_probs[at] for at in self._tokens_of(span)]
         return geometric_mean(found)
@@ -162,7 +168,7 @@ class AnswerText:
     def _tokens_of(self, span: Span) -> list[int]:
         return [at for at, (b, e) in enumerate(self.spans) if b < span[1] and e > span[0]]
 
-    def _number(self, span: Span, radius: float) -> float:
+    def _number(self, span: Span, radius: float, most: float) -> float:
         """Log-probability that the number written at `span` comes within `radius` of it.
 
         NaN where no step of it had a choice.
@@ -170,7 +176,7 @@ class AnswerText:
         begin, end = span
         text = self.text[begin:end]
         tokens = self._tokens_of(span)
-        low, high = float(text) - radius, float(text) + radius
+        low, high = float(text) - radius, min(float(text) + radius, most)
         steps = [math.nan]
         for at in tokens:
             if at in self._numbers:
@@ -214,17 +220,17 @@ def _can_reach(digits: str, ended: bool, low: float, high: float) -> bool:
         return False
     value = float(digits)
     if ended:
-        return low <= value <= high
+        return low - _EPSILON <= value <= high + _EPSILON
     if point:
-        return value <= high and value + 10.0 ** -len(part) > low
+        return value <= high + _EPSILON and value + 10.0 ** -len(part) > low + _EPSILON
     longest = len(whole) if whole[0] == "0" else _MOST_DIGITS
     return any(
-        value * 10**more <= high and (value + 1) * 10**more > low
+        value * 10**more <= high + _EPSILON and (value + 1) * 10**more > low + _EPSILON
         for more in range(longest - len(whole) + 1)
     )
 
 
-def unknown(label: Span | None, coordinates: Sequence[Span], radii: Sequence[float] = ()) -> float:
+def unknown(*places: Any) -> float:
     """The `Score` of what no probabilities are known of: NaN."""
     return math.nan
 

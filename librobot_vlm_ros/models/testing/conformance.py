@@ -157,7 +157,7 @@ def our_pixels(vlm: Any, image: npt.NDArray[np.uint8], **settings: Any) -> Any:
     """Normalised views [N, 3, H, W] that the model makes of an image [H, W, 3], so set."""
     import torch
 
-    from librobot_vlm_ros.models.families.preprocess import normalise
+    from librobot_vlm_ros.models.inputs.preprocess import normalise
 
     vlm.processor.images = dataclasses.replace(vlm.images, **settings)
     prepared = vlm.pixels(image)

@@ -22,7 +22,7 @@ from librobot_vlm_ros.models.families.florence2.processor import (
     FlorenceSettings,
     FlorenceTokenizer,
 )
-from librobot_vlm_ros.models.families.preprocess import (
+from librobot_vlm_ros.models.inputs.preprocess import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     ImageSettings,

@@ -14,8 +14,8 @@ from librobot_vlm_ros.core import ErrorCode, ModelError
 from librobot_vlm_ros.models import create_vlm, model_info
 from librobot_vlm_ros.models.families.florence2.processor import FlorenceSettings
 from librobot_vlm_ros.models.families.internvl2.processor import InternVLImages, internvl_images
-from librobot_vlm_ros.models.families.preprocess import image_settings
 from librobot_vlm_ros.models.families.qwen_vl.processor import QwenImages, qwen_images
+from librobot_vlm_ros.models.inputs.preprocess import image_settings
 from librobot_vlm_ros.models.testing.conformance import hooks_of
 
 NAN, INF = float("nan"), float("inf")

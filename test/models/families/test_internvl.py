@@ -19,8 +19,8 @@ from librobot_vlm_ros.core import ErrorCode, Frame, GenerationParams, InferenceR
 from librobot_vlm_ros.models import create_vlm, load_module
 from librobot_vlm_ros.models.families.internvl2.model import InternVLVLM
 from librobot_vlm_ros.models.families.internvl2.processor import SYSTEM, float_tiles
-from librobot_vlm_ros.models.families.preprocess import normalise
 from librobot_vlm_ros.models.generation.config import Generated
+from librobot_vlm_ros.models.inputs.preprocess import normalise
 from librobot_vlm_ros.models.processor import number_texts
 from librobot_vlm_ros.models.testing.internvl2 import (
     TEXT,

@@ -160,8 +160,8 @@ def test_what_is_no_box_is_counted(text: str, good: int, bad: int) -> None:
 def test_a_score_is_asked_for_the_label_and_the_numbers_of_each_box() -> None:
     text, asked = "<ref>a</ref><box>[[1, 2, 3, 4], [5, 6, 7, 8]]</box>", []
 
-    def score(label: Any, coordinates: Any, radii: Any) -> float:
-        assert tuple(radii) == (10.0,) * 4
+    def score(label: Any, coordinates: Any, radii: Any, most: float) -> float:
+        assert (tuple(radii), most) == ((10.0,) * 4, 1000)
         asked.append([text[begin:end] for begin, end in [label, *coordinates]])
         return 0.5
 

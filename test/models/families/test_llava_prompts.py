@@ -21,7 +21,7 @@ from librobot_vlm_ros.models.families.llava.processor import (
     parse_boxes,
     square_numbers,
 )
-from librobot_vlm_ros.models.families.preprocess import ImageSettings, normalise, squash
+from librobot_vlm_ros.models.inputs.preprocess import ImageSettings, normalise, squash
 
 
 def question(task: str, text: str, region: Any, width: int, height: int) -> str:

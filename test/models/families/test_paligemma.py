@@ -24,8 +24,8 @@ from librobot_vlm_ros.models.families.paligemma.processor import (
     PaliGemmaProcessor,
     parse_locations,
 )
-from librobot_vlm_ros.models.families.preprocess import ImageSettings, normalise, squash
 from librobot_vlm_ros.models.generation.config import Generated
+from librobot_vlm_ros.models.inputs.preprocess import ImageSettings, normalise, squash
 from librobot_vlm_ros.models.testing.paligemma import (
     IDS,
     PATCHES,

@@ -7,13 +7,13 @@ import json
 import pytest
 
 from librobot_vlm_ros.core import ErrorCode, RequestError
-from librobot_vlm_ros.models.families.prompts import question
 from librobot_vlm_ros.models.families.qwen_vl.processor import (
     QWEN2_TASKS,
     QWEN3_TASKS,
     parse_json_boxes,
     parse_token_boxes,
 )
+from librobot_vlm_ros.models.inputs.prompts import question
 
 REF = "<|object_ref_start|>{}<|object_ref_end|>"
 BOX = "<|box_start|>{}<|box_end|>"

@@ -18,8 +18,8 @@ from librobot_vlm_ros.models.generation.constraints.box_syntax import TokenBoxes
 from librobot_vlm_ros.models.generation.constraints.location_tokens import BoxConstraint
 from librobot_vlm_ros.models.generation.constraints.syntax_constraint import syntax_constraint
 from librobot_vlm_ros.models.generation.loop import generate
+from librobot_vlm_ros.models.inputs.tokenizer import CausalTokenizer
 from librobot_vlm_ros.models.testing import qwen_vl as conformance_qwen_folder
-from librobot_vlm_ros.models.tokenizer import CausalTokenizer
 
 #: Tokens 10 to 15 are the locations; 2 ends an answer, 3 to 9 are words.
 FIRST, COUNT, SIZE = 10, 6, 16

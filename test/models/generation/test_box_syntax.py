@@ -28,9 +28,9 @@ from librobot_vlm_ros.models.generation.constraints.box_syntax import (
 )
 from librobot_vlm_ros.models.generation.constraints.syntax_constraint import syntax_constraint
 from librobot_vlm_ros.models.generation.loop import generate
+from librobot_vlm_ros.models.inputs.tokenizer import CausalTokenizer, added_tokens
 from librobot_vlm_ros.models.testing import qwen_vl as conformance_qwen_folder
 from librobot_vlm_ros.models.testing.internvl2 import write_official
-from librobot_vlm_ros.models.tokenizer import CausalTokenizer, added_tokens
 
 SYNTAXES: dict[str, tuple[Any, Callable[..., Any]]] = {
     "qwen2": (TokenBoxes(), parse_token_boxes),

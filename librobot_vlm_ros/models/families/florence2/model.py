@@ -30,24 +30,24 @@ from librobot_vlm_ros.models.families.florence2.processor import (
     FlorenceTokenizer,
     published_settings,
 )
-from librobot_vlm_ros.models.families.input_ids import IGNORED, token_rows
-from librobot_vlm_ros.models.families.preprocess import (
-    ImageSettings,
-    image_settings,
-    normalise,
-    to_views,
-)
 from librobot_vlm_ros.models.generation.causal_decoder import pad_rows
 from librobot_vlm_ros.models.generation.decoder import Decoder
 from librobot_vlm_ros.models.generation.fast.bart import FastBart, FastBartDecoder
 from librobot_vlm_ros.models.generation.fast.davit import FastDavit, make_fast_davit
 from librobot_vlm_ros.models.generation.sampler import columns
+from librobot_vlm_ros.models.inputs.input_ids import IGNORED, token_rows
+from librobot_vlm_ros.models.inputs.preprocess import (
+    ImageSettings,
+    image_settings,
+    normalise,
+    to_views,
+)
 from librobot_vlm_ros.models.placement import Placement
 from librobot_vlm_ros.models.registry import register_vlm
 from librobot_vlm_ros.models.vlm import AbstractVLM, Loading, Parts, Prefixes
 
 
-@register_vlm("florence-2-base", "florence-2-large", "florence-2-tabletop")
+@register_vlm()
 class FlorenceVLM(AbstractVLM):
     """Florence-2 of any size. `FlorenceVLM(config)` has random weights; see `create_vlm`."""
 
@@ -82,14 +82,6 @@ class FlorenceVLM(AbstractVLM):
         settings.check_vocabulary(module.config.text_config.vocab_size)
         tokenizer = FlorenceTokenizer.from_folder(folder, module.config)
         return Parts(module, FlorenceProcessor(name, module.config, images, tokenizer, settings))
-
-    @classmethod
-    def checked_config(cls, config: Any, name: str) -> Any:
-        """See `AbstractVLM`."""
-        if isinstance(config, FlorenceConfig) or name in FlorenceConfig.variants:
-            return super().checked_config(config, name)
-        # Registered under a name of one's own: of the size that the class has by default.
-        return super().checked_config({"variant": cls.default_name, **(config or {})}, name)
 
     def _take(self, parts: Parts) -> None:
         super()._take(parts)

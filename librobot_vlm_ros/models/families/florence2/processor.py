@@ -36,8 +36,6 @@ from librobot_vlm_ros.models.configuration import (
     check_token,
 )
 from librobot_vlm_ros.models.families.florence2.configuration import image_tokens
-from librobot_vlm_ros.models.families.input_ids import token_rows
-from librobot_vlm_ros.models.families.preprocess import ImageSettings, Resizing, squash
 from librobot_vlm_ros.models.generation.config import (
     CoordinateBins,
     GenerationConfig,
@@ -48,9 +46,11 @@ from librobot_vlm_ros.models.generation.constraints.location_tokens import (
     PolygonConstraint,
 )
 from librobot_vlm_ros.models.generation.scores import AnswerText, Score, unknown
+from librobot_vlm_ros.models.inputs.input_ids import token_rows
+from librobot_vlm_ros.models.inputs.preprocess import ImageSettings, Resizing, squash
+from librobot_vlm_ros.models.inputs.tokenizer import check_words, read_fast, unbroken
 from librobot_vlm_ros.models.processor import Box, Processor, Size
 from librobot_vlm_ros.models.registry import model_info
-from librobot_vlm_ros.models.tokenizer import check_words, read_fast, unbroken
 
 #: Coordinates are written in thousandths of the image's width and height.
 BINS = 1000
@@ -131,7 +131,7 @@ FLORENCE_TASKS: Mapping[str, FlorenceTask] = {
 
 
 def build_prompt(
-    task: FlorenceTask, text: str, region: tuple[float, ...] | None, width: int, height: int
+    task: FlorenceTask, text: str, region: Box | None, width: int, height: int
 ) -> list[str | tuple[int, ...]]:
     """The prompt as pieces: a string is words, a tuple of ints is location bins.
 
@@ -161,7 +161,7 @@ def build_prompt(
     return [before, location_bins(region, width, height), after]
 
 
-def location_bins(region: tuple[float, ...], width: int, height: int) -> tuple[int, ...]:
+def location_bins(region: Box, width: int, height: int) -> tuple[int, ...]:
     """Pixels to bins 0 to 999, x and y in turn: the bin that the pixel coordinate falls into."""
     sizes = (width, height)
     return tuple(

@@ -30,7 +30,7 @@ from librobot_vlm_ros.models.families.internvl2.configuration import (
     original_to_native,
     tile_tokens,
 )
-from librobot_vlm_ros.models.tokenizer import added_tokens
+from librobot_vlm_ros.models.inputs.tokenizer import added_tokens
 
 _TOWER, _READER = "model.vision_tower.", "model.language_model."
 _SEEN_FIRST = r"^vision_model\.embeddings\."

@@ -33,9 +33,9 @@ from librobot_vlm_ros.models.families.internvl2.processor import (
     InternVLProcessor,
     internvl_images,
 )
-from librobot_vlm_ros.models.families.preprocess import normalise
+from librobot_vlm_ros.models.inputs.preprocess import normalise
+from librobot_vlm_ros.models.inputs.tokenizer import CausalTokenizer, added_tokens
 from librobot_vlm_ros.models.registry import register_vlm
-from librobot_vlm_ros.models.tokenizer import CausalTokenizer, added_tokens
 from librobot_vlm_ros.models.vlm import Loading, Parts
 
 _MARKS = (BEGIN, END, IMAGE_BEGIN, IMAGE, IMAGE_END, *NOTATION)
@@ -45,7 +45,7 @@ _TEMPLATES = ("internlm2-chat", "Hermes-2")
 _AT_ONCE = 32
 
 
-@register_vlm("internvl2-2b", "internvl2-8b")
+@register_vlm()
 class InternVLVLM(CausalLM):
     """InternVL2 of either size. `InternVLVLM(config)` has random weights; see `create_vlm`."""
 

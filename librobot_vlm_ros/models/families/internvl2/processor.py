@@ -17,10 +17,12 @@ from torch.nn import functional
 
 from librobot_vlm_ros.core import ErrorCode, ImageError, InferenceRequest, ModelError, Region
 from librobot_vlm_ros.models.configuration import unreadable
-from librobot_vlm_ros.models.families.boxes import BLANKS, NUMBER, RADII, SCALE, region_of
+from librobot_vlm_ros.models.families.boxes import BLANKS, NUMBER, RADII, region_of
 from librobot_vlm_ros.models.families.causal_lm import CausalProcessor
 from librobot_vlm_ros.models.families.internvl2.configuration import tile_tokens
-from librobot_vlm_ros.models.families.preprocess import (
+from librobot_vlm_ros.models.generation.constraints.box_syntax import SCALE, ListBoxes
+from librobot_vlm_ros.models.generation.scores import AnswerText, Score, unknown
+from librobot_vlm_ros.models.inputs.preprocess import (
     EXACT,
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -29,9 +31,7 @@ from librobot_vlm_ros.models.families.preprocess import (
     deviations,
     resize,
 )
-from librobot_vlm_ros.models.families.prompts import question
-from librobot_vlm_ros.models.generation.constraints.box_syntax import ListBoxes
-from librobot_vlm_ros.models.generation.scores import AnswerText, Score, unknown
+from librobot_vlm_ros.models.inputs.prompts import question
 from librobot_vlm_ros.models.processor import Box, Size
 
 #: The published models were tried with up to 40 tiles.
@@ -277,7 +277,7 @@ def parse_boxes(
             box = _BOX.fullmatch(text, begin, end)
             if box is None:
                 continue
-            written = score(labelled, [box.span(number) for number in range(1, 5)], RADII)
+            written = score(labelled, [box.span(number) for number in range(1, 5)], RADII, SCALE)
             region = region_of([float(n) for n in box.groups()], label, written, width, height)
             if region is not None:
                 regions.append(region)

@@ -15,13 +15,13 @@ from librobot_vlm_ros.models.families.causal_lm import CausalLM
 from librobot_vlm_ros.models.families.llava.checkpoint import plan_for
 from librobot_vlm_ros.models.families.llava.configuration import LlavaConfig
 from librobot_vlm_ros.models.families.llava.processor import LlavaProcessor
-from librobot_vlm_ros.models.families.preprocess import CLIP_MEAN, CLIP_STD, ImageSettings
+from librobot_vlm_ros.models.inputs.preprocess import CLIP_MEAN, CLIP_STD, ImageSettings
+from librobot_vlm_ros.models.inputs.tokenizer import CausalTokenizer
 from librobot_vlm_ros.models.registry import register_vlm
-from librobot_vlm_ros.models.tokenizer import CausalTokenizer
 from librobot_vlm_ros.models.vlm import Loading, Parts
 
 
-@register_vlm("llava-v1.5-7b", "llava-v1.5-13b")
+@register_vlm()
 class LlavaVLM(CausalLM):
     """LLaVA-1.5 of any size. `LlavaVLM(config)` has random weights; see `create_vlm`."""
 

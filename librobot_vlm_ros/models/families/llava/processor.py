@@ -17,9 +17,9 @@ import numpy.typing as npt
 
 from librobot_vlm_ros.core import InferenceRequest, Region
 from librobot_vlm_ros.models.families.causal_lm import CausalProcessor
-from librobot_vlm_ros.models.families.preprocess import ImageSettings, Resizing, squash
-from librobot_vlm_ros.models.families.prompts import question
 from librobot_vlm_ros.models.generation.scores import AnswerText, Score, unknown
+from librobot_vlm_ros.models.inputs.preprocess import ImageSettings, Resizing, squash
+from librobot_vlm_ros.models.inputs.prompts import question
 from librobot_vlm_ros.models.processor import Box, Size
 
 BEFORE_IMAGE = (
@@ -92,7 +92,7 @@ def parse_boxes(
         x_min, x_max = max(x_min, 0.0), min(x_max, float(width))
         y_min, y_max = max(y_min, 0.0), min(y_max, float(height))
         assert box is not None
-        written = score(None, [box.span(number) for number in range(1, 5)], radii)
+        written = score(None, [box.span(number) for number in range(1, 5)], radii, 1.0)
         regions.append(Region(label, written, x_min, y_min, x_max, y_max))
     return tuple(regions), max(1, len(lists)) - len(regions)
 
@@ -114,7 +114,7 @@ class LlavaProcessor(CausalProcessor):
     def image_tokens(self) -> int:
         """Vectors of an image: one a patch, and the class token where the model keeps it."""
         extra = self.config.vision_feature_select_strategy == "full"
-        return super().image_tokens + extra
+        return super().image_tokens + bool(extra)
 
     def pixels(self, image: npt.NDArray[np.uint8], how: Resizing) -> Any:
         """See `Processor`."""

@@ -22,15 +22,15 @@ from librobot_vlm_ros.models.families.paligemma.masks import (
     read_mask_decoder,
 )
 from librobot_vlm_ros.models.families.paligemma.processor import BINS, PaliGemmaProcessor
-from librobot_vlm_ros.models.families.preprocess import ImageSettings, image_settings
+from librobot_vlm_ros.models.inputs.preprocess import ImageSettings, image_settings
+from librobot_vlm_ros.models.inputs.tokenizer import CausalTokenizer
 from librobot_vlm_ros.models.registry import register_vlm
-from librobot_vlm_ros.models.tokenizer import CausalTokenizer
 from librobot_vlm_ros.models.vlm import Loading, Parts
 
 _HALF = (0.5, 0.5, 0.5)
 
 
-@register_vlm("paligemma-3b")
+@register_vlm()
 class PaliGemmaVLM(CausalLM):
     """PaliGemma of any size. `PaliGemmaVLM(config)` has random weights; see `create_vlm`."""
 

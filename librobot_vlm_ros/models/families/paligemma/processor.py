@@ -28,11 +28,11 @@ from librobot_vlm_ros.models.families.paligemma.masks import (
     missing_mask_decoder,
     write_mask_decoder,
 )
-from librobot_vlm_ros.models.families.preprocess import ImageSettings, Resizing, squash
-from librobot_vlm_ros.models.families.prompts import question
 from librobot_vlm_ros.models.generation.config import CoordinateBins, TokenConstraint
 from librobot_vlm_ros.models.generation.constraints.location_tokens import BoxConstraint
 from librobot_vlm_ros.models.generation.scores import AnswerText, Score, unknown
+from librobot_vlm_ros.models.inputs.preprocess import ImageSettings, Resizing, squash
+from librobot_vlm_ros.models.inputs.prompts import question
 from librobot_vlm_ros.models.processor import Box, Size
 
 BINS = 1024

@@ -32,8 +32,8 @@ from librobot_vlm_ros.models.families.qwen_vl.processor import (
     patches,
     qwen_images,
 )
+from librobot_vlm_ros.models.inputs.tokenizer import CausalTokenizer
 from librobot_vlm_ros.models.registry import model_info, register_vlm
-from librobot_vlm_ros.models.tokenizer import CausalTokenizer
 from librobot_vlm_ros.models.vlm import Loading, Parts
 
 #: Tokens of the notation, and what config.json calls those that it numbers.
@@ -45,7 +45,7 @@ _MARKS = {
 }
 
 
-@register_vlm("qwen2-vl-2b", "qwen2-vl-7b", "qwen3-vl-4b", "qwen3-vl-8b")
+@register_vlm()
 class QwenVLM(CausalLM):
     """Qwen2-VL or Qwen3-VL of any size. `QwenVLM(config)` has random weights; see `create_vlm`."""
 
@@ -74,6 +74,13 @@ class QwenVLM(CausalLM):
         super().__init__(config, name=name, **options)
 
     # Loading.
+
+    @classmethod
+    def variant_of(cls, name: str) -> str:
+        """See `AbstractVLM`; of the same generation."""
+        family = model_info(name).family
+        same = [own for own in QwenVLConfig.variants if model_info(own).family == family]
+        return name if name in QwenVLConfig.variants or not same else same[0]
 
     @classmethod
     def checked_config(cls, config: Any, name: str) -> Any:
@@ -139,7 +146,7 @@ class QwenVLM(CausalLM):
 
     def _take(self, parts: Parts) -> None:
         super()._take(parts)
-        given = {name: value for name, value in self._bounds.items() if value is not None}
+        given: dict[str, Any] = {n: value for n, value in self._bounds.items() if value is not None}
         self.processor.images = dataclasses.replace(self.processor.images, **given)
 
     # Images.

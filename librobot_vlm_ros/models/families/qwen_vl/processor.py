@@ -19,13 +19,21 @@ from librobot_vlm_ros.core import ErrorCode, ImageError, InferenceRequest, Model
 from librobot_vlm_ros.models.configuration import section, unreadable
 from librobot_vlm_ros.models.families.boxes import (
     BLANKS,
-    MOST_BLANKS,
     NUMBER,
     RADII,
     region_of,
 )
 from librobot_vlm_ros.models.families.causal_lm import CausalProcessor
-from librobot_vlm_ros.models.families.preprocess import (
+from librobot_vlm_ros.models.generation.constraints.box_syntax import (
+    JSON_PLACES,
+    MOST_BLANKS,
+    SCALE,
+    BoxSyntax,
+    JsonBoxes,
+    TokenBoxes,
+)
+from librobot_vlm_ros.models.generation.scores import AnswerText, Score, Span, unknown
+from librobot_vlm_ros.models.inputs.preprocess import (
     CLIP_MEAN,
     CLIP_STD,
     EXACT,
@@ -35,14 +43,7 @@ from librobot_vlm_ros.models.families.preprocess import (
     normalise,
     resize,
 )
-from librobot_vlm_ros.models.families.prompts import question
-from librobot_vlm_ros.models.generation.constraints.box_syntax import (
-    JSON_PLACES,
-    BoxSyntax,
-    JsonBoxes,
-    TokenBoxes,
-)
-from librobot_vlm_ros.models.generation.scores import AnswerText, Score, Span, unknown
+from librobot_vlm_ros.models.inputs.prompts import question
 from librobot_vlm_ros.models.processor import Box, Size
 
 #: Begin and end of a turn of the chat.
@@ -164,7 +165,7 @@ def resized(pixels: npt.NDArray[np.uint8], images: QwenImages, how: Resizing = E
     """uint8 [H, W, 3] of any size to the size that fits the grid; a tensor where `how` resizes on
     CUDA.
     """
-    height, width = smart_size(*pixels.shape[:2], images)
+    height, width = smart_size(pixels.shape[0], pixels.shape[1], images)
     return resize(pixels, height, width, images.resample, how)
 
 
@@ -251,7 +252,7 @@ def parse_token_boxes(
         box = _BOX.fullmatch(text, *found.span("bare" if found["bare"] else "box"))
         if box is None:
             continue
-        written = score(labelled, [box.span(number) for number in range(1, 5)], RADII)
+        written = score(labelled, [box.span(number) for number in range(1, 5)], RADII, SCALE)
         region = region_of([float(n) for n in box.groups()], label, written, width, height)
         if region is not None:
             regions.append(region)
@@ -293,7 +294,7 @@ def parse_json_boxes(
         for at, box in enumerate(boxes):
             corners = box if isinstance(box, list) else ()
             written = spans[4 * at : 4 * at + 4]
-            value = score(labelled, written, RADII) if len(written) == 4 else math.nan
+            value = score(labelled, written, RADII, SCALE) if len(written) == 4 else math.nan
             region = region_of(corners, name.strip() if named else label, value, width, height)
             if region is not None:
                 regions.append(region)

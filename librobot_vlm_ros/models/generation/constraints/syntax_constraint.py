@@ -14,7 +14,7 @@ from typing import Any
 
 from librobot_vlm_ros.models.generation.config import AllExcept, TokenSet
 from librobot_vlm_ros.models.generation.constraints.box_syntax import BLANKS, BoxSyntax
-from librobot_vlm_ros.models.tokenizer import CausalTokenizer
+from librobot_vlm_ros.models.inputs.tokenizer import CausalTokenizer
 
 #: States whose tokens are kept at most.
 _KEPT = 512

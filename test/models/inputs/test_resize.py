@@ -11,7 +11,7 @@ from PIL import Image
 
 from librobot_vlm_ros.core import ErrorCode, RequestError
 from librobot_vlm_ros.models import create_vlm
-from librobot_vlm_ros.models.families.preprocess import (
+from librobot_vlm_ros.models.inputs.preprocess import (
     EXACT,
     ImageSettings,
     Resizing,

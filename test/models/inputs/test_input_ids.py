@@ -10,7 +10,7 @@ import torch
 
 from librobot_vlm_ros.core import ErrorCode, ImageError, RequestError
 from librobot_vlm_ros.models import AbstractVLM
-from librobot_vlm_ros.models.families.input_ids import token_rows
+from librobot_vlm_ros.models.inputs.input_ids import token_rows
 
 BAD: dict[str, Any] = {
     "beyond the vocabulary": torch.tensor([[20, 10**6]]),

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
-from librobot_vlm_ros.models.tokenizer import CausalTokenizer, read_fast
+from librobot_vlm_ros.models.inputs.tokenizer import CausalTokenizer, read_fast
 
 WORDS = ["<unk>", "the", "red", "cube", "on", "table"]
 TEXT = "the red cube on the table"

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from librobot_vlm_ros.core import ErrorCode, Frame, ImageError
-from librobot_vlm_ros.models.families.preprocess import (
+from librobot_vlm_ros.models.inputs.preprocess import (
     ImageSettings,
     as_pixels,
     image_settings,

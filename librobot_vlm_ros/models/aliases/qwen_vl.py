@@ -1,5 +1,0 @@
-"""`librobot_vlm_ros.models.qwen_vl`: see `aliases`."""
-
-from librobot_vlm_ros.models.families.qwen_vl.model import QwenVLConfig, QwenVLM
-
-__all__ = ["QwenVLConfig", "QwenVLM"]

@@ -1,0 +1,1 @@
+"""What goes into a model: words as token ids, images as pixels, prompt templates."""
