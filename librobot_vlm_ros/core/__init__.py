@@ -15,6 +15,8 @@ from librobot_vlm_ros.core.errors import (
     RequestError,
     VlmError,
     as_vlm_error,
+    bad_image,
+    bad_parameter,
     make_error,
 )
 from librobot_vlm_ros.core.frames import Frame
@@ -49,6 +51,8 @@ __all__ = [
     "Result",
     "VlmError",
     "as_vlm_error",
+    "bad_image",
+    "bad_parameter",
     "clean_prompt",
     "decode_compressed",
     "decode_image",

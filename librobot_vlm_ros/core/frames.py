@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from librobot_vlm_ros.core.errors import ErrorCode, ImageError
+from librobot_vlm_ros.core.errors import ErrorCode, ImageError, bad_image
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,9 +51,7 @@ class Frame:
                 if isinstance(pixels, np.ndarray)
                 else type(pixels).__name__
             )
-            raise ImageError(
-                ErrorCode.BAD_IMAGE, f"frame pixels are {found}, expected uint8 [H, W, 3] RGB"
-            )
+            raise bad_image(f"frame pixels are {found}, expected uint8 [H, W, 3] RGB")
         if pixels.size == 0:
             raise ImageError(
                 ErrorCode.EMPTY_IMAGE, f"frame is {pixels.shape[1]}x{pixels.shape[0]} pixels"
@@ -61,8 +59,7 @@ class Frame:
         height, width = pixels.shape[:2]
         source = (self.source_width, self.source_height)
         if source != (0, 0) and (source[0] < width or source[1] < height):
-            raise ImageError(
-                ErrorCode.BAD_IMAGE,
+            raise bad_image(
                 f"frame of {width}x{height} pixels comes from an image of {source[0]}x{source[1]}",
                 "expected an image of at least that size",
             )

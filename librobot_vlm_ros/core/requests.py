@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from librobot_vlm_ros.core.errors import ErrorCode, RequestError
+from librobot_vlm_ros.core.errors import ErrorCode, RequestError, bad_parameter
 from librobot_vlm_ros.core.frames import Frame
 from librobot_vlm_ros.core.limits import DEFAULT_LIMITS
 from librobot_vlm_ros.core.logtext import shortened
@@ -23,10 +23,7 @@ MAX_BEAMS = 32
 
 def _integer(name: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise RequestError(
-            ErrorCode.BAD_PARAMETER,
-            f"{name} is {value!r}, expected an integer from {low} to {high}",
-        )
+        raise bad_parameter(f"{name} is {value!r}, expected an integer from {low} to {high}")
 
 
 def _number(name: str, value: object, low: float, high: float, *, above: bool = False) -> None:
@@ -37,10 +34,7 @@ def _number(name: str, value: object, low: float, high: float, *, above: bool = 
         or (above and value == low)
     ):
         bound = "above" if above else "from"
-        raise RequestError(
-            ErrorCode.BAD_PARAMETER,
-            f"{name} is {value!r}, expected a number {bound} {low:g} to {high:g}",
-        )
+        raise bad_parameter(f"{name} is {value!r}, expected a number {bound} {low:g} to {high:g}")
 
 
 @dataclass(frozen=True)
@@ -166,10 +160,7 @@ def make_request(
     params = params or GenerationParams()
     most = DEFAULT_LIMITS.max_new_tokens
     if (params.max_new_tokens or 0) > most:
-        raise RequestError(
-            ErrorCode.BAD_PARAMETER,
-            f"max_new_tokens is {params.max_new_tokens}, allowed are {most}",
-        )
+        raise bad_parameter(f"max_new_tokens is {params.max_new_tokens}, allowed are {most}")
     return InferenceRequest(
         request_id=request_id,
         frame=frame,

@@ -43,7 +43,7 @@ def main(args: Sequence[str] | None = None, values: Mapping[str, Any] | None = N
     import rclpy
     from rclpy.signals import SignalHandlerOptions
 
-    from librobot_vlm_ros.core import ErrorCode, RequestError, as_vlm_error
+    from librobot_vlm_ros.core import as_vlm_error, bad_parameter
 
     argv = list(sys.argv if args is None else args)
     try:
@@ -54,8 +54,7 @@ def main(args: Sequence[str] | None = None, values: Mapping[str, Any] | None = N
         if known is not None:
             print(f"vlm_node: {known}", file=sys.stderr)
             return 1
-        wrong = RequestError(
-            ErrorCode.BAD_PARAMETER,
+        wrong = bad_parameter(
             f"the arguments of the process cannot be used: {error}",
             "Check what stands behind --ros-args, and the parameter file.",
         )

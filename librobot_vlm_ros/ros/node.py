@@ -27,14 +27,13 @@ from librobot_vlm_ros.core import (
     escape_for_log,
 )
 from librobot_vlm_ros.ros.dds import give_back_memory
-from librobot_vlm_ros.ros.engine_config import (
-    camera_configs,
-    engine_config,
+from librobot_vlm_ros.ros.inputs.camera import Camera
+from librobot_vlm_ros.ros.inputs.instruction import (
+    Instruction,
+    InstructionTopic,
     standing_tasks,
     waiting_tasks,
 )
-from librobot_vlm_ros.ros.inputs.camera import Camera
-from librobot_vlm_ros.ros.inputs.instruction import Instruction, InstructionTopic
 from librobot_vlm_ros.ros.latest_worker import LatestWorker
 from librobot_vlm_ros.ros.lifecycle import GuardedLifecycleNode
 from librobot_vlm_ros.ros.model_loading import create_backend, load_model, loaded_text, switch_model
@@ -66,10 +65,7 @@ _DIAGNOSTICS_PERIOD_S = 1.0
 
 
 class VlmNode(GuardedLifecycleNode):
-    """See the module. Made once per process; `shut_down` ends it.
-
-    It is the `Host` of the services and the action.
-    """
+    """See the module. Made once per process; `shut_down` ends it."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__("vlm", **kwargs)
@@ -93,8 +89,8 @@ class VlmNode(GuardedLifecycleNode):
         self._results = ResultPublisher(self, lambda: self.settings.min_score)
 
         self._barrier = ExecutorBarrier(self, self._decoder)
-        self._node_services = NodeServices(self, self.service_thread)
-        self._generate = GenerateAction(self, self)
+        self._node_services = NodeServices(self)
+        self._generate = GenerateAction(self)
 
         self._diagnostics = DiagnosticsPublisher(self)
         self._duplicates = DuplicateNodeCheck(self)
@@ -107,7 +103,7 @@ class VlmNode(GuardedLifecycleNode):
             self.create_timer(period_s, guarded(work, self.throttled_log), clock=steady)
         self.service_thread.start()
 
-    # -- what services need (Host)
+    # -- what the services and the action need
 
     @property
     def settings(self) -> Settings:
@@ -164,14 +160,14 @@ class VlmNode(GuardedLifecycleNode):
         self._instruction.set(settings.instruction)
         engine = Engine(
             create_backend,
-            config=engine_config(settings),
+            config=settings.engine_config(),
             on_result=self._on_result,
             on_fatal=self.raise_error,
             on_camera=self._on_camera,
         )
         self._engine = engine
         try:
-            engine.set_cameras(camera_configs(settings))
+            engine.set_cameras(settings.camera_configs())
             engine.set_standing_tasks(standing_tasks(settings, self._instruction))
             self.get_logger().info(f"loading model '{settings.model}'")
             report = load_model(engine, self._live)
@@ -314,7 +310,7 @@ class VlmNode(GuardedLifecycleNode):
             return
         engine.reconfigure(max_frame_age_s=after.max_frame_age_s, queue_size=after.queue_size)
         if after.camera_timeout_s != before.camera_timeout_s:
-            engine.set_cameras(camera_configs(after))
+            engine.set_cameras(after.camera_configs())
         engine.set_standing_tasks(standing_tasks(after, self._instruction))
 
     # -- timers, on the executor

@@ -36,7 +36,6 @@ from librobot_vlm_ros.runtime.config import (
 )
 from librobot_vlm_ros.runtime.engine_state import (
     LONGEST_WAIT_S,
-    Finished,
     OnCamera,
     OnFatal,
     OnResult,
@@ -346,7 +345,7 @@ class Engine:
         future: Future[Result] = Future()
         future.set_running_or_notify_cancel()  # Future.cancel() would leave the model working
         pending = PendingRequest(request, future, on_token)
-        finished: list[Finished] = []
+        finished: list[PendingRequest] = []
         with shared.lock:
             refusal = self._refusal(request)
             if refusal is None:
@@ -417,7 +416,7 @@ class TimerThread:
                     shared.call("on_camera", partial(shared.on_camera, event))
             del finished, events  # they hold frames: not while waiting for the next
 
-    def _due(self) -> tuple[list[Finished], list[CameraEvent]]:
+    def _due(self) -> tuple[list[PendingRequest], list[CameraEvent]]:
         shared = self._shared
         now_ns = shared.clock()
         finished = [

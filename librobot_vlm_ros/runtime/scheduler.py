@@ -11,7 +11,14 @@ import math
 from collections import deque
 from collections.abc import Collection, Iterable
 
-from librobot_vlm_ros.core import ErrorCode, Frame, GenerationParams, RequestError, get_task
+from librobot_vlm_ros.core import (
+    ErrorCode,
+    Frame,
+    GenerationParams,
+    RequestError,
+    bad_parameter,
+    get_task,
+)
 from librobot_vlm_ros.runtime.config import CameraConfig, DropReason, EngineConfig, to_ns
 from librobot_vlm_ros.runtime.mailbox import Mailbox
 
@@ -45,8 +52,7 @@ class StandingTask:
         if not self.name:
             object.__setattr__(self, "name", self.task)
         if not math.isfinite(self.rate_hz) or not 0.0 <= self.rate_hz <= 1000.0:
-            raise RequestError(
-                ErrorCode.BAD_PARAMETER,
+            raise bad_parameter(
                 f"rate of standing task {self.name!r} is {self.rate_hz} Hz, expected 0 to 1000",
                 "Use 0 for every frame.",
             )
@@ -169,10 +175,8 @@ class Scheduler:
             if task.camera:
                 self.mailbox(task.camera)
             if (task.name, task.camera) in taken:
-                raise RequestError(
-                    ErrorCode.BAD_PARAMETER,
-                    f"two standing tasks are called {task.name!r}",
-                    "Give each a name of its own.",
+                raise bad_parameter(
+                    f"two standing tasks are called {task.name!r}", "Give each a name of its own."
                 )
             taken.add((task.name, task.camera))
         self.tasks = wanted

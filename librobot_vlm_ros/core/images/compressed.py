@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from librobot_vlm_ros.core.errors import ErrorCode, ImageError, ModelError, as_vlm_error
+from librobot_vlm_ros.core.errors import ErrorCode, ImageError, ModelError, as_vlm_error, bad_image
 from librobot_vlm_ros.core.images import jpeg, png
 from librobot_vlm_ros.core.images.converter import sixteen_to_eight
 from librobot_vlm_ros.core.images.encodings import ENCODINGS, is_known_encoding
@@ -63,9 +63,7 @@ def _named_format(text: object) -> tuple[str | None, str]:
     Forms in use: "jpeg", "png", "jpg", "rgb8; jpeg compressed bgr8", "16UC1; png compressed ", "".
     """
     if not isinstance(text, str):
-        raise ImageError(
-            ErrorCode.BAD_IMAGE, f"format is of type {type(text).__name__}, expected a string"
-        )
+        raise bad_image(f"format is of type {type(text).__name__}, expected a string")
     words = re.findall(r"[a-z0-9_]+", text[:_MAX_FORMAT_CHARS].lower())
     kinds = [_FORMAT_WORDS[word] for word in words if word in _FORMAT_WORDS]
     source = text[:_MAX_FORMAT_CHARS].split(";")[0].strip()
@@ -125,8 +123,7 @@ def read_compressed_header(
             ErrorCode.UNSUPPORTED_ENCODING, f"compressed image is {kind}, expected JPEG or PNG"
         )
     if named is not None and named != kind:
-        raise ImageError(
-            ErrorCode.BAD_IMAGE,
+        raise bad_image(
             f"format says {named}, but the data is {kind}",
             f"Set the message's format to '{kind.lower()}'.",
         )

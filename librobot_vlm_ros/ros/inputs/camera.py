@@ -23,10 +23,10 @@ from std_msgs.msg import Header
 from librobot_vlm_ros.core import (
     ErrorCode,
     Frame,
-    ImageError,
     RequestError,
     VlmError,
     as_vlm_error,
+    bad_image,
     decode_compressed,
     decode_image,
     read_compressed_header,
@@ -274,8 +274,7 @@ def read_image(serialized: bytes, *, compressed: bool) -> Any:
             raise ValueError(f"its frame_id has {len(frame_id)} characters, at most {_MAX_TEXT}")
         header = Header(stamp=Time(sec=stamp.sec, nanosec=stamp.nanosec), frame_id=frame_id)
     except Exception as error:  # whatever rosbags stumbles over
-        raise ImageError(
-            ErrorCode.BAD_IMAGE,
+        raise bad_image(
             f"the serialized image cannot be read: {error}",
             "Publisher and subscriber must use the same middleware and message definition.",
         ) from error

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from librobot_vlm_ros.core import ErrorCode, RequestError, shortened
+from librobot_vlm_ros.core import RequestError, bad_parameter, shortened
 
 Value = bool | int | float | str | tuple[str, ...]
 _KEY = "ros_parameter"
@@ -133,10 +133,8 @@ class Parameter:
 
     def _error(self, value: object, expected: str) -> RequestError:
         shown = f"'{shortened(value)}'" if isinstance(value, str) else shortened(value)
-        return RequestError(
-            ErrorCode.BAD_PARAMETER,
-            f"parameter {self.name} is {shown}, {expected}",
-            f"Example: {self.name}:={self.example}",
+        return bad_parameter(
+            f"parameter {self.name} is {shown}, {expected}", f"Example: {self.name}:={self.example}"
         )
 
     @property

@@ -27,10 +27,9 @@ from rcl_interfaces.srv import SetParameters, SetParametersAtomically
 from rclpy.parameter import Parameter as RosParameter
 
 from librobot_vlm_ros.core import (
-    ErrorCode,
-    RequestError,
     VlmError,
     as_vlm_error,
+    bad_parameter,
     escape_for_log,
     shortened,
 )
@@ -103,7 +102,7 @@ class LiveParameters:
             self._calling.quiet = False
         if result.successful:
             return None
-        return self._calling.error or RequestError(ErrorCode.BAD_PARAMETER, result.reason)
+        return self._calling.error or bad_parameter(result.reason)
 
     def _declare(self) -> None:
         overrides = getattr(self._node, "_parameter_overrides", {})  # what was given at start
@@ -163,14 +162,12 @@ class LiveParameters:
             if item.checked(value) == getattr(self.settings, name):
                 continue
             if item.when == When.START:
-                raise RequestError(
-                    ErrorCode.BAD_PARAMETER,
+                raise bad_parameter(
                     f"parameter {name} is read-only once the node has started",
                     "Start the node with another value.",
                 )
             if item.when == When.CONFIGURE and at_work:
-                raise RequestError(
-                    ErrorCode.BAD_PARAMETER,
+                raise bad_parameter(
                     f"parameter {name} takes effect when the node is configured",
                     "Deactivate and clean up first, or use ~/switch_model to change the model.",
                 )
@@ -269,9 +266,8 @@ def _too_many(parameters: Sequence[Any]) -> VlmError | None:
     count = len(parameters)
     if count <= _MOST_AT_ONCE:
         return None
-    return RequestError(
-        ErrorCode.BAD_PARAMETER,
-        f"{count} parameters are to be set at once, expected at most {_MOST_AT_ONCE}",
+    return bad_parameter(
+        f"{count} parameters are to be set at once, expected at most {_MOST_AT_ONCE}"
     )
 
 
@@ -280,8 +276,7 @@ def _wrong(node: Any, parameter: Any) -> VlmError | None:
     if not node.has_parameter(name):
         return unknown_argument(name, sorted(node.get_parameters_by_prefix("")), "parameter")
     if kind not in _TYPES:
-        return RequestError(
-            ErrorCode.BAD_PARAMETER,
+        return bad_parameter(
             f"the value for parameter {shortened(name)} is of type {kind}, which there is not",
             "Types are those of rcl_interfaces/msg/ParameterType.",
         )

@@ -13,7 +13,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from librobot_vlm_ros.core import ErrorCode, RequestError, clean_prompt, get_task, shortened
+from librobot_vlm_ros.core import (
+    ErrorCode,
+    RequestError,
+    bad_parameter,
+    clean_prompt,
+    get_task,
+    shortened,
+)
+from librobot_vlm_ros.runtime import StandingTask
 
 MAX_RATE_HZ = 1000.0
 MAX_ENTRIES = 64
@@ -34,26 +42,6 @@ _CAMERA = re.compile(
 
 
 @dataclass(frozen=True)
-class TaskSetting:
-    """One standing task."""
-
-    task: str
-    """Common name."""
-    rate_hz: float
-    """0 is every frame that the model has time for."""
-    camera: str
-    """"" is every camera."""
-    prompt: str
-    """"" uses the instruction where the task needs text."""
-
-    @property
-    def text(self) -> str:
-        """What tells this task from the others, as it is written in the parameter."""
-        camera = f"{self.camera}:" if self.camera else ""
-        return f"{camera}{self.task}" + (f"={self.prompt}" if self.prompt else "")
-
-
-@dataclass(frozen=True)
 class CameraSetting:
     """One camera."""
 
@@ -63,14 +51,14 @@ class CameraSetting:
     compressed: bool
 
 
-def parse_tasks(entries: Sequence[str], cameras: Sequence[str]) -> tuple[TaskSetting, ...]:
-    """The standing tasks that `entries` name.
+def parse_tasks(entries: Sequence[str], cameras: Sequence[str]) -> tuple[StandingTask, ...]:
+    """The standing tasks that `entries` name, called as they are written there without the rate.
 
     Raises `RequestError`: UNKNOWN_TASK, UNKNOWN_CAMERA, or BAD_PARAMETER for a rate or form that is
     no good and for a task given twice for one camera and prompt.
     """
     _check_count("tasks", entries)
-    tasks: list[TaskSetting] = []
+    tasks: list[StandingTask] = []
     for entry in entries:
         item = _parse_task(entry, cameras)
         if any(
@@ -81,7 +69,7 @@ def parse_tasks(entries: Sequence[str], cameras: Sequence[str]) -> tuple[TaskSet
     return tuple(tasks)
 
 
-def _parse_task(entry: str, cameras: Sequence[str]) -> TaskSetting:
+def _parse_task(entry: str, cameras: Sequence[str]) -> StandingTask:
     # What may be long is cut off first: the pattern sees nothing of a prompt that a client sent.
     head, equals, prompt = entry.strip().partition("=")
     found = _TASK.fullmatch(head) if len(head) <= MAX_HEAD_CHARS else None
@@ -114,7 +102,9 @@ def _parse_task(entry: str, cameras: Sequence[str]) -> TaskSetting:
             "Ask for it with ~/query, giving the region.",
         )
     prompt = clean_prompt(prompt.lstrip() if equals else "", required=False)
-    return TaskSetting(spec.name, rate_hz, camera, prompt)
+    name = f"{camera}:{spec.name}" if camera else spec.name
+    name += f"={prompt}" if prompt else ""
+    return StandingTask(spec.name, prompt, rate_hz, camera, name=name)
 
 
 def parse_cameras(
@@ -159,11 +149,10 @@ _CAMERA_HINT = "Examples: front=/front/image_raw, wrist=/wrist/image_raw:compres
 
 def _check_count(name: str, entries: Sequence[str]) -> None:
     if len(entries) > MAX_ENTRIES:
-        raise RequestError(
-            ErrorCode.BAD_PARAMETER,
-            f"parameter {name} has {len(entries)} entries, expected at most {MAX_ENTRIES}",
+        raise bad_parameter(
+            f"parameter {name} has {len(entries)} entries, expected at most {MAX_ENTRIES}"
         )
 
 
 def _bad(name: str, entry: str, why: str, hint: str) -> RequestError:
-    return RequestError(ErrorCode.BAD_PARAMETER, f"{name} entry '{shortened(entry)}': {why}", hint)
+    return bad_parameter(f"{name} entry '{shortened(entry)}': {why}", hint)
