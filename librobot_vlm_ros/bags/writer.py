@@ -40,7 +40,7 @@ class BagSummary:
     bytes_written: int
 
 
-class _McapWriter(McapWriter):  # type: ignore[misc]
+class _McapWriter(McapWriter):
     """Writes the checksum of each chunk, which rosbags leaves out: damage is then noticed."""
 
     def close_chunk(self) -> None:
@@ -54,7 +54,7 @@ class _McapWriter(McapWriter):  # type: ignore[misc]
         self.bio.seek(end)
 
 
-class _Writer(Writer):  # type: ignore[misc]
+class _Writer(Writer):
     STORAGE_PLUGINS: ClassVar[Mapping[StoragePlugin, Any]] = {
         **Writer.STORAGE_PLUGINS,
         StoragePlugin.MCAP: _McapWriter,

@@ -115,9 +115,9 @@ def _dashed(
     canvas: ImageDraw.ImageDraw, box: tuple[float, float, float, float], width: int
 ) -> None:
     x_min, y_min, x_max, y_max = box
-    for x in range(round(x_min), round(x_max), 20):
+    for left in range(round(x_min), round(x_max), 20):
         for y in (y_min, y_max):
-            canvas.line((x, y, min(x + 11, x_max), y), fill=_WHITE, width=width)
-    for y in range(round(y_min), round(y_max), 20):
+            canvas.line((left, y, min(left + 11, x_max), y), fill=_WHITE, width=width)
+    for top in range(round(y_min), round(y_max), 20):
         for x in (x_min, x_max):
-            canvas.line((x, y, x, min(y + 11, y_max)), fill=_WHITE, width=width)
+            canvas.line((x, top, x, min(top + 11, y_max)), fill=_WHITE, width=width)

@@ -69,8 +69,6 @@ def columns(logits: Tensor, only: range | Tensor | None) -> Tensor:
 
 #: What each row may choose from.
 Allowed = Sequence[TokenSet]
-#: The tokens that logits are of: a range, or their ids int64 [n].
-Only = range | Tensor
 
 
 class Sent:
@@ -141,7 +139,11 @@ class Sampler:
         self._rows_at: dict[int, list[int]] = {}
 
     def pick(
-        self, logits: Tensor, step: int, allowed: Allowed | None = None, only: Only | None = None
+        self,
+        logits: Tensor,
+        step: int,
+        allowed: Allowed | None = None,
+        only: range | Tensor | None = None,
     ) -> Picked:
         """One token a row; may overwrite `logits`.
 
@@ -164,10 +166,10 @@ class Sampler:
             scores = apply_rules(raw, self._written[:, : self._before + step], rules, step)
         tokens = _choose(scores, rules, self._generators)
         log_probs = raw.gather(1, tokens[:, None])[:, 0]
-        if isinstance(only, Tensor):
-            tokens = only[tokens]
-        elif only is not None:
+        if isinstance(only, range):
             tokens = tokens + only.start
+        elif only is not None:
+            tokens = only[tokens]
         return Picked(tokens, log_probs)
 
     def wrote(self, tokens: Tensor, step: int) -> None:
