@@ -204,24 +204,17 @@ class BagReader:
         wanted = set(topics)
         for name in wanted:
             self.require_topic(name)
-        connections = [
-            connection
-            for connection in reader.connections
-            if not wanted or connection.topic in wanted
-        ]
+        connections = [c for c in reader.connections if not wanted or c.topic in wanted]
         if not connections:
             return
         count = 0
-        rows = reader.messages(connections, start=start_ns, stop=stop_ns)
-        while True:
-            try:
-                connection, stamp_ns, data = next(rows)
-            except StopIteration:
-                return
-            except Exception as error:
-                raise explain(self.path, error, after=count) from error
-            count += 1
-            yield BagMessage(connection.topic, connection.msgtype, stamp_ns, bytes(data))
+        try:
+            rows = reader.messages(connections, start=start_ns, stop=stop_ns)
+            for connection, stamp_ns, data in rows:
+                count += 1
+                yield BagMessage(connection.topic, connection.msgtype, stamp_ns, bytes(data))
+        except Exception as error:
+            raise explain(self.path, error, after=count) from error
 
     def deserialize(self, message: BagMessage) -> Any:
         """The message as an object with the fields of its definition (numpy arrays for sequences).

@@ -45,18 +45,17 @@ def _candidates() -> Iterator[Path]:
             yield Path(prefix) / "share" / PACKAGE / "msg"
 
 
-def package_typestore() -> Typestore:
-    """ROS 2 Jazzy's messages and this package's (`librobot_vlm_ros/msg/Caption` and so on)."""
-    return _store(message_folder())
+_jazzy = functools.cache(lambda: get_typestore(Stores.ROS2_JAZZY))
 
 
 @functools.cache
-def _store(folder: Path) -> Typestore:
-    store = get_typestore(Stores.ROS2_JAZZY)
+def package_typestore() -> Typestore:
+    """ROS 2 Jazzy's messages and this package's (`librobot_vlm_ros/msg/Caption` and so on)."""
     types: dict[str, Any] = {}
-    for path in sorted(folder.glob("*.msg")):
+    for path in sorted(message_folder().glob("*.msg")):
         name = f"{PACKAGE}/msg/{path.stem}"
         types.update(get_types_from_msg(path.read_text(encoding="utf-8"), name))
+    store = get_typestore(Stores.ROS2_JAZZY)
     store.register(types)
     return store
 
@@ -75,8 +74,3 @@ def extended_typestore(bag_types: Mapping[str, Any]) -> Typestore:
     store = get_typestore(Stores.EMPTY)
     store.register({**known.fielddefs, **bag_types})
     return store
-
-
-@functools.cache
-def _jazzy() -> Typestore:
-    return get_typestore(Stores.ROS2_JAZZY)
