@@ -10,7 +10,6 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rosbags.interfaces import Connection, MessageDefinitionFormat
@@ -103,12 +102,7 @@ class BagReader:
             raise coded from error
         return salvaged
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._reader is not None:
             self._reader.close()
             self._reader = None
