@@ -207,8 +207,7 @@ def _find_instruction_topic(types: Mapping[str, str], asked: str | None, node: s
 
 def standing_tasks_under(settings: Settings, text: str, number: int) -> list[StandingTask]:
     """The standing tasks while instruction number `number` is `text`."""
-    from librobot_vlm_ros.ros.engine_config import standing_tasks
-    from librobot_vlm_ros.ros.inputs.instruction import Instruction
+    from librobot_vlm_ros.ros.inputs.instruction import Instruction, standing_tasks
 
     instruction = Instruction(text)
     instruction.number = number

@@ -13,21 +13,6 @@ from typing import Any
 
 from librobot_vlm_ros.bench.measure import Bench
 
-#: The shapes of a folder of about 200 MB: few layers, wide.
-_LARGE: dict[str, Any] = {
-    "text_config": {
-        "d_model": 768,
-        "encoder_layers": 2,
-        "decoder_layers": 2,
-        "encoder_attention_heads": 12,
-        "decoder_attention_heads": 12,
-        "encoder_ffn_dim": 3072,
-        "decoder_ffn_dim": 3072,
-        "vocab_size": 20000,
-    },
-    "vision_config": {"projection_dim": 768},
-}
-
 
 def in_a_process(code: str, *arguments: str) -> dict[str, Any]:
     """Run Python code that prints one line of JSON; what it printed."""
@@ -55,8 +40,8 @@ def write_large(folder: Path) -> None:
     from librobot_vlm_ros.models.testing.florence2 import TINY_VISION
 
     torch.manual_seed(0)
-    vision = {**TINY_VISION, **_LARGE["vision_config"]}
-    config = FlorenceConfig(vision_config=vision, text_config=_LARGE["text_config"])
+    text = {"encoder_layers": 2, "decoder_layers": 2, "vocab_size": 20000}  # few layers, wide
+    config = FlorenceConfig(vision_config={**TINY_VISION, "projection_dim": 768}, text_config=text)
     module = Florence2ForConditionalGeneration(config.to_transformers())
     module.save_pretrained(str(folder))
 

@@ -7,9 +7,10 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, FileSystemLoader
 
 from librobot_vlm_ros.bench.measure import Measurement
 from librobot_vlm_ros.console import table as in_columns
@@ -116,42 +117,9 @@ def markdown(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-_LEFT, _WIDTH, _LINE, _RIGHT = 350, 420, 24, 70
-
-
 def plot(rows: Sequence[Measurement]) -> str:
     """How many times faster, a bar a row with its spread; shares of a baseline have none."""
     shown = [row for row in rows if not row.share]
     top = max((row.ratio_max for row in shown), default=1.0) or 1.0
-    height = _LINE * len(shown) + 40
-    whole = _LEFT + _WIDTH + _RIGHT
-
-    def x_of(ratio: float) -> float:
-        return _LEFT + ratio / top * _WIDTH
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {whole} {height}" '
-        'font-family="sans-serif" font-size="12">',
-        f'<rect width="{whole}" height="{height}" fill="white"/>',
-        f'<text x="{_LEFT}" y="16">times faster than processor + generate</text>',
-    ]
-    for number, row in enumerate(shown):
-        y = 30 + number * _LINE
-        middle = y + _LINE / 2 - 4
-        parts += [
-            f'<text x="{_LEFT - 8}" y="{middle + 4}" text-anchor="end">{escape(row.name)}</text>',
-            f'<rect x="{_LEFT}" y="{y}" width="{x_of(row.ratio) - _LEFT:.1f}" '
-            f'height="{_LINE - 8}" fill="{"#3b7dd8" if row.met else "#c2553a"}"/>',
-            f'<line x1="{x_of(row.ratio_min):.1f}" x2="{x_of(row.ratio_max):.1f}" '
-            f'y1="{middle}" y2="{middle}" stroke="black"/>',
-            f'<text x="{x_of(row.ratio_max) + 6:.1f}" y="{middle + 4}">{row.ratio:.2f}</text>',
-        ]
-        if row.target is not None:
-            x = x_of(min(row.target, top))
-            parts.append(
-                f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y - 2}" y2="{y + _LINE - 6}" '
-                'stroke="#444" stroke-dasharray="3 2"/>'
-            )
-    x = x_of(1.0)
-    parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="24" y2="{height - 8}" stroke="#999"/>')
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    return environment.get_template("plot.svg.jinja").render(rows=shown, top=top) + "\n"

@@ -15,10 +15,16 @@ from librobot_vlm_ros.core.errors import (
     RequestError,
     VlmError,
     as_vlm_error,
+    bad_image,
+    bad_parameter,
     make_error,
 )
 from librobot_vlm_ros.core.frames import Frame
-from librobot_vlm_ros.core.images.compressed import decode_compressed, read_compressed_header
+from librobot_vlm_ros.core.images.compressed import (
+    decode_compressed,
+    decode_message,
+    read_compressed_header,
+)
 from librobot_vlm_ros.core.images.raw import decode_image
 from librobot_vlm_ros.core.limits import DEFAULT_LIMITS, Limits
 from librobot_vlm_ros.core.logtext import escape_for_log, shortened
@@ -49,9 +55,12 @@ __all__ = [
     "Result",
     "VlmError",
     "as_vlm_error",
+    "bad_image",
+    "bad_parameter",
     "clean_prompt",
     "decode_compressed",
     "decode_image",
+    "decode_message",
     "escape_for_log",
     "get_task",
     "make_error",

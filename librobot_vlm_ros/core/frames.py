@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from librobot_vlm_ros.core.errors import ErrorCode, ImageError
+from librobot_vlm_ros.core.errors import ErrorCode, ImageError, bad_image
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,20 +40,10 @@ class Frame:
 
     def __post_init__(self) -> None:
         pixels = self.pixels
-        if (
-            not isinstance(pixels, np.ndarray)
-            or pixels.dtype != np.uint8
-            or pixels.ndim != 3
-            or pixels.shape[2] != 3
-        ):
-            found = (
-                f"{pixels.dtype} {list(pixels.shape)}"
-                if isinstance(pixels, np.ndarray)
-                else type(pixels).__name__
-            )
-            raise ImageError(
-                ErrorCode.BAD_IMAGE, f"frame pixels are {found}, expected uint8 [H, W, 3] RGB"
-            )
+        is_array = isinstance(pixels, np.ndarray)
+        if not is_array or pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+            found = f"{pixels.dtype} {list(pixels.shape)}" if is_array else type(pixels).__name__
+            raise bad_image(f"frame pixels are {found}, expected uint8 [H, W, 3] RGB")
         if pixels.size == 0:
             raise ImageError(
                 ErrorCode.EMPTY_IMAGE, f"frame is {pixels.shape[1]}x{pixels.shape[0]} pixels"
@@ -61,8 +51,7 @@ class Frame:
         height, width = pixels.shape[:2]
         source = (self.source_width, self.source_height)
         if source != (0, 0) and (source[0] < width or source[1] < height):
-            raise ImageError(
-                ErrorCode.BAD_IMAGE,
+            raise bad_image(
                 f"frame of {width}x{height} pixels comes from an image of {source[0]}x{source[1]}",
                 "expected an image of at least that size",
             )

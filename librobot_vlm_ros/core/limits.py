@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from librobot_vlm_ros.core.errors import ErrorCode, RequestError
+from librobot_vlm_ros.core.errors import bad_parameter
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,8 @@ class Limits:
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise RequestError(
-                    ErrorCode.BAD_PARAMETER,
-                    f"limit {field.name} is {value!r}, expected an integer of at least 1",
+                raise bad_parameter(
+                    f"limit {field.name} is {value!r}, expected an integer of at least 1"
                 )
 
 

@@ -13,7 +13,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-from librobot_vlm_ros.core.errors import ErrorCode, RequestError
+from librobot_vlm_ros.core.errors import ErrorCode, RequestError, bad_parameter
 from librobot_vlm_ros.core.limits import DEFAULT_LIMITS, Limits
 from librobot_vlm_ros.core.logtext import shortened
 
@@ -54,9 +54,7 @@ def clean_prompt(
     token that is nothing but a word, so that no harmless spelling of it is left.
     """
     if not isinstance(text, str):
-        raise RequestError(
-            ErrorCode.BAD_PARAMETER, f"prompt is of type {type(text).__name__}, expected a string"
-        )
+        raise bad_parameter(f"prompt is of type {type(text).__name__}, expected a string")
     _check_length(text, limits)
     # Twice: singletons such as the Kelvin sign become ASCII first, and what was apart may compose.
     cleaned = _without_control_characters(unicodedata.normalize("NFC", text))

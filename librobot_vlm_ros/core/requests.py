@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from librobot_vlm_ros.core.errors import ErrorCode, RequestError
+from librobot_vlm_ros.core.errors import ErrorCode, RequestError, bad_parameter
 from librobot_vlm_ros.core.frames import Frame
 from librobot_vlm_ros.core.limits import DEFAULT_LIMITS
 from librobot_vlm_ros.core.logtext import shortened
@@ -21,12 +21,11 @@ _MAX_SEED = 2**63 - 1
 MAX_BEAMS = 32
 
 
-def _integer(name: str, value: object, low: int, high: int) -> None:
+def _integer_or_none(name: str, value: object, low: int, high: int) -> None:
+    if value is None:
+        return
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise RequestError(
-            ErrorCode.BAD_PARAMETER,
-            f"{name} is {value!r}, expected an integer from {low} to {high}",
-        )
+        raise bad_parameter(f"{name} is {value!r}, expected an integer from {low} to {high}")
 
 
 def _number(name: str, value: object, low: float, high: float, *, above: bool = False) -> None:
@@ -37,10 +36,7 @@ def _number(name: str, value: object, low: float, high: float, *, above: bool = 
         or (above and value == low)
     ):
         bound = "above" if above else "from"
-        raise RequestError(
-            ErrorCode.BAD_PARAMETER,
-            f"{name} is {value!r}, expected a number {bound} {low:g} to {high:g}",
-        )
+        raise bad_parameter(f"{name} is {value!r}, expected a number {bound} {low:g} to {high:g}")
 
 
 @dataclass(frozen=True)
@@ -62,14 +58,11 @@ class GenerationParams:
     """0 to 2**63 - 1; None draws one."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens is not None:
-            _integer("max_new_tokens", self.max_new_tokens, 1, 1_000_000)
-        if self.num_beams is not None:
-            _integer("num_beams", self.num_beams, 1, MAX_BEAMS)
+        _integer_or_none("max_new_tokens", self.max_new_tokens, 1, 1_000_000)
+        _integer_or_none("num_beams", self.num_beams, 1, MAX_BEAMS)
         _number("temperature", self.temperature, 0.0, 100.0)
         _number("top_p", self.top_p, 0.0, 1.0, above=True)
-        if self.seed is not None:
-            _integer("seed", self.seed, 0, _MAX_SEED)
+        _integer_or_none("seed", self.seed, 0, _MAX_SEED)
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,10 +159,7 @@ def make_request(
     params = params or GenerationParams()
     most = DEFAULT_LIMITS.max_new_tokens
     if (params.max_new_tokens or 0) > most:
-        raise RequestError(
-            ErrorCode.BAD_PARAMETER,
-            f"max_new_tokens is {params.max_new_tokens}, allowed are {most}",
-        )
+        raise bad_parameter(f"max_new_tokens is {params.max_new_tokens}, allowed are {most}")
     return InferenceRequest(
         request_id=request_id,
         frame=frame,

@@ -165,10 +165,10 @@ class LocalBackend:
         prompt = processor.request_ids(request)
         answer = processor.generation_config(request.params).max_new_tokens if prompt else 0
         entry = self.frames.entry(request.frame, vlm.torch_dtype)
-        known = entry.has_features(vlm.torch_dtype)
-        pixels = None if known else entry.ready(vlm.pixels)
+        features = entry.features if entry.has_features(vlm.torch_dtype) else None
+        pixels = entry.ready(vlm.pixels) if features is None else None
         if prompt:
-            image = len(entry.features.vectors) if known else processor.count(pixels)
+            image = processor.count(pixels) if features is None else len(features.vectors)
             processor.refuse_too_long(image, len(prompt), answer)
         return PreparedRequest(index, request, entry, tuple(prompt), time.perf_counter() - started)
 
@@ -196,7 +196,7 @@ class LocalBackend:
             found = self.vlm.image_features(prepared)
             for entry, features in zip(new.values(), found, strict=True):
                 entry.features, entry.pixels = features, None
-        return [one.frame.features for one in requests]
+        return [features for one in requests if (features := one.frame.features) is not None]
 
     def _answer_safely(
         self,
@@ -291,7 +291,7 @@ class LocalBackend:
             stop=lambda row: stop_reason(requests[row].request, requests[row].index, should_stop),
             tell=tell if on_token is not None else None,
             seeds=[one.request.params.seed for one in requests],
-            grammars=[processor.constraint(one.request.task) for one in requests],
+            constraints=[processor.constraint(one.request.task) for one in requests],
             again=lambda rows: self.start([requests[row] for row in rows]),
         )
         entries: dict[int, ModelAnswer | VlmError] = {}
@@ -316,7 +316,8 @@ class LocalBackend:
     @property
     def prepares_ahead(self) -> bool:
         """Whether preparing frames beside `run` pays: on a GPU, and where torch leaves a core."""
-        return self.vlm.torch_device.type != "cpu" or torch.get_num_threads() < usable_cores()
+        on_cpu = self.vlm.torch_device.type == "cpu"
+        return not on_cpu or bool(torch.get_num_threads() < usable_cores())
 
     def prepare_frame(self, frame: Frame) -> None:
         """Make the frame's pixels ready before a request asks for them. The one method that may be

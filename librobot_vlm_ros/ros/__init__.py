@@ -3,7 +3,7 @@ arguments can be read without rclpy.
 
     main                 the process: signals, executor, orderly end
     node                 the node: what follows, put together; `lifecycle` is its base
-    model_loading        the model into the engine; `engine_config`: settings to engine
+    model_loading        the model into the engine
 
     parameters/          declared once (`settings`), on the node (`live_parameters`), as launch
                          arguments (`arguments`)

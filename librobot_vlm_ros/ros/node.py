@@ -11,6 +11,7 @@ What the transitions do:
 from __future__ import annotations
 
 import concurrent.futures
+from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -27,14 +28,13 @@ from librobot_vlm_ros.core import (
     escape_for_log,
 )
 from librobot_vlm_ros.ros.dds import give_back_memory
-from librobot_vlm_ros.ros.engine_config import (
-    camera_configs,
-    engine_config,
+from librobot_vlm_ros.ros.inputs.camera import Camera
+from librobot_vlm_ros.ros.inputs.instruction import (
+    Instruction,
+    InstructionTopic,
     standing_tasks,
     waiting_tasks,
 )
-from librobot_vlm_ros.ros.inputs.camera import Camera
-from librobot_vlm_ros.ros.inputs.instruction import Instruction, InstructionTopic
 from librobot_vlm_ros.ros.latest_worker import LatestWorker
 from librobot_vlm_ros.ros.lifecycle import GuardedLifecycleNode
 from librobot_vlm_ros.ros.model_loading import create_backend, load_model, loaded_text, switch_model
@@ -66,10 +66,7 @@ _DIAGNOSTICS_PERIOD_S = 1.0
 
 
 class VlmNode(GuardedLifecycleNode):
-    """See the module. Made once per process; `shut_down` ends it.
-
-    It is the `Host` of the services and the action.
-    """
+    """See the module. Made once per process; `shut_down` ends it."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__("vlm", **kwargs)
@@ -93,8 +90,8 @@ class VlmNode(GuardedLifecycleNode):
         self._results = ResultPublisher(self, lambda: self.settings.min_score)
 
         self._barrier = ExecutorBarrier(self, self._decoder)
-        self._node_services = NodeServices(self, self.service_thread)
-        self._generate = GenerateAction(self, self)
+        self._node_services = NodeServices(self)
+        self._generate = GenerateAction(self)
 
         self._diagnostics = DiagnosticsPublisher(self)
         self._duplicates = DuplicateNodeCheck(self)
@@ -107,7 +104,7 @@ class VlmNode(GuardedLifecycleNode):
             self.create_timer(period_s, guarded(work, self.throttled_log), clock=steady)
         self.service_thread.start()
 
-    # -- what services need (Host)
+    # -- what the services and the action need
 
     @property
     def settings(self) -> Settings:
@@ -123,10 +120,7 @@ class VlmNode(GuardedLifecycleNode):
 
     def check_room(self) -> None:
         """Raises `EngineError` where a request would be refused: BUSY, NOT_ACTIVE."""
-        engine = self._engine
-        if engine is None:
-            raise not_active(self.state_label)
-        if engine.full:
+        if self.request_context().engine.full:
             raise busy(self.settings.queue_size)
 
     def catch_up(self, timeout_s: float) -> bool:
@@ -136,12 +130,11 @@ class VlmNode(GuardedLifecycleNode):
     def active_model(self) -> str:
         """Name of the loaded model, "" when none is."""
         engine = self._engine
-        return "" if engine is None else engine.stats().model
+        loaded = None if engine is None else engine.loaded
+        return "" if loaded is None else loaded.model
 
-    def switch(
-        self, model: str, weights: str, device: str, dtype: str, timeout_s: float
-    ) -> Future[LoadReport]:
-        """Change the model without leaving the state. Raises `VlmError` when it cannot be tried."""
+    def switch(self, asked: Mapping[str, str], timeout_s: float) -> Future[LoadReport]:
+        """Change the model without leaving the state; see `switch_model`."""
         engine = self._engine
         if engine is None or self.state_label not in ("active", "inactive"):
             raise ModelError(
@@ -149,7 +142,6 @@ class VlmNode(GuardedLifecycleNode):
                 f"the node is {self.state_label}",
                 "Configure it first: that loads the model named by the parameter.",
             )
-        asked = {"model": model, "weights": weights, "device": device, "dtype": dtype}
         limit_s = timeout_of(timeout_s, self.settings.load_timeout_s)
         return switch_model(engine, self._live, asked, limit_s, self.get_logger())
 
@@ -164,14 +156,14 @@ class VlmNode(GuardedLifecycleNode):
         self._instruction.set(settings.instruction)
         engine = Engine(
             create_backend,
-            config=engine_config(settings),
+            config=settings.engine_config(),
             on_result=self._on_result,
             on_fatal=self.raise_error,
             on_camera=self._on_camera,
         )
         self._engine = engine
         try:
-            engine.set_cameras(camera_configs(settings))
+            engine.set_cameras(settings.camera_configs())
             engine.set_standing_tasks(standing_tasks(settings, self._instruction))
             self.get_logger().info(f"loading model '{settings.model}'")
             report = load_model(engine, self._live)
@@ -314,7 +306,7 @@ class VlmNode(GuardedLifecycleNode):
             return
         engine.reconfigure(max_frame_age_s=after.max_frame_age_s, queue_size=after.queue_size)
         if after.camera_timeout_s != before.camera_timeout_s:
-            engine.set_cameras(camera_configs(after))
+            engine.set_cameras(after.camera_configs())
         engine.set_standing_tasks(standing_tasks(after, self._instruction))
 
     # -- timers, on the executor

@@ -8,7 +8,13 @@ from __future__ import annotations
 import os
 import re
 
-from librobot_vlm_ros.core import BagError, ErrorCode, ModelError, RequestError, VlmError
+from librobot_vlm_ros.core import (
+    BagError,
+    ErrorCode,
+    ModelError,
+    VlmError,
+    bad_parameter,
+)
 
 _STEPS = "config/sros2/README.md has the steps"
 # Without security rcl fails so only for what the package's own tests would show.
@@ -52,10 +58,8 @@ def coded_rcl_error(error: BaseException, name: str = "") -> VlmError | None:
             f"/vlm_client for clients), check ROS_SECURITY_KEYSTORE, or make the keys: {_STEPS}.",
         )
     if "invalid node name" in text or "Trying to set parameter" in text:
-        return RequestError(
-            ErrorCode.BAD_PARAMETER,
-            f"the node cannot start so: {text}",
-            "Correct the name, the namespace or the parameter.",
+        return bad_parameter(
+            f"the node cannot start so: {text}", "Correct the name, the namespace or the parameter."
         )
     refused = _ENDPOINT.search(text)
     if refused is None or os.environ.get("ROS_SECURITY_ENABLE") != "true":

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from enum import Enum
 
-from librobot_vlm_ros.core import ErrorCode, RequestError
+from librobot_vlm_ros.core import bad_parameter
 
 NANOSECONDS = 1_000_000_000
 
@@ -41,9 +41,7 @@ class CameraConfig:
 
     def __post_init__(self) -> None:
         if not self.name:
-            raise RequestError(
-                ErrorCode.BAD_PARAMETER, "a camera without a name", hint="give each camera a name"
-            )
+            raise bad_parameter("a camera without a name", "give each camera a name")
         _at_least("timeout_s", self.timeout_s, 0.0)
 
 
@@ -76,10 +74,9 @@ class EngineConfig:
 
 def _at_least(name: str, value: float, least: float) -> None:
     if not math.isfinite(value) or value < least:
-        raise RequestError(
-            ErrorCode.BAD_PARAMETER,
+        raise bad_parameter(
             f"{name} is {value}, expected a finite number of at least {least}",
-            hint=f"set {name} to {least} or more",
+            f"set {name} to {least} or more",
         )
 
 

@@ -32,11 +32,8 @@ from librobot_vlm_ros.runtime.config import (
     DropReason,
     EngineConfig,
     EngineState,
-    to_s,
 )
 from librobot_vlm_ros.runtime.engine_state import (
-    LONGEST_WAIT_S,
-    Finished,
     OnCamera,
     OnFatal,
     OnResult,
@@ -346,7 +343,7 @@ class Engine:
         future: Future[Result] = Future()
         future.set_running_or_notify_cancel()  # Future.cancel() would leave the model working
         pending = PendingRequest(request, future, on_token)
-        finished: list[Finished] = []
+        finished: list[PendingRequest] = []
         with shared.lock:
             refusal = self._refusal(request)
             if refusal is None:
@@ -417,7 +414,7 @@ class TimerThread:
                     shared.call("on_camera", partial(shared.on_camera, event))
             del finished, events  # they hold frames: not while waiting for the next
 
-    def _due(self) -> tuple[list[Finished], list[CameraEvent]]:
+    def _due(self) -> tuple[list[PendingRequest], list[CameraEvent]]:
         shared = self._shared
         now_ns = shared.clock()
         finished = [
@@ -433,10 +430,7 @@ class TimerThread:
     def _wait_s(self) -> float | None:
         shared = self._shared
         deadlines = [pending.request.deadline_ns for pending in shared.unfinished()]
-        times = [at for at in (*deadlines, shared.watchdog.next_ns()) if at is not None]
-        if not times:
-            return None
-        return min(LONGEST_WAIT_S, max(0.0, to_s(min(times) - shared.clock())))
+        return shared.wait_s(*deadlines, shared.watchdog.next_ns())
 
 
 def _expired(request: InferenceRequest, now_ns: int) -> bool:

@@ -12,8 +12,6 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
 
 from librobot_vlm_ros.core import EngineError, Frame, Result, VlmError, as_vlm_error
@@ -37,15 +35,6 @@ LONGEST_WAIT_S = 3600.0  # a condition cannot wait for ever and a day
 OnResult = Callable[[Result, Frame], None]
 OnFatal = Callable[[VlmError], None]
 OnCamera = Callable[[CameraEvent], None]
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A settled result to deliver: to the future, or to `on_result` when there is none."""
-
-    result: Result
-    frame: Frame
-    future: Future[Result] | None
 
 
 class SharedState:
@@ -122,24 +111,22 @@ class SharedState:
 
     def finish(
         self, requests: Iterable[PendingRequest], outcome: Outcome, batch_size: int = 1
-    ) -> list[Finished]:
+    ) -> list[PendingRequest]:
         """Settle these, unless somebody was first. `deliver` what comes back, without the lock."""
         now_ns = self.clock()
         fresh = [pending for pending in requests if not pending.finished]
         self.dequeue(fresh)
-        finished = []
         for pending in fresh:
             pending.finished = True
-            frame = pending.request.frame
-            result = make_result(
+            pending.result = result = make_result(
                 pending.request, outcome, model=self.loaded, now_ns=now_ns, batch_size=batch_size
             )
-            known = frame.camera if frame.camera in self.scheduler.mailboxes else ""
+            camera = result.info.camera
+            known = camera if camera in self.scheduler.mailboxes else ""
             self.meter.delivered(known, outcome, result.info.age_s, now_ns)
-            finished.append(Finished(result, frame, pending.future))
-        return finished
+        return fresh
 
-    def pause(self, error: EngineError | None = None) -> list[Finished]:
+    def pause(self, error: EngineError | None = None) -> list[PendingRequest]:
         """Take no more work, give up what there is. The results go to `deliver`.
 
         What a standing task was doing is dropped without a word: it was not asked for by anybody in
@@ -171,6 +158,13 @@ class SharedState:
         job.cancelled = True
         self.next_load = None
         return job
+
+    def wait_s(self, *at_ns: int | None) -> float | None:
+        """Seconds until the first of these times, as a condition takes them; None for no time."""
+        times = [at for at in at_ns if at is not None]
+        if not times:
+            return None
+        return min(LONGEST_WAIT_S, max(0.0, to_s(min(times) - self.clock())))
 
     def wake_all(self) -> None:
         """Something changed that anybody may wait for."""
@@ -232,13 +226,15 @@ class SharedState:
 
     # -- without the lock ------------------------------------------------------------------
 
-    def deliver(self, finished: Iterable[Finished]) -> None:
-        """Hand results to whom they are for."""
-        for item in finished:
-            if item.future is not None:
-                item.future.set_result(item.result)
+    def deliver(self, finished: Iterable[PendingRequest]) -> None:
+        """Hand results to whom they are for: the future, or `on_result` when there is none."""
+        for pending in finished:
+            result = pending.result
+            assert result is not None  # `finish` has made one
+            if pending.future is not None:
+                pending.future.set_result(result)
             elif self.on_result is not None:
-                self.call("on_result", partial(self.on_result, item.result, item.frame))
+                self.call("on_result", partial(self.on_result, result, pending.request.frame))
 
     def call(self, name: str, callback: Callable[[], None]) -> None:
         """Call out; an exception there is logged and counted and goes no further."""

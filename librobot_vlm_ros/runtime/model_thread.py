@@ -14,7 +14,7 @@ from librobot_vlm_ros.models.backend import VlmBackend
 from librobot_vlm_ros.runtime.batch_executor import Run, run_batch
 from librobot_vlm_ros.runtime.batching import Batch, BatchPlanner, BatchSelector
 from librobot_vlm_ros.runtime.config import to_ns
-from librobot_vlm_ros.runtime.engine_state import Finished, SharedState
+from librobot_vlm_ros.runtime.engine_state import SharedState
 from librobot_vlm_ros.runtime.loader import ExtendedBackend, Loader, LoadJob, free_memory_of
 from librobot_vlm_ros.runtime.pending_request import PendingRequest
 
@@ -108,7 +108,7 @@ class ModelThread:
         answers = [outcome for outcome in run.outcomes if isinstance(outcome, ModelAnswer)]
         failure = run.failure
         fatal = False
-        finished: list[Finished] = []
+        finished: list[PendingRequest] = []
         with shared.lock:
             now_ns = shared.clock()
             meter.run_ended(run.seconds, sum(one.generated_tokens for one in answers), now_ns)
@@ -171,7 +171,7 @@ class ModelThread:
         except BaseException as exc:
             error = as_vlm_error(exc)
         model_lost = False
-        finished: list[Finished] = []
+        finished: list[PendingRequest] = []
         with shared.lock:
             had_model = shared.loaded is not None
             self._show_model()

@@ -41,6 +41,8 @@ class PendingRequest:
     finished: bool = False
     streamed: bool = False
     """Whether text went to `on_text` already."""
+    result: Result | None = None
+    """What it was settled with; for `SharedState.deliver`."""
 
     @property
     def standing(self) -> bool:

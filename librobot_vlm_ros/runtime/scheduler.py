@@ -11,7 +11,14 @@ import math
 from collections import deque
 from collections.abc import Collection, Iterable
 
-from librobot_vlm_ros.core import ErrorCode, Frame, GenerationParams, RequestError, get_task
+from librobot_vlm_ros.core import (
+    ErrorCode,
+    Frame,
+    GenerationParams,
+    RequestError,
+    bad_parameter,
+    get_task,
+)
 from librobot_vlm_ros.runtime.config import CameraConfig, DropReason, EngineConfig, to_ns
 from librobot_vlm_ros.runtime.mailbox import Mailbox
 
@@ -45,8 +52,7 @@ class StandingTask:
         if not self.name:
             object.__setattr__(self, "name", self.task)
         if not math.isfinite(self.rate_hz) or not 0.0 <= self.rate_hz <= 1000.0:
-            raise RequestError(
-                ErrorCode.BAD_PARAMETER,
+            raise bad_parameter(
                 f"rate of standing task {self.name!r} is {self.rate_hz} Hz, expected 0 to 1000",
                 "Use 0 for every frame.",
             )
@@ -169,10 +175,8 @@ class Scheduler:
             if task.camera:
                 self.mailbox(task.camera)
             if (task.name, task.camera) in taken:
-                raise RequestError(
-                    ErrorCode.BAD_PARAMETER,
-                    f"two standing tasks are called {task.name!r}",
-                    "Give each a name of its own.",
+                raise bad_parameter(
+                    f"two standing tasks are called {task.name!r}", "Give each a name of its own."
                 )
             taken.add((task.name, task.camera))
         self.tasks = wanted
@@ -205,11 +209,8 @@ class Scheduler:
             mailbox.offer(frame, wanted=bool(self._due_tasks(mailbox, now_ns)))
             return
         mailbox.record(frame)
-        tasks = tuple(
-            task
-            for task in self._active
-            if task.runs_on(frame.camera) and self._gate(frame.camera, task).passes(frame.stamp_ns)
-        )
+        gates = self._gates_of(frame.camera)
+        tasks = tuple(task for task, gate in gates if gate.passes(frame.stamp_ns))
         if tasks:
             self._in_order.append(Work(frame, tasks))
         else:
@@ -282,10 +283,7 @@ class Scheduler:
         for mailbox in self.mailboxes.values():
             if mailbox.newest is None or mailbox.expire(now_ns, self.config.max_frame_age_s):
                 continue
-            for task in self._active:
-                if not task.runs_on(mailbox.camera):
-                    continue
-                gate = self._gate(mailbox.camera, task)
+            for _, gate in self._gates_of(mailbox.camera):
                 if gate.next_ns is not None and gate.last_frame is not mailbox.newest:
                     times.append(gate.next_ns)
         return min(times, default=None)
@@ -315,6 +313,10 @@ class Scheduler:
     def _by_turn(self) -> list[Mailbox]:
         return sorted(self.mailboxes.values(), key=lambda mailbox: self._turn[mailbox.camera])
 
+    def _gates_of(self, camera: str) -> list[tuple[StandingTask, RateGate]]:
+        """The tasks that can run on a camera."""
+        return [(task, self._gate(camera, task)) for task in self._active if task.runs_on(camera)]
+
     def _gate(self, camera: str, task: StandingTask) -> RateGate:
         key = (camera, task.name, task.camera)
         asked = (task.task, task.prompt, task.params, task.instruction_id)
@@ -331,11 +333,8 @@ class Scheduler:
         frame = mailbox.newest
         if frame is None:
             return ()
-        return tuple(
-            task
-            for task in self._active
-            if task.runs_on(mailbox.camera) and self._gate(mailbox.camera, task).due(frame, now_ns)
-        )
+        gates = self._gates_of(mailbox.camera)
+        return tuple(task for task, gate in gates if gate.due(frame, now_ns))
 
     def _tell_idle_from_active(self) -> None:
         reasons = [(task, task.idle_reason(self._supported)) for task in self.tasks]

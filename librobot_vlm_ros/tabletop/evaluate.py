@@ -29,16 +29,9 @@ from librobot_vlm_ros.tabletop.scenes import FIRST_TRAINING_SEED, Scene, render_
 from librobot_vlm_ros.tabletop.world import World
 
 
-def _frame(scene: Scene, number: int) -> Frame:
-    return Frame(
-        pixels=scene.rgb, camera="evaluate", stamp_ns=number, frame_id="camera", sequence=number,
-        received_ns=time.monotonic_ns(), header=None,
-    )  # fmt: skip
-
-
 def _requests(scene: Scene, number: int, rng: np.random.Generator) -> list[InferenceRequest]:
     """Caption, detection, and one grounding of every object in the scene, by its label."""
-    frame = _frame(scene, number)
+    frame = Frame(scene.rgb, "evaluate", number, sequence=number)
     asked = [("caption", ""), ("detect", "")]
     forms = ("{}", "pick up the {}", "where is the {}")
     asked += [("ground", str(rng.choice(forms)).format(o.label)) for o in scene.objects]
@@ -127,11 +120,8 @@ def main() -> int:
         return 1
     width = max(len(key) for key in summary)
     for key, value in summary.items():
-        print(
-            f"{key:<{width}}  {value:.3f}"
-            if isinstance(value, float)
-            else f"{key:<{width}}  {value}"
-        )
+        shown = f"{value:.3f}" if isinstance(value, float) else value
+        print(f"{key:<{width}}  {shown}")
     return 0
 
 

@@ -19,12 +19,12 @@ import numpy as np
 from librobot_vlm_ros.tabletop.labels import COLOURED_KINDS, COLOURS, PLAIN_KINDS
 from librobot_vlm_ros.tabletop.scenes import (
     MAX_OBJECTS,
-    SceneObject,
+    Scene,
     random_placement,
     random_view,
     save_arrays,
+    scene_of,
     set_stage,
-    visible_objects,
 )  # fmt: skip
 from librobot_vlm_ros.tabletop.world import World
 
@@ -45,15 +45,6 @@ class Layer:
     x: float
     y: float
     radius: float
-
-
-@dataclass(frozen=True)
-class Composite:
-    """A composed frame: rgb uint8 [H, W, 3], objects left to right, their masks in that order."""
-
-    rgb: np.ndarray
-    objects: tuple[SceneObject, ...]
-    masks: tuple[np.ndarray, ...]
 
 
 def render_view(world: World, seed: int, layers: int) -> tuple[np.ndarray, list[Layer]]:
@@ -92,7 +83,7 @@ def render_view(world: World, seed: int, layers: int) -> tuple[np.ndarray, list[
 
 def compose(
     plate: np.ndarray, layers: list[Layer], rng: np.random.Generator, tries: int = 20
-) -> Composite | None:
+) -> Scene | None:
     """A scene of 1 to 6 of the layers, or None where no free combination was found in ``tries``."""
     for _ in range(tries):
         count = int(rng.integers(1, MAX_OBJECTS + 1))
@@ -109,13 +100,13 @@ def compose(
                 chosen.append(layer)
             if len(chosen) == count:
                 break
-        composite = _paint(plate, chosen)
-        if composite is not None:
-            return composite
+        scene = _paint(plate, chosen)
+        if scene is not None:
+            return scene
     return None
 
 
-def _paint(plate: np.ndarray, chosen: list[Layer]) -> Composite | None:
+def _paint(plate: np.ndarray, chosen: list[Layer]) -> Scene | None:
     height, width = plate.shape[:2]
     shade = np.ones((height, width, 1), np.float32)
     nearest = np.full((height, width), np.inf, np.float32)
@@ -130,41 +121,32 @@ def _paint(plate: np.ndarray, chosen: list[Layer]) -> Composite | None:
         owner[at][front] = number
         colour[at][front] = layer.rgb[front]
     masks = [owner == number for number in range(len(chosen))]
-    objects = visible_objects(
-        [layer.label for layer in chosen], masks, [int(layer.mask.sum()) for layer in chosen]
-    )
-    if objects is None:
-        return None
     rgb = np.where((owner >= 0)[..., None], colour, (plate * shade).astype(np.uint8))
-    by_label = {layer.label: mask for layer, mask in zip(chosen, masks, strict=True)}
-    return Composite(rgb, objects, tuple(by_label[item.label] for item in objects))
+    own_pixels = [int(layer.mask.sum()) for layer in chosen]
+    return scene_of(rgb, [layer.label for layer in chosen], masks, own_pixels)
 
 
 class Bank:
     """Views kept in a folder, one ``view_NNNNN.npz`` each; loaded into memory whole."""
 
     def __init__(self, folder: Path) -> None:
-        self.views: list[tuple[np.ndarray, list[Layer]]] = []
-        self._seen: set[Path] = set()
         self.folder = folder
-        self.refresh()
+        self.views: dict[Path, tuple[np.ndarray, list[Layer]]] = {}
 
-    def refresh(self) -> int:
-        """Load the views that have been written since; returns how many there are now."""
+    def refresh(self) -> None:
+        """Load the views that have been written since."""
         for path in sorted(self.folder.glob("view_*.npz")):
-            if path not in self._seen:
-                self._seen.add(path)
-                self.views.append(load_view(path))
-        return len(self.views)
+            if path not in self.views:
+                self.views[path] = load_view(path)
 
-    def draw(self, rng: np.random.Generator) -> Composite:
-        """A composite of a random view."""
+    def draw(self, rng: np.random.Generator) -> Scene:
+        """A composed scene of a random view."""
+        views = list(self.views.values())
         while True:
-            plate, layers = self.views[int(rng.integers(len(self.views)))]
-            if layers:
-                composite = compose(plate, layers, rng)
-                if composite is not None:
-                    return composite
+            plate, layers = views[int(rng.integers(len(views)))]
+            scene = compose(plate, layers, rng) if layers else None
+            if scene is not None:
+                return scene
 
 
 def save_view(path: Path, plate: np.ndarray, layers: list[Layer]) -> None:

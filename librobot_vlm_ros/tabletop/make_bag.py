@@ -41,7 +41,7 @@ def shot(world: World, seed: int, frames: int) -> list[Scene]:
             scene = render_placements(world, replace(view, camera=camera), placements)
             if scene is None:
                 break
-            scenes.append(scene[0])
+            scenes.append(scene)
         if len(scenes) == frames:
             return scenes
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 from PIL import Image
+from torch.utils.data import IterableDataset
 
 from librobot_vlm_ros.tabletop.labels import COLOURS, KINDS
 from librobot_vlm_ros.tabletop.layers import Bank
@@ -109,7 +110,7 @@ def _relight(small: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return light
 
 
-class FrameStream:
+class FrameStream(IterableDataset):
     """An endless, seeded stream of samples; ``renders`` (full frames) are mixed in by ``share``."""
 
     def __init__(

@@ -71,10 +71,13 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """A rendered frame: rgb uint8 [H, W, 3] and the objects in it, left to right."""
+    """A frame: rgb uint8 [H, W, 3], the objects in it, left to right, and in that order each one's
+    mask of visible pixels, bool [H, W].
+    """
 
     rgb: np.ndarray
     objects: tuple[SceneObject, ...]
+    masks: tuple[np.ndarray, ...] = ()
 
 
 def _uniform3(rng: np.random.Generator, low: float, high: float) -> tuple[float, float, float]:
@@ -190,7 +193,7 @@ def too_close(a: Placement, b: Placement) -> bool:
 
 
 def visible_objects(
-    labels: list[str], visible: list[np.ndarray], own_pixels: list[int], scale: float = 1.0
+    labels: list[str], visible: list[np.ndarray], own_pixels: list[int]
 ) -> tuple[SceneObject, ...] | None:
     """Ground truth from masks of visible pixels [H, W] and each object's unoccluded pixel count.
 
@@ -202,10 +205,21 @@ def visible_objects(
         if own == 0 or len(xs) < MIN_VISIBLE * own:
             return None
         box = (float(xs.min()), float(ys.min()), float(xs.max() + 1), float(ys.max() + 1))
-        if min(box[2] - box[0], box[3] - box[1]) < MIN_SIDE * scale:
+        if min(box[2] - box[0], box[3] - box[1]) < MIN_SIDE:
             return None
         found.append(SceneObject(label, box))
     return tuple(sorted(found, key=lambda o: (o.box[0] + o.box[2], o.box[1] + o.box[3])))
+
+
+def scene_of(
+    rgb: np.ndarray, labels: list[str], visible: list[np.ndarray], own_pixels: list[int]
+) -> Scene | None:
+    """A frame with its `visible_objects`; None where there is one that cannot be asked for."""
+    objects = visible_objects(labels, visible, own_pixels)
+    if objects is None:
+        return None
+    by_label = dict(zip(labels, visible, strict=True))
+    return Scene(rgb, objects, tuple(by_label[item.label] for item in objects))
 
 
 def draw_placements(
@@ -222,10 +236,8 @@ def draw_placements(
     return placements
 
 
-def render_placements(
-    world: World, view: View, placements: list[Placement]
-) -> tuple[Scene, list[np.ndarray]] | None:
-    """Render objects in a view, with each one's mask; None where one is too hidden or too small."""
+def render_placements(world: World, view: View, placements: list[Placement]) -> Scene | None:
+    """Render objects in a view; None where one is too hidden or too small."""
     set_stage(world, view)
     bodies = [world.place(p.kind, p.colour, p.pose, p.tint) for p in placements]
     full = world.render(view.camera, view.light)
@@ -237,11 +249,7 @@ def render_placements(
         _own_pixels(world, view, placement) if _touched(full.body, body, crowd) else int(mask.sum())
         for placement, body, mask in zip(placements, bodies, masks, strict=True)
     ]
-    objects = visible_objects([p.label for p in placements], masks, own)
-    if objects is None:
-        return None
-    by_label = {placement.label: mask for placement, mask in zip(placements, masks, strict=True)}
-    return Scene(full.rgb, objects), [by_label[item.label] for item in objects]
+    return scene_of(full.rgb, [p.label for p in placements], masks, own)
 
 
 def _touched(bodies: np.ndarray, body: int, crowd: set[int]) -> bool:
@@ -266,11 +274,6 @@ def render_scene(world: World, seed: int) -> Scene:
 
     The same seed gives the same frame with the same version of PyBullet.
     """
-    return render_scene_with_masks(world, seed)[0]
-
-
-def render_scene_with_masks(world: World, seed: int) -> tuple[Scene, list[np.ndarray]]:
-    """As :func:`render_scene`, with each object's mask of visible pixels, bool [H, W]."""
     rng = np.random.default_rng(seed)
     while True:
         view = random_view(rng)
@@ -296,9 +299,9 @@ def write_frames(out: Path, first: int, count: int) -> None:
         path = out / f"frame_{seed}.npz"
         if path.exists():
             continue
-        scene, masks = render_scene_with_masks(world, seed)
+        scene = render_scene(world, seed)
         owner = np.full(scene.rgb.shape[:2], -1, np.int8)
-        for number, mask in enumerate(masks):
+        for number, mask in enumerate(scene.masks):
             owner[mask] = number
         arrays = {
             "rgb": scene.rgb,

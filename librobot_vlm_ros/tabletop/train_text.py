@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from librobot_vlm_ros.tabletop.labels import LABELS
 from librobot_vlm_ros.tabletop.network import (
@@ -71,7 +72,7 @@ def place_positions(embed: Any) -> None:
         embed.row_embeddings.weight.zero_()[:, QUIET_Y.start - half : QUIET_Y.stop - half] = code
 
 
-class TextTrainer(nn.Module):  # type: ignore[misc]
+class TextTrainer(nn.Module):
     """Projector, BART and the tied embedding of a Florence-2 module, trained with smooth
     locations.
     """
@@ -122,7 +123,7 @@ class TextTrainer(nn.Module):  # type: ignore[misc]
         seen = torch.cat([mask.new_ones(len(flat), image.shape[1]), mask], 1)
         encoded = self.text.encoder(inputs_embeds=states, attention_mask=seen).last_hidden_state
         answer, real = _padded([q.answer for q in flat])
-        place = _padded_places([q.place for q in flat])
+        place = pad_sequence([torch.tensor(q.place) for q in flat], True, -1.0)
         fed = answer.clone()
         if noise:
             moved = fed + (torch.randn(fed.shape) * noise).round().long()
@@ -194,15 +195,10 @@ def cells_to_keep(owners: list[np.ndarray], rng: np.random.Generator, count: int
 
 
 def _padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    longest = max(len(row) for row in rows)
-    ids = torch.tensor([row + [PAD] * (longest - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-    return ids, mask
-
-
-def _padded_places(rows: list[list[float]]) -> torch.Tensor:
-    longest = max(len(row) for row in rows)
-    return torch.tensor([row + [-1.0] * (longest - len(row)) for row in rows])
+    """[B, T]: rows of ids, filled up at their ends, and where they are real."""
+    ids = [torch.tensor(row) for row in rows]
+    mask = [torch.ones_like(row) for row in ids]
+    return pad_sequence(ids, batch_first=True, padding_value=PAD), pad_sequence(mask, True)
 
 
 def random_layout(rng: np.random.Generator) -> Sample:

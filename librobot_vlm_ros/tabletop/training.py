@@ -165,14 +165,6 @@ def _optimizers(modules: list[nn.Module], rate: float, decay: float) -> list[tor
 def batches(stream: FrameStream, size: int) -> Iterator[list[Sample]]:
     """Batches made in a worker process, so that the trainer never waits for them."""
     loader: Any = torch.utils.data.DataLoader(
-        _Iterable(stream), batch_size=size, num_workers=1, collate_fn=list, prefetch_factor=4
+        stream, batch_size=size, num_workers=1, collate_fn=list, prefetch_factor=4
     )
     yield from loader
-
-
-class _Iterable(torch.utils.data.IterableDataset):  # type: ignore[misc]
-    def __init__(self, stream: FrameStream) -> None:
-        self.stream = stream
-
-    def __iter__(self) -> Iterator[Sample]:
-        return iter(self.stream)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 from librobot_vlm_ros.tabletop.labels import COLOURS
 
@@ -102,26 +103,6 @@ class Rendering:
     body: np.ndarray
 
 
-@cache
-def _mesh_vertices(path: str) -> np.ndarray:
-    with open(path, encoding="utf-8", errors="replace") as lines:
-        rows = [line.split()[1:4] for line in lines if line.startswith("v ")]
-    vertices: np.ndarray = np.array(rows, dtype=np.float64)
-    return vertices
-
-
-def rotation(euler: tuple[float, float, float]) -> np.ndarray:
-    """Rotation matrix [3, 3] of fixed-axis roll, pitch, yaw in radians."""
-    r, p, y = euler
-    cr, sr, cp, sp, cy, sy = (
-        math.cos(r), math.sin(r), math.cos(p), math.sin(p), math.cos(y), math.sin(y),
-    )  # fmt: skip
-    rx = np.array([[1, 0, 0], [0, cr, -sr], [0, sr, cr]])
-    ry = np.array([[cp, 0, sp], [0, 1, 0], [-sp, 0, cp]])
-    rz = np.array([[cy, -sy, 0], [sy, cy, 0], [0, 0, 1]])
-    return rz @ ry @ rx
-
-
 def solid(
     kind: str, size: tuple[float, float, float], steps: int = 28
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -171,18 +152,22 @@ def solid(
     return np.concatenate(vertices) * np.array(size), np.concatenate(normals), np.concatenate(faces)
 
 
+@cache
 def _points(kind: str, data: Path) -> np.ndarray:
     shape = SHAPES[kind]
-    if shape.mesh is not None:
-        return _mesh_vertices(str(data / shape.mesh)) * np.array(shape.scale)
-    return solid(kind, shape.scale)[0]
+    if shape.mesh is None:
+        return solid(kind, shape.scale)[0]
+    with open(data / shape.mesh, encoding="utf-8", errors="replace") as lines:
+        rows = [line.split()[1:4] for line in lines if line.startswith("v ")]
+    points: np.ndarray = np.array(rows, dtype=np.float64) * np.array(shape.scale)
+    return points
 
 
 def shape_extent(
     kind: str, euler: tuple[float, float, float], data: Path
 ) -> tuple[np.ndarray, np.ndarray]:
     """Lower and upper corner [3] of the kind turned by ``euler``, around its own origin, metres."""
-    points = _points(kind, data) @ rotation(euler).T
+    points = Rotation.from_euler("xyz", euler).apply(_points(kind, data))
     return points.min(0), points.max(0)
 
 

@@ -8,14 +8,13 @@ over real DDS with the profile that ships; figures and the limits they are held 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,27 +46,17 @@ _START_S = 60.0
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print and write the figures; 1 when one is outside its limit."""
     parser = argparse.ArgumentParser(prog="node-check", description=__doc__)
-    parser.add_argument("--seconds", type=positive, default=60.0, help="default 60")
+    number = partial(parser.add_argument, type=positive)
+    number("--seconds", default=60.0, help="default 60")
     parser.add_argument("--cameras", type=int, default=3, choices=range(1, 9), help="default 3")
-    parser.add_argument("--rate", type=positive, default=30.0, help="of a camera [Hz], default 30")
-    parser.add_argument("--latency", type=positive, default=0.05, help="of the model [s]")
-    parser.add_argument("--query-period", type=positive, default=0.5, help="[s], default 0.5")
-    parser.add_argument(
-        "--single", type=float, default=10.0, help="of the runs with one camera [s], default 10"
-    )
+    number("--rate", dest="rate_hz", default=30.0, help="of a camera [Hz], default 30")
+    number("--latency", dest="latency_s", default=0.05, help="of the model [s]")
+    number("--query-period", dest="query_period_s", default=0.5, help="[s], default 0.5")
+    single = "of the runs with one camera [s], default 10"
+    number("--single", dest="single_s", type=float, default=10.0, help=single)
     parser.add_argument("--reliable", action="store_true", help="cameras publish as reliable")
     parser.add_argument("--out", type=Path, default=Path("build/node"), help="folder")
-    args = parser.parse_args(argv)
-    figures = check(
-        args.out,
-        seconds=args.seconds,
-        cameras=args.cameras,
-        rate_hz=args.rate,
-        latency_s=args.latency,
-        query_period_s=args.query_period,
-        reliable=args.reliable,
-        single_s=args.single,
-    )
+    figures = check(**vars(parser.parse_args(argv)))
     print(json.dumps(figures, indent=2))
     for miss in figures["misses"]:
         print(f"node-check: {miss}", file=sys.stderr)
@@ -93,61 +82,45 @@ def check(
     """
     out.mkdir(parents=True, exist_ok=True)
     names = [f"camera{number}" for number in range(1, cameras + 1)]
-    load = _Load(names, seconds, rate_hz, latency_s, query_period_s, reliable)
-    run = _measure(load, out / "node.log")
-    figures = summary(
-        run.answers,
-        run.asks,
-        names=names,
-        sent=run.sent,
-        received=run.received,
-        cpu_share=run.cpu_share,
+    answers, asks, counts = _measure(
+        out / "node.log", names, seconds, rate_hz, latency_s, query_period_s, reliable
     )
+    figures = summary(answers, asks, names=names, **counts)
     figures["seconds"] = seconds
     figures["limits"] = limits(latency_s, rate_hz)
     if single_s:
         slow_s = SLOWER / rate_hz
-        single = _Load(names[:1], single_s, rate_hz, 0.0, 0.0, reliable, counted=False)
-        idle = _measure(single, out / "node-overhead.log")
-        slow = _measure(dataclasses.replace(single, latency_s=slow_s), out / "node-slow.log")
-        figures |= single_summary(idle.answers, slow.answers, slow_s)
+        single = partial(
+            _measure, names=names[:1], seconds=single_s, rate_hz=rate_hz, query_period_s=0.0,
+            reliable=reliable, counted=False,
+        )  # fmt: skip
+        idle, *_ = single(out / "node-overhead.log", latency_s=0.0)
+        slow, *_ = single(out / "node-slow.log", latency_s=slow_s)
+        figures |= single_summary(idle, slow, slow_s)
         figures["limits"] |= single_limits(slow_s, rate_hz)
     figures["misses"] = misses(figures, figures["limits"])
     (out / "summary.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return figures
 
 
-@dataclass(frozen=True)
-class _Load:
-    """What a node is put under."""
+def _measure(
+    log: Path,
+    names: Sequence[str],
+    seconds: float,
+    rate_hz: float,
+    latency_s: float,
+    query_period_s: float,
+    reliable: bool,
+    counted: bool = True,
+) -> tuple[list[Answer], list[Ask], dict[str, Any]]:
+    """One node from its start to its end: results, queries, and what `summary` takes besides.
 
-    names: Sequence[str]
-    seconds: float
-    rate_hz: float
-    latency_s: float
-    query_period_s: float
-    reliable: bool
-    counted: bool = True
-    """Whether to wait for the node's own count of frames at the end."""
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What was heard of it."""
-
-    answers: list[Answer]
-    asks: list[Ask]
-    sent: int
-    received: dict[str, int]
-    cpu_share: float
-
-
-def _measure(load: _Load, log: Path) -> _Run:
-    """One node, from its start to its end."""
+    `counted`: whether to wait for the node's own count of frames at the end.
+    """
     arguments = [
         "model:=fake",
-        f"model_config:={json.dumps({'latency_s': load.latency_s})}",
-        f"cameras:=[{', '.join(f'{name}=/{name}/image_raw' for name in load.names)}]",
+        f"model_config:={json.dumps({'latency_s': latency_s})}",
+        f"cameras:=[{', '.join(f'{name}=/{name}/image_raw' for name in names)}]",
         "tasks:=[caption]",
         "autostart:=true",
         "camera_timeout_s:=30.0",  # between the parts of the run the cameras pause
@@ -156,27 +129,28 @@ def _measure(load: _Load, log: Path) -> _Run:
         stack.enter_context(isolated_ros())
         process = stack.enter_context(NodeProcess(arguments, log))
         running = [
-            stack.enter_context(camera_process(f"/{name}/image_raw", load.rate_hz, load.reliable))
-            for name in load.names
+            stack.enter_context(camera_process(f"/{name}/image_raw", rate_hz, reliable))
+            for name in names
         ]
         session = stack.enter_context(Session("node_check"))
         process.wait_until_active(session, NODE, _START_S)
-        robot = Robot(session, load.names)
+        robot = Robot(session, names)
         robot.find(_START_S, running)
         before, cpu_before = robot.received(), _cpu_s(process.pid)
         started = time.monotonic()
         answers_from = len(robot.answers)
         for camera in running:
-            start_sending(camera, load.seconds)
-        asks = robot.ask(started + load.seconds, load.query_period_s)
+            start_sending(camera, seconds)
+        asks = robot.ask(started + seconds, query_period_s)
         wall_s = time.monotonic() - started
         cpu_s = _cpu_s(process.pid) - cpu_before
         sent = sum(images_sent(camera) for camera in running)
-        if load.counted:
+        if counted:
             robot.settle()
         received = {name: count - before[name] for name, count in robot.received().items()}
         process.check()
-    return _Run(robot.answers[answers_from:], asks, sent, received, cpu_s / wall_s)
+    counts = {"sent": sent, "received": received, "cpu_share": cpu_s / wall_s}
+    return robot.answers[answers_from:], asks, counts
 
 
 def _cpu_s(pid: int) -> float:

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from librobot_vlm_ros.core.errors import ErrorCode, ImageError, ModelError, as_vlm_error
+from librobot_vlm_ros.core.errors import ErrorCode, ImageError, ModelError, as_vlm_error, bad_image
 from librobot_vlm_ros.core.images import jpeg, png
 from librobot_vlm_ros.core.images.converter import sixteen_to_eight
 from librobot_vlm_ros.core.images.encodings import ENCODINGS, is_known_encoding
-from librobot_vlm_ros.core.images.raw import as_bytes_array, check_size, depth_to_rgb8
+from librobot_vlm_ros.core.images.raw import as_bytes_array, check_size, decode_image, depth_to_rgb8
 from librobot_vlm_ros.core.limits import DEFAULT_LIMITS, Limits
 from librobot_vlm_ros.core.logtext import shortened
 
@@ -63,9 +63,7 @@ def _named_format(text: object) -> tuple[str | None, str]:
     Forms in use: "jpeg", "png", "jpg", "rgb8; jpeg compressed bgr8", "16UC1; png compressed ", "".
     """
     if not isinstance(text, str):
-        raise ImageError(
-            ErrorCode.BAD_IMAGE, f"format is of type {type(text).__name__}, expected a string"
-        )
+        raise bad_image(f"format is of type {type(text).__name__}, expected a string")
     words = re.findall(r"[a-z0-9_]+", text[:_MAX_FORMAT_CHARS].lower())
     kinds = [_FORMAT_WORDS[word] for word in words if word in _FORMAT_WORDS]
     source = text[:_MAX_FORMAT_CHARS].split(";")[0].strip()
@@ -125,8 +123,7 @@ def read_compressed_header(
             ErrorCode.UNSUPPORTED_ENCODING, f"compressed image is {kind}, expected JPEG or PNG"
         )
     if named is not None and named != kind:
-        raise ImageError(
-            ErrorCode.BAD_IMAGE,
+        raise bad_image(
             f"format says {named}, but the data is {kind}",
             f"Set the message's format to '{kind.lower()}'.",
         )
@@ -197,6 +194,28 @@ def decode_compressed(
         raise as_vlm_error(exc) from exc
     pixels.flags.writeable = False
     return pixels
+
+
+def decode_message(
+    message: Any, *, allow_depth: bool = False, at_least: tuple[int, int] | None = None
+) -> npt.NDArray[np.uint8]:
+    """A `sensor_msgs/Image` or `CompressedImage`, of ROS or rosbags, as RGB uint8 [H, W, 3].
+
+    Options and errors are those of `decode_image` and `decode_compressed`.
+    """
+    if hasattr(message, "format"):
+        return decode_compressed(
+            message.data, format=message.format, allow_depth=allow_depth, at_least=at_least
+        )
+    return decode_image(
+        message.data,
+        height=message.height,
+        width=message.width,
+        encoding=message.encoding,
+        step=message.step,
+        is_bigendian=message.is_bigendian,
+        allow_depth=allow_depth,
+    )
 
 
 def _opencv() -> Any:

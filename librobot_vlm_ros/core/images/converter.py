@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from librobot_vlm_ros.core.errors import ErrorCode, ImageError, ModelError, as_vlm_error
+from librobot_vlm_ros.core.errors import ErrorCode, ModelError, as_vlm_error, bad_image
 from librobot_vlm_ros.core.images.encodings import Encoding
 from librobot_vlm_ros.core.logtext import escape_for_log
 
@@ -140,9 +140,8 @@ def to_rgb8(packed: npt.NDArray[Any], encoding: Encoding) -> npt.NDArray[np.uint
         except MemoryError as exc:
             raise as_vlm_error(exc) from exc
         except Exception as exc:
-            raise ImageError(
-                ErrorCode.BAD_IMAGE,
-                f"{converter} cannot convert {encoding.name}: {type(exc).__name__}: {exc}",
+            raise bad_image(
+                f"{converter} cannot convert {encoding.name}: {type(exc).__name__}: {exc}"
             ) from exc
     if isinstance(colour, np.ndarray) and colour.dtype == np.uint16:
         colour = sixteen_to_eight(colour)
@@ -151,9 +150,7 @@ def to_rgb8(packed: npt.NDArray[Any], encoding: Encoding) -> npt.NDArray[np.uint
         or colour.dtype != np.uint8
         or colour.shape != (*packed.shape[:2], 3)
     ):
-        raise ImageError(
-            ErrorCode.BAD_IMAGE, f"{converter} gave no RGB image for encoding {encoding.name}"
-        )
+        raise bad_image(f"{converter} gave no RGB image for encoding {encoding.name}")
     return colour
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from librobot_vlm_ros.core.errors import ErrorCode, ImageError, as_vlm_error
+from librobot_vlm_ros.core.errors import ErrorCode, ImageError, as_vlm_error, bad_image
 from librobot_vlm_ros.core.files import kind_of
 from librobot_vlm_ros.core.images.compressed import decode_compressed
 from librobot_vlm_ros.core.images.converter import sixteen_to_eight
@@ -49,9 +49,7 @@ def _read(path: Path, most: int) -> bytes:
         kind = kind_of(path)
         # A pipe of the shell's is open already; one found in a folder waits for who writes to it.
         if kind and (kind == "a folder" or not str(path).startswith(_OPEN_ALREADY)):
-            raise ImageError(
-                ErrorCode.BAD_IMAGE, f"{path} is {kind}, expected a picture in a regular file"
-            )
+            raise bad_image(f"{path} is {kind}, expected a picture in a regular file")
         with path.open("rb") as file:
             data = file.read(most + 1)
     except OSError as error:
@@ -81,15 +79,12 @@ def _by_pillow(data: bytes, limits: Limits) -> npt.NDArray[np.uint8]:
     except Image.DecompressionBombError as error:
         raise ImageError(ErrorCode.IMAGE_TOO_LARGE, f"it is too large: {error}") from error
     except UnidentifiedImageError as error:  # its text names only the buffer
-        raise ImageError(
-            ErrorCode.BAD_IMAGE,
+        raise bad_image(
             f"it is no picture of a format that is read, expected one of {', '.join(FORMATS)}",
             "Use JPEG or PNG.",
         ) from error
     except Exception as error:  # each of Pillow's formats has errors of its own
-        raise ImageError(
-            ErrorCode.BAD_IMAGE, f"it cannot be read as a picture: {error}", "Use JPEG or PNG."
-        ) from error
+        raise bad_image(f"it cannot be read as a picture: {error}", "Use JPEG or PNG.") from error
 
 
 def _upright(pixels: npt.NDArray[np.uint8], data: bytes) -> npt.NDArray[np.uint8]:

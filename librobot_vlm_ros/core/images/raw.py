@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from librobot_vlm_ros.core.errors import ErrorCode, ImageError, as_vlm_error
+from librobot_vlm_ros.core.errors import ErrorCode, ImageError, as_vlm_error, bad_image
 from librobot_vlm_ros.core.images.converter import to_rgb8
 from librobot_vlm_ros.core.images.encodings import Encoding, get_encoding
 from librobot_vlm_ros.core.limits import DEFAULT_LIMITS, Limits
@@ -54,10 +54,7 @@ def decode_image(
     row_bytes = _unsigned("step", step)
     _check_layout(layout, columns, rows, row_bytes)
     if not isinstance(is_bigendian, (bool, int, np.bool_, np.integer)):
-        raise ImageError(
-            ErrorCode.BAD_IMAGE,
-            f"is_bigendian is of type {type(is_bigendian).__name__}, expected 0 or 1",
-        )
+        raise bad_image(f"is_bigendian is of type {type(is_bigendian).__name__}, expected 0 or 1")
     flat = as_bytes_array(data)
     if flat.size != row_bytes * rows:
         raise ImageError(
@@ -88,14 +85,11 @@ def _check_layout(layout: Encoding, width: int, height: int, step: int) -> None:
             f"for {layout.name}",
         )
     if layout.kind == "yuv422" and width % 2:
-        raise ImageError(
-            ErrorCode.BAD_IMAGE, f"width of a YUV 4:2:2 image is {width}, expected an even number"
-        )
+        raise bad_image(f"width of a YUV 4:2:2 image is {width}, expected an even number")
     if layout.kind == "bayer" and min(width, height) < _MIN_BAYER_SIDE:
-        raise ImageError(
-            ErrorCode.BAD_IMAGE,
+        raise bad_image(
             f"Bayer image is {width}x{height} pixels, expected at least "
-            f"{_MIN_BAYER_SIDE}x{_MIN_BAYER_SIDE} to find the colours between them",
+            f"{_MIN_BAYER_SIDE}x{_MIN_BAYER_SIDE} to find the colours between them"
         )
 
 
@@ -165,11 +159,9 @@ def _unsigned(name: str, value: object) -> int:
             raise TypeError
         number = operator.index(value)  # type: ignore[arg-type]
     except Exception:  # whatever a foreign __index__ raises
-        raise ImageError(
-            ErrorCode.BAD_IMAGE, f"{name} is of type {type(value).__name__}, expected an integer"
-        ) from None
+        raise bad_image(f"{name} is of type {type(value).__name__}, expected an integer") from None
     if number < 0:
-        raise ImageError(ErrorCode.BAD_IMAGE, f"{name} is negative, expected 0 to 2**32 - 1")
+        raise bad_image(f"{name} is negative, expected 0 to 2**32 - 1")
     if number > _UINT32_MAX:
         raise ImageError(
             ErrorCode.IMAGE_TOO_LARGE, f"{name} is beyond 2**32 - 1, more than the message can hold"
@@ -201,22 +193,16 @@ def as_bytes_array(data: object) -> npt.NDArray[np.uint8]:
     """
     try:
         view = memoryview(data)  # type: ignore[arg-type]
+        fits = view.format in ("B", "c", "<B", ">B", "@B") and view.c_contiguous
+        flat = np.frombuffer(view, np.uint8) if fits and view.nbytes else np.empty(0, np.uint8)
     except (TypeError, ValueError, BufferError):
-        raise ImageError(
-            ErrorCode.BAD_IMAGE,
-            f"image data is of type {type(data).__name__}, expected bytes or a uint8 array",
+        raise bad_image(
+            f"image data is of type {type(data).__name__}, expected bytes or a uint8 array"
         ) from None
-    try:
-        if view.format not in ("B", "c", "<B", ">B", "@B") or not view.c_contiguous:
-            raise ImageError(
-                ErrorCode.BAD_IMAGE,
-                f"image data has items of format {view.format!r}"
-                f"{'' if view.c_contiguous else ', not contiguous'}, expected contiguous uint8",
-            )
-        flat: npt.NDArray[np.uint8] = (
-            np.frombuffer(view, np.uint8) if view.nbytes else np.empty(0, np.uint8)
+    if not fits:
+        raise bad_image(
+            f"image data has items of format {view.format!r}"
+            f"{'' if view.c_contiguous else ', not contiguous'}, expected contiguous uint8"
         )
-    except (TypeError, ValueError, BufferError):
-        raise ImageError(ErrorCode.BAD_IMAGE, "image data cannot be read as bytes") from None
     flat.flags.writeable = False
     return flat

@@ -58,7 +58,7 @@ def bars_to_log(what: str) -> Iterator[type[Any] | None]:
     progress = LoggedProgress(what)
     bars: list[Any] = []
 
-    class Bar(tqdm):  # type: ignore[misc]  # untyped
+    class Bar(tqdm):
         def __init__(self, *args: Any, **options: Any) -> None:
             options.pop("name", None)  # the client's own bars have it, tqdm's don't
             super().__init__(*args, **{**options, "disable": False})

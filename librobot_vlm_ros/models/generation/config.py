@@ -67,7 +67,9 @@ class NumberTokens:
     tokens: tuple[int, ...]
 
     def __contains__(self, token: object) -> bool:
-        at = bisect.bisect_left(self.tokens, token)  # type: ignore[type-var]
+        if not isinstance(token, int):
+            return False
+        at = bisect.bisect_left(self.tokens, token)
         return at < len(self.tokens) and self.tokens[at] == token
 
 

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from librobot_vlm_ros.models.families.llava.model import CLIP_MEAN, CLIP_STD
 from librobot_vlm_ros.models.families.llava.processor import BEFORE_IMAGE, LLAVA_TASKS
+from librobot_vlm_ros.models.inputs.preprocess import CLIP_MEAN, CLIP_STD
 from librobot_vlm_ros.models.testing.conformance import our_pixels
 from librobot_vlm_ros.models.testing.parts import (
     RandomWeights,

@@ -23,12 +23,11 @@ from std_msgs.msg import Header
 from librobot_vlm_ros.core import (
     ErrorCode,
     Frame,
-    ImageError,
     RequestError,
     VlmError,
     as_vlm_error,
-    decode_compressed,
-    decode_image,
+    bad_image,
+    decode_message,
     read_compressed_header,
 )
 from librobot_vlm_ros.ros.inputs.qos import Link, MatchedSubscription
@@ -230,25 +229,12 @@ def frame_from_message(
             image.
     """
     width = height = 0
-    if hasattr(message, "format"):
-        at_least = None
-        if enough is not None:
-            size = read_compressed_header(message.data, format=message.format)
-            width, height = size.width, size.height
-            at_least = enough(width, height)
-        pixels = decode_compressed(
-            message.data, format=message.format, allow_depth=allow_depth, at_least=at_least
-        )
-    else:
-        pixels = decode_image(
-            message.data,
-            height=message.height,
-            width=message.width,
-            encoding=message.encoding,
-            step=message.step,
-            is_bigendian=message.is_bigendian,
-            allow_depth=allow_depth,
-        )
+    at_least = None
+    if enough is not None and hasattr(message, "format"):
+        size = read_compressed_header(message.data, format=message.format)
+        width, height = size.width, size.height
+        at_least = enough(width, height)
+    pixels = decode_message(message, allow_depth=allow_depth, at_least=at_least)
     return Frame(
         pixels=pixels,
         camera=camera,
@@ -274,8 +260,7 @@ def read_image(serialized: bytes, *, compressed: bool) -> Any:
             raise ValueError(f"its frame_id has {len(frame_id)} characters, at most {_MAX_TEXT}")
         header = Header(stamp=Time(sec=stamp.sec, nanosec=stamp.nanosec), frame_id=frame_id)
     except Exception as error:  # whatever rosbags stumbles over
-        raise ImageError(
-            ErrorCode.BAD_IMAGE,
+        raise bad_image(
             f"the serialized image cannot be read: {error}",
             "Publisher and subscriber must use the same middleware and message definition.",
         ) from error

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from typing import TYPE_CHECKING, Any
 
-from librobot_vlm_ros.core import ErrorCode, RequestError, clean_prompt, escape_for_log
+from librobot_vlm_ros.core import ErrorCode, RequestError, clean_prompt, escape_for_log, get_task
+from librobot_vlm_ros.runtime import StandingTask
 
 if TYPE_CHECKING:
     from librobot_vlm_ros.ros.monitoring.log_throttle import ThrottledLog
     from librobot_vlm_ros.ros.parameters.live_parameters import LiveParameters
+    from librobot_vlm_ros.ros.parameters.settings import Settings
 
 
 class Instruction:
@@ -36,6 +39,26 @@ class Instruction:
     def shown(self) -> str:
         """The text as a log may show it."""
         return escape_for_log(self.text)
+
+
+def standing_tasks(settings: Settings, instruction: Instruction) -> list[StandingTask]:
+    """The standing tasks; those that need text and have none are given the instruction."""
+    text, number = instruction.text, instruction.number
+    return [
+        dataclasses.replace(task, prompt=text, instruction_id=number)
+        if get_task(task.task).needs_text and not task.prompt
+        else task
+        for task in settings.task_list()
+    ]
+
+
+def waiting_tasks(settings: Settings, instruction: Instruction) -> list[str]:
+    """Names of the standing tasks that run once there is an instruction."""
+    return [
+        task.name
+        for task in standing_tasks(settings, instruction)
+        if get_task(task.task).needs_text and not task.prompt
+    ]
 
 
 class InstructionTopic:

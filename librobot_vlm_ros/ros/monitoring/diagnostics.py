@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -19,6 +20,10 @@ OK, WARN, ERROR, STALE = (
     DiagnosticStatus.STALE,
 )
 _RECENT_ERROR_S = 10.0
+_NOT_OF_ENGINE = (
+    *("state", "model", "revision", "device", "dtype", "memory_bytes", "free_bytes"),
+    *("last_error_age_s", "idle_tasks", "cameras"),
+)
 
 
 class DiagnosticsPublisher:
@@ -78,30 +83,10 @@ def engine_status(stats: EngineStats, waiting: Collection[str]) -> DiagnosticSta
 
     `waiting` names the standing tasks that wait for an instruction, which is no fault.
     """
-    values: dict[str, object] = {
-        "frames_received": stats.frames_received,
-        "frames_processed": stats.frames_processed,
-        **{f"dropped_{_word(reason)}": count for reason, count in stats.dropped.items()},
-        "results": stats.results,
-        **{f"errors_{_word(code)}": count for code, count in stats.errors.items()},
-        "age_p50_s": stats.age_p50_s,
-        "age_p99_s": stats.age_p99_s,
-        "inference_p50_s": stats.inference_p50_s,
-        "inference_p99_s": stats.inference_p99_s,
-        "tokens_per_s": stats.tokens_per_s,
-        "features_shared": stats.features_shared,
-        "features_computed": stats.features_computed,
-        "prepared_ahead": stats.prepared_ahead,
-        "queue_depth": stats.queue_depth,
-        "in_flight": stats.in_flight,
-        "busy_s": stats.busy_s,
-        "last_error": stats.last_error or "",
-    }
-    for name, why in stats.idle_tasks:
-        values[f"idle_{name}"] = why
-    age_s = stats.last_error_age_s
-    if stats.last_error and age_s is not None and age_s < _RECENT_ERROR_S:
-        return _status("engine", ERROR, str(stats.last_error), values)
+    values = _figures(stats, _NOT_OF_ENGINE)
+    values |= {f"idle_{name}": why for name, why in stats.idle_tasks}
+    if stats.last_error and stats.last_error_age_s < _RECENT_ERROR_S:
+        return _status("engine", ERROR, stats.last_error, values)
     idle = [f"{name} ({why})" for name, why in stats.idle_tasks if name not in waiting]
     if idle:
         text = f"standing tasks that do not run: {', '.join(idle)}"
@@ -122,15 +107,7 @@ def camera_status(camera: Camera, stats: CameraStats | None) -> DiagnosticStatus
     }
     name = f"camera {camera.setting.name}"
     if stats is not None:
-        values |= {
-            "received": stats.received,
-            "processed": stats.processed,
-            **{f"dropped_{_word(reason)}": count for reason, count in stats.dropped.items()},
-            "rate_hz": stats.rate_hz,
-            "silent_s": stats.silent_s,
-            "age_p50_s": stats.age_p50_s,
-            "age_p99_s": stats.age_p99_s,
-        }
+        values |= _figures(stats, {"stale"})
     problem = camera.missing()
     if problem is not None:
         return _status(name, ERROR, str(problem), values)
@@ -147,8 +124,16 @@ def _status(name: str, level: bytes, text: str, values: Mapping[str, object]) ->
     return status
 
 
-def _word(value: object) -> str:
-    return str(getattr(value, "value", value)).lower()
+def _figures(stats: EngineStats | CameraStats, without: Collection[str]) -> dict[str, object]:
+    """The fields by name; counts by reason or code have an entry each."""
+    figures: dict[str, object] = {}
+    for name in (field.name for field in dataclasses.fields(stats) if field.name not in without):
+        value = getattr(stats, name)
+        if isinstance(value, Mapping):
+            figures |= {f"{name}_{key.lower()}": count for key, count in value.items()}
+        else:
+            figures[name] = value
+    return figures
 
 
 def _text(value: object) -> str:

@@ -25,20 +25,17 @@ class ThrottledLog:
 
     def error(self, key: str, text: str) -> None:
         """Log `text` as an error, or count it."""
-        line = self._line(key, text)
-        if line:
+        if line := self._line(key, text):
             self._logger.error(line)
 
     def warning(self, key: str, text: str) -> None:
         """Log `text` as a warning, or count it."""
-        line = self._line(key, text)
-        if line:
+        if line := self._line(key, text):
             self._logger.warning(line)
 
     def info(self, key: str, text: str, burst: int = 1) -> None:
         """Log `text`, or count it; `burst` of a key are written in each period."""
-        line = self._line(key, text, burst)
-        if line:
+        if line := self._line(key, text, burst):
             self._logger.info(line)
 
     def _line(self, key: str, text: str, burst: int = 1) -> str:

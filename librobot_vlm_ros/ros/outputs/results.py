@@ -49,7 +49,14 @@ class ResultPublisher:
         self._caption = node.create_publisher(Caption, "~/caption", _RESULTS)
         self._grounding = node.create_publisher(GroundingArray, "~/grounding", _RESULTS)
         self._embedding = node.create_publisher(Embedding, "~/embedding", _RESULTS)
-        self._detections = _Detections(node, _RESULTS)
+        self._detections: Any = None  # where vision_msgs is installed: it is not on PyPI
+        try:
+            self._vision = importlib.import_module("vision_msgs.msg")
+        except ImportError:
+            node.get_logger().info("vision_msgs is not installed: there is no ~/detections")
+        else:
+            kind = self._vision.Detection2DArray
+            self._detections = node.create_publisher(kind, "~/detections", _RESULTS)
         self._annotator: Annotator | None = None
 
     def set_annotator(self, annotator: Annotator | None) -> None:
@@ -65,7 +72,10 @@ class ResultPublisher:
         elif output == "regions":
             message = grounding_message(result, self._min_score())
             self._grounding.publish(message)
-            self._detections.publish(result, message.header, self._min_score())
+            # An error has no place in a detection message: it is on ~/grounding.
+            if result.ok and self._detections and self._detections.get_subscription_count():
+                regions = _scored(result, self._min_score())
+                self._detections.publish(detection_array(self._vision, regions, message.header))
         else:
             self._embedding.publish(embedding_message(result))
         if self._annotator is not None:
@@ -154,28 +164,6 @@ def _scored(result: Result, min_score: float) -> list[Region]:
     """The regions that are not scored below `min_score`; NaN, no score, is below nothing."""
     regions = () if result.answer is None else result.answer.regions
     return [region for region in regions if not region.score < min_score]
-
-
-class _Detections:
-    """`~/detections`, where vision_msgs is installed (it is not on PyPI)."""
-
-    def __init__(self, node: Any, profile: Any) -> None:
-        self._publisher: Any = None
-        try:
-            self._messages = importlib.import_module("vision_msgs.msg")
-        except ImportError:
-            node.get_logger().info("vision_msgs is not installed: there is no ~/detections")
-            return
-        kind = self._messages.Detection2DArray
-        self._publisher = node.create_publisher(kind, "~/detections", profile)
-
-    def publish(self, result: Result, header: Any, min_score: float) -> None:
-        """Publish a result with regions, if there is the topic and somebody listens."""
-        if self._publisher is None or self._publisher.get_subscription_count() == 0:
-            return
-        if result.answer is not None:  # an error has no place in this message: it is on ~/grounding
-            regions = _scored(result, min_score)
-            self._publisher.publish(detection_array(self._messages, regions, header))
 
 
 def detection_array(messages: Any, regions: Sequence[Region], header: Any) -> Any:

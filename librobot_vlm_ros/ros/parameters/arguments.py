@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from librobot_vlm_ros.core import BagError, ErrorCode, RequestError, shortened
+from librobot_vlm_ros.core import BagError, ErrorCode, RequestError, bad_parameter, shortened
 from librobot_vlm_ros.ros.parameters.declaration import Parameter, Value, When
 from librobot_vlm_ros.ros.parameters.settings import PARAMETERS, Settings
 
@@ -116,8 +116,7 @@ def split_arguments(words: Iterable[str], names: Iterable[str]) -> dict[str, str
     for word in words:
         name, separator, value = word.partition(":=")
         if not separator:
-            raise RequestError(
-                ErrorCode.BAD_PARAMETER,
+            raise bad_parameter(
                 f"argument '{shortened(word)}' is not of the form name:=value",
                 "Example: model:=florence-2-base image_topic:=/camera/image_raw",
             )
@@ -139,7 +138,7 @@ def unknown_argument(name: str, known: Iterable[str], what: str = "argument") ->
     names = tuple(known)
     near = near_arguments(name, names)
     hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(names)}."
-    return RequestError(ErrorCode.BAD_PARAMETER, f"there is no {what} '{shortened(name)}'", hint)
+    return bad_parameter(f"there is no {what} '{shortened(name)}'", hint)
 
 
 def parse_values(texts: Mapping[str, str]) -> dict[str, Value]:
@@ -150,8 +149,7 @@ def parse_values(texts: Mapping[str, str]) -> dict[str, Value]:
     for name, text in texts.items():
         # Python keeps bytes that the locale cannot read as lone surrogates.
         if text.encode(errors="ignore").decode() != text:
-            raise RequestError(
-                ErrorCode.BAD_PARAMETER,
+            raise bad_parameter(
                 f"argument {name} cannot be read as text in this locale: '{shortened(text)}'",
                 "Use a UTF-8 locale: LC_ALL=C.UTF-8.",
             )
@@ -178,9 +176,8 @@ def ros_arguments(texts: Mapping[str, str]) -> list[str]:
     for item in EXTRA_ARGUMENTS:
         text = texts.get(item.name, item.default)
         if item.choices and text not in item.choices:
-            raise RequestError(
-                ErrorCode.BAD_PARAMETER,
-                f"{item.name} is '{shortened(text)}', expected one of {', '.join(item.choices)}",
+            raise bad_parameter(
+                f"{item.name} is '{shortened(text)}', expected one of {', '.join(item.choices)}"
             )
     if texts.get("enclave"):
         words += ["--enclave", texts["enclave"]]

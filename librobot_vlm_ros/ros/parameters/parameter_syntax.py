@@ -12,8 +12,17 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from librobot_vlm_ros.core import ErrorCode, RequestError, clean_prompt, get_task, shortened
+from librobot_vlm_ros.core import (
+    ErrorCode,
+    RequestError,
+    bad_parameter,
+    clean_prompt,
+    get_task,
+    shortened,
+)
+from librobot_vlm_ros.runtime import StandingTask
 
 MAX_RATE_HZ = 1000.0
 MAX_ENTRIES = 64
@@ -34,26 +43,6 @@ _CAMERA = re.compile(
 
 
 @dataclass(frozen=True)
-class TaskSetting:
-    """One standing task."""
-
-    task: str
-    """Common name."""
-    rate_hz: float
-    """0 is every frame that the model has time for."""
-    camera: str
-    """"" is every camera."""
-    prompt: str
-    """"" uses the instruction where the task needs text."""
-
-    @property
-    def text(self) -> str:
-        """What tells this task from the others, as it is written in the parameter."""
-        camera = f"{self.camera}:" if self.camera else ""
-        return f"{camera}{self.task}" + (f"={self.prompt}" if self.prompt else "")
-
-
-@dataclass(frozen=True)
 class CameraSetting:
     """One camera."""
 
@@ -63,14 +52,14 @@ class CameraSetting:
     compressed: bool
 
 
-def parse_tasks(entries: Sequence[str], cameras: Sequence[str]) -> tuple[TaskSetting, ...]:
-    """The standing tasks that `entries` name.
+def parse_tasks(entries: Sequence[str], cameras: Sequence[str]) -> tuple[StandingTask, ...]:
+    """The standing tasks that `entries` name, called as they are written there without the rate.
 
     Raises `RequestError`: UNKNOWN_TASK, UNKNOWN_CAMERA, or BAD_PARAMETER for a rate or form that is
     no good and for a task given twice for one camera and prompt.
     """
     _check_count("tasks", entries)
-    tasks: list[TaskSetting] = []
+    tasks: list[StandingTask] = []
     for entry in entries:
         item = _parse_task(entry, cameras)
         if any(
@@ -81,14 +70,13 @@ def parse_tasks(entries: Sequence[str], cameras: Sequence[str]) -> tuple[TaskSet
     return tuple(tasks)
 
 
-def _parse_task(entry: str, cameras: Sequence[str]) -> TaskSetting:
+def _parse_task(entry: str, cameras: Sequence[str]) -> StandingTask:
+    bad = partial(_bad, "tasks", entry)
     # What may be long is cut off first: the pattern sees nothing of a prompt that a client sent.
     head, equals, prompt = entry.strip().partition("=")
     found = _TASK.fullmatch(head) if len(head) <= MAX_HEAD_CHARS else None
     if found is None:
-        raise _bad(
-            "tasks", entry, "it is not of the form [camera:]task[@rate][=prompt]", _TASK_HINT
-        )
+        raise bad("it is not of the form [camera:]task[@rate][=prompt]", _TASK_HINT)
     spec = get_task(found["task"].strip())
     rate_text = found["rate"]
     try:
@@ -96,9 +84,7 @@ def _parse_task(entry: str, cameras: Sequence[str]) -> TaskSetting:
     except ValueError:
         rate_hz = math.nan
     if not 0.0 <= rate_hz <= MAX_RATE_HZ or (rate_text is not None and rate_hz == 0.0):
-        raise _bad(
-            "tasks", entry, f"the rate is no number above 0 and up to {MAX_RATE_HZ:g}", _TASK_HINT
-        )
+        raise bad(f"the rate is no number above 0 and up to {MAX_RATE_HZ:g}", _TASK_HINT)
     camera = found["camera"] or ""
     if camera and camera not in cameras:
         raise RequestError(
@@ -107,14 +93,11 @@ def _parse_task(entry: str, cameras: Sequence[str]) -> TaskSetting:
             f"Cameras are: {', '.join(cameras)}.",
         )
     if spec.needs_region:
-        raise _bad(
-            "tasks",
-            entry,
-            "that task needs a region",
-            "Ask for it with ~/query, giving the region.",
-        )
+        raise bad("that task needs a region", "Ask for it with ~/query, giving the region.")
     prompt = clean_prompt(prompt.lstrip() if equals else "", required=False)
-    return TaskSetting(spec.name, rate_hz, camera, prompt)
+    name = f"{camera}:{spec.name}" if camera else spec.name
+    name += f"={prompt}" if prompt else ""
+    return StandingTask(spec.name, prompt, rate_hz, camera, name=name)
 
 
 def parse_cameras(
@@ -132,12 +115,8 @@ def parse_cameras(
     for entry in entries:
         found = _CAMERA.fullmatch(entry.strip()) if len(entry) <= MAX_CAMERA_CHARS else None
         if found is None:
-            raise _bad(
-                "cameras",
-                entry,
-                "it is not of the form name=/topic[:raw|:compressed]",
-                _CAMERA_HINT,
-            )
+            why = "it is not of the form name=/topic[:raw|:compressed]"
+            raise _bad("cameras", entry, why, _CAMERA_HINT)
         item = _camera(found["name"], found["topic"], found["transport"] or image_transport)
         for other in cameras:
             if item.name == other.name or item.topic == other.topic:
@@ -159,11 +138,10 @@ _CAMERA_HINT = "Examples: front=/front/image_raw, wrist=/wrist/image_raw:compres
 
 def _check_count(name: str, entries: Sequence[str]) -> None:
     if len(entries) > MAX_ENTRIES:
-        raise RequestError(
-            ErrorCode.BAD_PARAMETER,
-            f"parameter {name} has {len(entries)} entries, expected at most {MAX_ENTRIES}",
+        raise bad_parameter(
+            f"parameter {name} has {len(entries)} entries, expected at most {MAX_ENTRIES}"
         )
 
 
 def _bad(name: str, entry: str, why: str, hint: str) -> RequestError:
-    return RequestError(ErrorCode.BAD_PARAMETER, f"{name} entry '{shortened(entry)}': {why}", hint)
+    return bad_parameter(f"{name} entry '{shortened(entry)}': {why}", hint)

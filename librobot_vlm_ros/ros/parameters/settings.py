@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from librobot_vlm_ros.core import (
-    ErrorCode,
     GenerationParams,
     RequestError,
+    bad_parameter,
     clean_prompt,
     shortened,
 )
@@ -29,10 +29,10 @@ from librobot_vlm_ros.ros.parameters.declaration import (
 )
 from librobot_vlm_ros.ros.parameters.parameter_syntax import (
     CameraSetting,
-    TaskSetting,
     parse_cameras,
     parse_tasks,
 )
+from librobot_vlm_ros.runtime import CameraConfig, EngineConfig, StandingTask
 
 _TOPIC = r"(~/|/)?[A-Za-z_][A-Za-z0-9_]*(/[A-Za-z_][A-Za-z0-9_]*)*"
 _DEVICE = r"auto|cpu|cuda(:\d+)?"
@@ -239,25 +239,35 @@ class Settings:
         for name, item in PARAMETERS.items():
             object.__setattr__(self, name, item.checked(getattr(self, name)))
         if len(self.weights_sha256) > MAX_DIGESTS:  # each change of a parameter looks at them
-            raise RequestError(
-                ErrorCode.BAD_PARAMETER,
+            raise bad_parameter(
                 f"weights_sha256 has {len(self.weights_sha256)} entries, "
-                f"expected at most {MAX_DIGESTS}",
+                f"expected at most {MAX_DIGESTS}"
             )
         object.__setattr__(self, "weights_sha256", sha256_list(self.weights_sha256))
         if self.weights_folders:
             confined(self.weights, allowed_folders(self.weights_folders))
         self.model_options()
         clean_prompt(self.instruction, required=False)
-        parse_tasks(self.tasks, tuple(camera.name for camera in self.camera_list()))
+        self.task_list()
 
     def camera_list(self) -> tuple[CameraSetting, ...]:
         """The cameras to subscribe to; at least one."""
         return parse_cameras(self.cameras, self.image_topic, self.image_transport)
 
-    def task_list(self) -> tuple[TaskSetting, ...]:
-        """The standing tasks."""
-        return parse_tasks(self.tasks, tuple(camera.name for camera in self.camera_list()))
+    def task_list(self) -> tuple[StandingTask, ...]:
+        """The standing tasks, without instruction; each decodes as `generation` says."""
+        tasks = parse_tasks(self.tasks, tuple(camera.name for camera in self.camera_list()))
+        return tuple(dataclasses.replace(task, params=self.generation()) for task in tasks)
+
+    def engine_config(self) -> EngineConfig:
+        """Limits and modes of the engine."""
+        names = (field.name for field in dataclasses.fields(EngineConfig))
+        return EngineConfig(**{name: getattr(self, name) for name in names})
+
+    def camera_configs(self) -> list[CameraConfig]:
+        """The cameras with their watchdogs; in lock-step a publisher may take its time."""
+        timeout_s = 0.0 if self.lock_step else self.camera_timeout_s
+        return [CameraConfig(camera.name, timeout_s) for camera in self.camera_list()]
 
     def generation(self) -> GenerationParams:
         """How standing tasks and requests without wishes of their own decode."""
@@ -278,8 +288,7 @@ class Settings:
         return options
 
     def _config_error(self, why: str) -> RequestError:
-        return RequestError(
-            ErrorCode.BAD_PARAMETER,
+        return bad_parameter(
             f"parameter model_config is {shortened(self.model_config)}: {why}",
             'Write a JSON object, such as {"latency_s": 0.05}.',
         )

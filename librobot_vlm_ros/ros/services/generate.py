@@ -25,7 +25,7 @@ from librobot_vlm_ros.core import (
     VlmError,
     as_vlm_error,
 )
-from librobot_vlm_ros.ros.services.request_conversion import Host, fill_answer, make_request
+from librobot_vlm_ros.ros.services.request_conversion import fill_answer, make_request
 from librobot_vlm_ros.ros.services.service_thread import SERVICE_QOS
 from librobot_vlm_ros.runtime.pending_request import busy
 
@@ -69,10 +69,10 @@ def _give_up(handle: Any) -> Any:
 
 
 class GenerateAction:
-    """The action of a node."""
+    """The action of the node, a `VlmNode`."""
 
-    def __init__(self, node: Any, host: Host) -> None:
-        self._host = host
+    def __init__(self, node: Any) -> None:
+        self._node = node
         self._logger = node.get_logger()
         self._lock = threading.Lock()
         self._running = 0
@@ -98,13 +98,13 @@ class GenerateAction:
         # The engine answers CANCELLED at once; the thread of the goal waits until rclpy has noted
         # the wish.
         try:
-            self._host.request_context().engine.cancel(request_id)
+            self._node.request_context().engine.cancel(request_id)
         except VlmError as error:  # inactive by now: the goal ends anyway
             self._logger.info(f"cancelling a goal: {error}")
         return CancelResponse.ACCEPT
 
     def _execute(self, handle: ServerGoalHandle) -> Any:
-        settings = self._host.settings
+        settings = self._node.settings
         stream = _Stream(handle)
         # Those that wait and those that the model works on; the engine knows which are which.
         entered = self._enter(settings.queue_size + settings.max_batch)
@@ -112,8 +112,8 @@ class GenerateAction:
         try:
             if not entered:
                 raise busy(settings.queue_size)
-            self._host.check_room()  # before a look at the image
-            context = self._host.request_context()
+            self._node.check_room()  # before a look at the image
+            context = self._node.request_context()
             request = make_request(handle.request, context, _request_id(handle))
             future = context.engine.submit(request, on_token=stream.add)
             with self._lock:

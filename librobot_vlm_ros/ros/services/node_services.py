@@ -13,8 +13,8 @@ from librobot_vlm_ros.models import list_vlms, model_info
 from librobot_vlm_ros.models.backend import ModelInfo
 from librobot_vlm_ros.models.checkpoints.hub import weights_present
 from librobot_vlm_ros.msg import ModelDescription
-from librobot_vlm_ros.ros.services.request_conversion import Host, fill_answer, make_request
-from librobot_vlm_ros.ros.services.service_thread import Handler, Reply, ServiceThread
+from librobot_vlm_ros.ros.services.request_conversion import fill_answer, make_request
+from librobot_vlm_ros.ros.services.service_thread import Handler, Reply
 from librobot_vlm_ros.runtime import LoadReport
 from librobot_vlm_ros.runtime.pending_request import busy
 from librobot_vlm_ros.srv import ListModels, Query, SwitchModel
@@ -25,22 +25,23 @@ _CATCH_UP_S = 0.2
 
 
 class NodeServices:
-    """The three services of a node.
+    """The three services of the node, a `VlmNode`.
 
     The service thread only decides: what can be refused without a look at the image (the node is
     not active, the queue is full) is answered there, so that a flood costs little; the rest goes to
     a worker thread whose line is as bounded as the engine's queue.
     """
 
-    def __init__(self, host: Host, thread: ServiceThread) -> None:
-        self._host = host
+    def __init__(self, node: Any) -> None:
+        self._node = node
         # Images that come with a query are checked and decoded here.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="vlm-requests")
         self._lock = threading.Lock()
         self._waiting = 0
-        thread.serve(Query, "~/query", self._on_query)
-        thread.serve(ListModels, "~/list_models", partial(self._enqueue, self._list_models))
-        thread.serve(SwitchModel, "~/switch_model", partial(self._enqueue, self._switch_model))
+        serve = node.service_thread.serve
+        serve(Query, "~/query", self._on_query)
+        serve(ListModels, "~/list_models", partial(self._enqueue, self._list_models))
+        serve(SwitchModel, "~/switch_model", partial(self._enqueue, self._switch_model))
 
     def close(self) -> None:
         """Begin nothing more; what can be refused at once still is."""
@@ -48,7 +49,7 @@ class NodeServices:
 
     def _on_query(self, request: Any, reply: Reply) -> None:
         try:
-            self._host.check_room()
+            self._node.check_room()
         except Exception as error:
             self._refuse(reply, as_vlm_error(error))
         else:
@@ -56,7 +57,7 @@ class NodeServices:
 
     def _enqueue(self, work: Handler, request: Any, reply: Reply) -> None:
         """Run `work(request, reply)` on the worker thread, or refuse when its line is full."""
-        limit = self._host.settings.queue_size
+        limit = self._node.settings.queue_size
         with self._lock:
             full = self._waiting >= limit
             self._waiting += not full
@@ -77,19 +78,19 @@ class NodeServices:
     def _refuse(self, reply: Reply, error: VlmError) -> None:
         response = reply.make_response()
         if isinstance(response, Query.Response):
-            fill_answer(response, error, self._host.settings)
+            fill_answer(response, error, self._node.settings)
         else:
             response.error_code, response.error_msg = int(error.code), str(error)
-            response.active = self._host.active_model()
+            response.active = self._node.active_model()
         reply.send(response)
 
     # -- on the worker thread
 
     def _query(self, request: Any, reply: Reply) -> None:
-        settings = self._host.settings
-        context = self._host.request_context()
+        settings = self._node.settings
+        context = self._node.request_context()
         if context.state == "active" and not request.use_image:
-            self._host.catch_up(_CATCH_UP_S)
+            self._node.catch_up(_CATCH_UP_S)
         future = context.engine.submit(make_request(request, context))
         future.add_done_callback(
             lambda done: reply.send(fill_answer(reply.make_response(), done.result(), settings))
@@ -97,16 +98,15 @@ class NodeServices:
 
     def _list_models(self, _request: Any, reply: Reply) -> None:
         response = reply.make_response()
-        response.active = self._host.active_model()
+        response.active = self._node.active_model()
         response.models = [
             _description(model_info(name), name == response.active) for name in list_vlms()
         ]
         reply.send(response)
 
     def _switch_model(self, request: Any, reply: Reply) -> None:
-        future = self._host.switch(
-            request.model, request.weights, request.device, request.dtype, request.timeout_s
-        )
+        asked = {name: getattr(request, name) for name in ("model", "weights", "device", "dtype")}
+        future = self._node.switch(asked, request.timeout_s)
 
         def answer(done: Future[LoadReport]) -> None:
             error = done.exception()
@@ -115,7 +115,7 @@ class NodeServices:
                 return
             response = reply.make_response()
             response.success, response.load_s = True, done.result().load_s
-            response.active = self._host.active_model()
+            response.active = self._node.active_model()
             reply.send(response)
 
         future.add_done_callback(answer)

@@ -6,8 +6,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Mapping
-from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Any
 
 from librobot_vlm_ros.core import (
     EngineError,
@@ -15,9 +14,9 @@ from librobot_vlm_ros.core import (
     Frame,
     InferenceInfo,
     InferenceRequest,
-    RequestError,
     Result,
     VlmError,
+    bad_parameter,
     clean_prompt,
     get_task,
 )
@@ -28,7 +27,7 @@ from librobot_vlm_ros.ros.outputs.results import (
     info_message,
 )
 from librobot_vlm_ros.ros.parameters.settings import Settings
-from librobot_vlm_ros.runtime import Engine, LoadReport
+from librobot_vlm_ros.runtime import Engine
 
 _MAX_TIMEOUT_S = 86400.0
 _numbers = itertools.count(1)
@@ -43,31 +42,6 @@ class RequestContext:
     cameras: Mapping[str, Camera]
     state: str
     """Lifecycle state."""
-
-
-class Host(Protocol):
-    """What the services and the action need of the node."""
-
-    @property
-    def settings(self) -> Settings:
-        """Parameters now."""
-
-    def request_context(self) -> RequestContext:
-        """Engine and cameras; raises `EngineError` NOT_ACTIVE while there are none."""
-
-    def check_room(self) -> None:
-        """Raises `EngineError` where a request would be refused: BUSY, NOT_ACTIVE."""
-
-    def catch_up(self, timeout_s: float) -> bool:
-        """Wait for the images that have arrived; False where that takes longer."""
-
-    def active_model(self) -> str:
-        """Name of the loaded model, "" when none is."""
-
-    def switch(
-        self, model: str, weights: str, device: str, dtype: str, timeout_s: float
-    ) -> Future[LoadReport]:
-        """Change the model without leaving the state. Raises `VlmError` when it cannot be tried."""
 
 
 def make_request(goal: Any, context: RequestContext, request_id: str = "") -> InferenceRequest:
@@ -106,9 +80,8 @@ def timeout_of(asked_s: float, default_s: float) -> float:
     if asked_s == 0.0:
         return default_s
     if not 0.0 < asked_s <= _MAX_TIMEOUT_S:  # NaN is in no interval
-        raise RequestError(
-            ErrorCode.BAD_PARAMETER,
-            f"timeout_s is {asked_s:g}, expected 0 (the node's default) to {_MAX_TIMEOUT_S:g}",
+        raise bad_parameter(
+            f"timeout_s is {asked_s:g}, expected 0 (the node's default) to {_MAX_TIMEOUT_S:g}"
         )
     return asked_s
 
@@ -140,15 +113,7 @@ def fill_answer(answer: Any, outcome: Result | VlmError, settings: Settings) -> 
     """Fill a `Query` response or `Generate` result from a result or an error."""
     answer.score = math.nan
     if isinstance(outcome, VlmError):
-        outcome = Result(
-            frame_header=None,
-            stamp_ns=0,
-            frame_id="",
-            image_width=0,
-            image_height=0,
-            info=InferenceInfo(batch_size=0),
-            error=outcome,
-        )
+        outcome = Result(info=InferenceInfo(batch_size=0), error=outcome)
     grounding = grounding_message(outcome, settings.min_score)
     answer.header = grounding.header
     answer.info = info_message(outcome.info)

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from librobot_vlm_ros.core import ErrorCode, RequestError, VlmError
-from librobot_vlm_ros.ros.engine_config import engine_config, standing_tasks
-from librobot_vlm_ros.ros.inputs.instruction import Instruction
+from librobot_vlm_ros.ros.inputs.instruction import Instruction, standing_tasks
 from librobot_vlm_ros.ros.model_loading import load_options, required_bytes
 from librobot_vlm_ros.ros.parameters.arguments import (
     LAUNCH_PARAMETERS,
@@ -150,7 +149,7 @@ def test_an_instruction_keeps_its_number_until_the_text_changes() -> None:
 
 
 def test_the_engine_is_told_what_the_parameters_say() -> None:
-    config = engine_config(Settings(queue_size=3, max_frame_age_s=0.5, lock_step=True))
+    config = Settings(queue_size=3, max_frame_age_s=0.5, lock_step=True).engine_config()
     assert (config.queue_size, config.max_frame_age_s, config.lock_step) == (3, 0.5, True)
 
 

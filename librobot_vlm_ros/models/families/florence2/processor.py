@@ -131,7 +131,7 @@ FLORENCE_TASKS: Mapping[str, FlorenceTask] = {
 
 
 def build_prompt(
-    task: FlorenceTask, text: str, region: tuple[float, ...] | None, width: int, height: int
+    task: FlorenceTask, text: str, region: Box | None, width: int, height: int
 ) -> list[str | tuple[int, ...]]:
     """The prompt as pieces: a string is words, a tuple of ints is location bins.
 
@@ -161,7 +161,7 @@ def build_prompt(
     return [before, location_bins(region, width, height), after]
 
 
-def location_bins(region: tuple[float, ...], width: int, height: int) -> tuple[int, ...]:
+def location_bins(region: Box, width: int, height: int) -> tuple[int, ...]:
     """Pixels to bins 0 to 999, x and y in turn: the bin that the pixel coordinate falls into."""
     sizes = (width, height)
     return tuple(

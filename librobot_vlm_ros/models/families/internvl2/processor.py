@@ -17,10 +17,10 @@ from torch.nn import functional
 
 from librobot_vlm_ros.core import ErrorCode, ImageError, InferenceRequest, ModelError, Region
 from librobot_vlm_ros.models.configuration import unreadable
-from librobot_vlm_ros.models.families.boxes import BLANKS, NUMBER, RADII, SCALE, region_of
+from librobot_vlm_ros.models.families.boxes import BLANKS, NUMBER, RADII, region_of
 from librobot_vlm_ros.models.families.causal_lm import CausalProcessor
 from librobot_vlm_ros.models.families.internvl2.configuration import tile_tokens
-from librobot_vlm_ros.models.generation.constraints.box_syntax import ListBoxes
+from librobot_vlm_ros.models.generation.constraints.box_syntax import SCALE, ListBoxes
 from librobot_vlm_ros.models.generation.scores import AnswerText, Score, unknown
 from librobot_vlm_ros.models.inputs.preprocess import (
     EXACT,

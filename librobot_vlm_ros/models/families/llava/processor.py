@@ -114,7 +114,7 @@ class LlavaProcessor(CausalProcessor):
     def image_tokens(self) -> int:
         """Vectors of an image: one a patch, and the class token where the model keeps it."""
         extra = self.config.vision_feature_select_strategy == "full"
-        return super().image_tokens + extra
+        return super().image_tokens + bool(extra)
 
     def pixels(self, image: npt.NDArray[np.uint8], how: Resizing) -> Any:
         """See `Processor`."""

@@ -56,7 +56,7 @@ class _Residual(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.net(x)  # type: ignore[no-any-return]
+        return x + self.net(x)
 
 
 class MaskDecoder(nn.Module):
@@ -125,7 +125,8 @@ def read_mask_decoder(path: Path) -> MaskDecoder:
             f"{path.name} is no mask decoder: it lacks {', '.join(sorted(places)[:4])}",
             _WAYS,
         )
-    return decoder.eval().requires_grad_(False)
+    decoder.eval().requires_grad_(False)
+    return decoder
 
 
 def _is_wanted(name: str) -> bool:

@@ -146,7 +146,7 @@ class QwenVLM(CausalLM):
 
     def _take(self, parts: Parts) -> None:
         super()._take(parts)
-        given = {name: value for name, value in self._bounds.items() if value is not None}
+        given: dict[str, Any] = {n: value for n, value in self._bounds.items() if value is not None}
         self.processor.images = dataclasses.replace(self.processor.images, **given)
 
     # Images.

@@ -19,15 +19,15 @@ from librobot_vlm_ros.core import ErrorCode, ImageError, InferenceRequest, Model
 from librobot_vlm_ros.models.configuration import section, unreadable
 from librobot_vlm_ros.models.families.boxes import (
     BLANKS,
-    MOST_BLANKS,
     NUMBER,
     RADII,
-    SCALE,
     region_of,
 )
 from librobot_vlm_ros.models.families.causal_lm import CausalProcessor
 from librobot_vlm_ros.models.generation.constraints.box_syntax import (
     JSON_PLACES,
+    MOST_BLANKS,
+    SCALE,
     BoxSyntax,
     JsonBoxes,
     TokenBoxes,
@@ -165,7 +165,7 @@ def resized(pixels: npt.NDArray[np.uint8], images: QwenImages, how: Resizing = E
     """uint8 [H, W, 3] of any size to the size that fits the grid; a tensor where `how` resizes on
     CUDA.
     """
-    height, width = smart_size(*pixels.shape[:2], images)
+    height, width = smart_size(pixels.shape[0], pixels.shape[1], images)
     return resize(pixels, height, width, images.resample, how)
 
 

@@ -26,7 +26,9 @@ _DIGITS = frozenset(string.digits)
 class BoxSyntax(Protocol):
     """A way to write boxes: an automaton with opaque states, the first of which is `start`."""
 
-    start: Hashable
+    @property
+    def start(self) -> Hashable:
+        """The state before the first character."""
 
     def step(self, state: Any, char: str) -> Any:
         """The state after one more character; None where no box can come of it any more."""

@@ -8,7 +8,6 @@ its beams are further rows of the same attention. See `llama` for why.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from librobot_vlm_ros.models.generation.fast.graph_runner import (
 )
 from librobot_vlm_ros.models.generation.fast.weights import (
     Activation,
-    Norm,
     UnsupportedError,
     activation,
     layer_norm,
@@ -35,20 +33,20 @@ from librobot_vlm_ros.models.generation.fast.weights import (
 _Linear = tuple[Tensor, Tensor]
 
 
-@dataclass(frozen=True)
 class _Layer:
     """Weights of a layer; matrices transposed as views, [in, out]."""
 
-    qkv: tuple[_Linear, ...]
-    out: _Linear
-    norm: Norm
-    cross_q: _Linear
-    cross_kv: tuple[_Linear, ...]
-    cross_out: _Linear
-    cross_norm: Norm
-    fc1: _Linear
-    fc2: _Linear
-    last_norm: Norm
+    def __init__(self, layer: Any) -> None:
+        own, cross = layer.self_attn, layer.encoder_attn
+        self.qkv = [_with_bias(getattr(own, f"{x}_proj")) for x in "qkv"]
+        self.out = _with_bias(own.out_proj)
+        self.norm = norm_weights(layer.self_attn_layer_norm)
+        self.cross_q = _with_bias(cross.q_proj)
+        self.cross_kv = [_with_bias(getattr(cross, f"{x}_proj")) for x in "kv"]
+        self.cross_out = _with_bias(cross.out_proj)
+        self.cross_norm = norm_weights(layer.encoder_attn_layer_norm)
+        self.fc1, self.fc2 = _with_bias(layer.fc1), _with_bias(layer.fc2)
+        self.last_norm = norm_weights(layer.final_layer_norm)
 
 
 class BartStaticCache(StaticCache):
@@ -113,7 +111,7 @@ class FastBart(FastModel):
         self.positions = decoder.embed_positions.weight.detach()
         self.positions = self.positions[int(decoder.embed_positions.offset) :]
         self.first_norm = norm_weights(decoder.layernorm_embedding)
-        self.layers = [_layer(layer) for layer in decoder.layers]
+        self.layers = [_Layer(layer) for layer in decoder.layers]
         self.largest = max(layer.fc1[0].numel() for layer in self.layers)
 
     def new_cache(self, rows: int, capacity: int, prompts: int, width: int) -> BartStaticCache:
@@ -170,22 +168,6 @@ class FastBart(FastModel):
             hidden = layer_norm(hidden + _linear(wide, layer.fc2), layer.last_norm)
         position.add_(1)
         return project(hidden, self.head, self.head_bias, allowed)
-
-
-def _layer(layer: Any) -> _Layer:
-    own, cross = layer.self_attn, layer.encoder_attn
-    return _Layer(
-        qkv=tuple(_with_bias(getattr(own, f"{x}_proj")) for x in "qkv"),
-        out=_with_bias(own.out_proj),
-        norm=norm_weights(layer.self_attn_layer_norm),
-        cross_q=_with_bias(cross.q_proj),
-        cross_kv=tuple(_with_bias(getattr(cross, f"{x}_proj")) for x in "kv"),
-        cross_out=_with_bias(cross.out_proj),
-        cross_norm=norm_weights(layer.encoder_attn_layer_norm),
-        fc1=_with_bias(layer.fc1),
-        fc2=_with_bias(layer.fc2),
-        last_norm=norm_weights(layer.final_layer_norm),
-    )
 
 
 def _with_bias(layer: Any) -> _Linear:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,21 +27,26 @@ from librobot_vlm_ros.models.generation.fast.weights import (
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
 class _Conv:
-    """Weights [out, in / groups, kh, kw], channels last in memory, and how they are applied."""
+    """A convolution, its kernels channels last in memory.
 
-    weight: Tensor
-    bias: Tensor
-    stride: Any
-    padding: Any
-    groups: int
+    `plus_input`: of one kernel a channel; the block adds the convolution's input to its result,
+    which the middle of each kernel does as well.
+    """
+
+    def __init__(self, layer: Any, *, plus_input: bool = False) -> None:
+        if type(layer) is not nn.Conv2d or layer.dilation != (1, 1) or layer.bias is None:
+            raise UnsupportedError(f"a {type(layer).__name__} stands in a convolution's place")
+        weight = layer.weight.detach()
+        if plus_input:
+            weight = weight.clone()
+            weight[:, 0, weight.shape[2] // 2, weight.shape[3] // 2] += 1.0
+        self.weight = weight.contiguous(memory_format=torch.channels_last)
+        self.rest = layer.bias.detach(), layer.stride, layer.padding, 1, layer.groups
 
     def __call__(self, x: Tensor) -> Tensor:
         """[B, H, W, C] to the same with other sizes."""
-        found = functional.conv2d(
-            x.permute(0, 3, 1, 2), self.weight, self.bias, self.stride, self.padding, 1, self.groups
-        )
+        found = functional.conv2d(x.permute(0, 3, 1, 2), self.weight, *self.rest)
         return found.permute(0, 2, 3, 1)
 
 
@@ -57,19 +62,34 @@ class _Linear:
         return functional.linear(x, self.weight, self.bias)
 
 
-@dataclass(frozen=True)
 class _Half:
-    """Half a block: a convolution, attention in windows or among channels, another, an MLP."""
+    """Half a block: a convolution, attention in windows or among channels, another, an MLP.
 
-    conv1: _Conv
-    norm: Norm
-    qkv: _Linear
-    out: _Linear
-    conv2: _Conv
-    mlp_norm: Norm
-    fc1: _Linear
-    fc2: _Linear
-    heads: int
+    `attend` takes this half, its normed input and its input, both [B, H, W, C], and gives the
+    input plus the attention.
+    """
+
+    def __init__(
+        self, block: Any, attention: Any, attend: Callable[[_Half, Tensor, Tensor], Tensor]
+    ) -> None:
+        self.attend = attend
+        self.conv1 = _Conv(block.conv1, plus_input=True)
+        self.norm = norm_weights(block.norm1)
+        self.qkv, self.out = _Linear(attention.qkv), _Linear(attention.proj)
+        self.conv2 = _Conv(block.conv2, plus_input=True)
+        self.mlp_norm = norm_weights(block.norm2)
+        self.fc1, self.fc2 = _Linear(block.ffn.fc1), _Linear(block.ffn.fc2)
+        self.heads = int(
+            attention.num_heads if hasattr(attention, "num_heads") else attention.groups
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] to the same."""
+        x = self.conv1(x)
+        x = self.attend(self, layer_norm(x, self.norm), x)
+        x = self.conv2(x)
+        wide = functional.gelu(self.fc1(layer_norm(x, self.mlp_norm)))
+        return self.fc2(wide).add_(x)
 
 
 class FastDavit:
@@ -90,22 +110,16 @@ class FastDavit:
         self._modules = tuple(tower.modules())
         if self.hooked:
             raise UnsupportedError("a module of it has hooks")
-        self._window = int(config.window_size)
-        self._stages = [
-            (
-                norm_weights(embed.norm),
-                bool(embed.pre_norm),
-                _conv(embed.conv),
-                [
-                    (
-                        _half(block.spatial_block, block.spatial_block.window_attn),
-                        _half(block.channel_block, block.channel_block.channel_attn),
-                    )
-                    for block in blocks
-                ],
-            )
-            for embed, blocks in zip(tower.convs, tower.blocks, strict=True)
-        ]
+        in_windows = partial(_in_windows, int(config.window_size))
+        self._stages: list[tuple[Norm, bool, _Conv, list[_Half]]] = []
+        for embed, blocks in zip(tower.convs, tower.blocks, strict=True):
+            halves = []
+            for block in blocks:
+                spatial, channel = block.spatial_block, block.channel_block
+                halves.append(_Half(spatial, spatial.window_attn, in_windows))
+                halves.append(_Half(channel, channel.channel_attn, _among_channels))
+            conv = _Conv(embed.conv)
+            self._stages.append((norm_weights(embed.norm), bool(embed.pre_norm), conv, halves))
 
     @property
     def hooked(self) -> bool:
@@ -115,31 +129,11 @@ class FastDavit:
     def __call__(self, pixels: Tensor) -> Tensor:
         """See the class."""
         x = pixels.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-        for norm, first, conv, blocks in self._stages:
+        for norm, first, conv, halves in self._stages:
             x = conv(layer_norm(x, norm)) if first else layer_norm(conv(x), norm)
-            for spatial, channel in blocks:
-                x = _half_block(spatial, x, self._in_windows)
-                x = _half_block(channel, x, _among_channels)
+            for half in halves:
+                x = half(x)
         return x.permute(0, 3, 1, 2)
-
-    def _in_windows(self, half: _Half, normed: Tensor, x: Tensor) -> Tensor:
-        """x plus attention within each window of `normed`, both [B, H, W, C]."""
-        batch, height, width, size = x.shape
-        side = self._window
-        below, right = -height % side, -width % side
-        if below or right:
-            normed = functional.pad(normed, (0, 0, 0, right, 0, below))
-        rows, columns = (height + below) // side, (width + right) // side
-        tokens = normed.reshape(batch, rows, side, columns, side, size).transpose(2, 3)
-        tokens = tokens.reshape(-1, side * side, size)
-        qkv = half.qkv(tokens).view(*tokens.shape[:2], 3, half.heads, -1).permute(2, 0, 3, 1, 4)
-        seen = functional.scaled_dot_product_attention(*qkv.unbind(0)).transpose(1, 2)
-        seen = seen.reshape(tokens.shape)
-        if rows == columns == 1 and not (below or right):  # the window is the whole image
-            return half.out(seen).view(x.shape).add_(x)
-        found = half.out(seen).view(batch, rows, columns, side, side, size).transpose(2, 3)
-        found = found.reshape(batch, height + below, width + right, size)
-        return x + found[:, :height, :width]
 
 
 def make_fast_davit(tower: Any) -> FastDavit | None:
@@ -151,14 +145,23 @@ def make_fast_davit(tower: Any) -> FastDavit | None:
         return None
 
 
-def _half_block(
-    half: _Half, x: Tensor, attend: Callable[[_Half, Tensor, Tensor], Tensor]
-) -> Tensor:
-    x = half.conv1(x)
-    x = attend(half, layer_norm(x, half.norm), x)
-    x = half.conv2(x)
-    wide = functional.gelu(half.fc1(layer_norm(x, half.mlp_norm)))
-    return half.fc2(wide).add_(x)
+def _in_windows(side: int, half: _Half, normed: Tensor, x: Tensor) -> Tensor:
+    """x plus attention within each window, `side` long, of `normed`, both [B, H, W, C]."""
+    batch, height, width, size = x.shape
+    below, right = -height % side, -width % side
+    if below or right:
+        normed = functional.pad(normed, (0, 0, 0, right, 0, below))
+    rows, columns = (height + below) // side, (width + right) // side
+    tokens = normed.reshape(batch, rows, side, columns, side, size).transpose(2, 3)
+    tokens = tokens.reshape(-1, side * side, size)
+    qkv = half.qkv(tokens).view(*tokens.shape[:2], 3, half.heads, -1).permute(2, 0, 3, 1, 4)
+    seen = functional.scaled_dot_product_attention(*qkv.unbind(0)).transpose(1, 2)
+    seen = seen.reshape(tokens.shape)
+    if rows == columns == 1 and not (below or right):  # the window is the whole image
+        return half.out(seen).view(x.shape).add_(x)
+    found = half.out(seen).view(batch, rows, columns, side, side, size).transpose(2, 3)
+    found = found.reshape(batch, height + below, width + right, size)
+    return x + found[:, :height, :width]
 
 
 def _among_channels(half: _Half, normed: Tensor, x: Tensor) -> Tensor:
@@ -171,31 +174,3 @@ def _among_channels(half: _Half, normed: Tensor, x: Tensor) -> Tensor:
     seen = torch.matmul(value.transpose(2, 3), shares.transpose(2, 3))
     seen = seen.transpose(1, 2).reshape(batch, count, size)
     return half.out(seen).view(x.shape).add_(x)
-
-
-def _half(block: Any, attention: Any) -> _Half:
-    return _Half(
-        conv1=_conv(block.conv1, plus_input=True),
-        norm=norm_weights(block.norm1),
-        qkv=_Linear(attention.qkv),
-        out=_Linear(attention.proj),
-        conv2=_conv(block.conv2, plus_input=True),
-        mlp_norm=norm_weights(block.norm2),
-        fc1=_Linear(block.ffn.fc1),
-        fc2=_Linear(block.ffn.fc2),
-        heads=int(attention.num_heads if hasattr(attention, "num_heads") else attention.groups),
-    )
-
-
-def _conv(layer: Any, *, plus_input: bool = False) -> _Conv:
-    """`plus_input`: of one kernel a channel; the block adds the convolution's input to its result,
-    which the middle of each kernel does as well.
-    """
-    if type(layer) is not nn.Conv2d or layer.dilation != (1, 1) or layer.bias is None:
-        raise UnsupportedError(f"a {type(layer).__name__} stands in a convolution's place")
-    weight = layer.weight.detach()
-    if plus_input:
-        weight = weight.clone()
-        weight[:, 0, weight.shape[2] // 2, weight.shape[3] // 2] += 1.0
-    weight = weight.contiguous(memory_format=torch.channels_last)
-    return _Conv(weight, layer.bias.detach(), layer.stride, layer.padding, layer.groups)

@@ -9,7 +9,6 @@ axes alike, so that multimodal rotary embeddings, sectioned or interleaved, are 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,20 +45,24 @@ _LAYERS = {
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 
 
-@dataclass(frozen=True)
 class _Layer:
-    """Weights of a layer; matrices transposed as views, [in, out]."""
+    """Weights of a layer of `model`; matrices transposed as views, [in, out]."""
 
-    norm: Tensor
-    qkv: tuple[tuple[Tensor, Tensor | None], ...]
-    #: [Hq + Hkv, D] of models that normalise queries and keys.
-    qk_norm: Tensor | None
-    out: Tensor
-    out_bias: Tensor | None
-    mlp_norm: Tensor
-    gate: Tensor
-    up: Tensor
-    down: Tensor
+    def __init__(self, model: FastLlama, layer: Any) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.norm = model.norm_weight(layer.input_layernorm)
+        self.qkv = [linear_weights(getattr(attention, f"{x}_proj")) for x in "qkv"]
+        #: [Hq + Hkv, D] of models that normalise queries and keys.
+        self.qk_norm: Tensor | None = None
+        if hasattr(attention, "q_norm"):
+            q, k = (weight_of(n, None) for n in (attention.q_norm, attention.k_norm))
+            self.qk_norm = torch.cat([q.expand(model.heads, -1), k.expand(model.kv_heads, -1)])
+        self.out, self.out_bias = linear_weights(attention.o_proj)
+        self.mlp_norm = model.norm_weight(layer.post_attention_layernorm)
+        mlps = [linear_weights(linear) for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
+        if any(bias is not None for _, bias in mlps):
+            raise UnsupportedError("its MLP has a bias")
+        self.gate, self.up, self.down = (weight for weight, _ in mlps)
 
 
 class LlamaStaticCache(StaticCache):
@@ -129,39 +132,16 @@ class FastLlama(FastModel):
         self.quick = self.dtype == torch.float32 and self.device.type == "cpu"
         self.width, self.inner = int(self.embedding.shape[1]), int(config.intermediate_size)
         self.norm_eps = torch.full((1, 1, 1), self.width * self.eps, device=self.device)
-        self.layers = [self._layer(layer) for layer in text_model.layers]
-        self.norm = self._norm_weight(text_model.norm)
+        self.layers = [_Layer(self, layer) for layer in text_model.layers]
+        self.norm = self.norm_weight(text_model.norm)
         self.largest = max(layer.gate.numel() for layer in self.layers)
 
-    def _norm_weight(self, norm: Any) -> Tensor:
+    def norm_weight(self, norm: Any) -> Tensor:
+        """The weight of an RMSNorm as `decode_one_token` multiplies with it."""
         weight = weight_of(norm, None)
         # Gemma multiplies before it rounds, with a weight that counts from one.
         weight = 1.0 + weight.float() if self.from_one else weight
         return weight * math.sqrt(weight.shape[0]) if self.quick else weight
-
-    def _layer(self, layer: Any) -> _Layer:
-        attention, mlp = layer.self_attn, layer.mlp
-        qk_norm = None
-        if hasattr(attention, "q_norm"):
-            q, k = (weight_of(n, None) for n in (attention.q_norm, attention.k_norm))
-            counts = (self.heads, self.kv_heads)
-            qk_norm = torch.cat([w.expand(n, -1) for w, n in zip((q, k), counts, strict=True)])
-        out, out_bias = linear_weights(attention.o_proj)
-        mlps = [linear_weights(linear) for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
-        if any(bias is not None for _, bias in mlps):
-            raise UnsupportedError("its MLP has a bias")
-        gate, up, down = (weight for weight, _ in mlps)
-        return _Layer(
-            norm=self._norm_weight(layer.input_layernorm),
-            qkv=tuple(linear_weights(getattr(attention, f"{x}_proj")) for x in "qkv"),
-            qk_norm=qk_norm,
-            out=out,
-            out_bias=out_bias,
-            mlp_norm=self._norm_weight(layer.post_attention_layernorm),
-            gate=gate,
-            up=up,
-            down=down,
-        )
 
     def new_cache(
         self, rows: int, capacity: int, prompts: int = 0, width: int = 0
