@@ -18,7 +18,7 @@ from librobot_vlm_ros.core import EngineError, ErrorCode, RequestError, clean_pr
 from librobot_vlm_ros.replay.message_types import import_message
 
 if TYPE_CHECKING:
-    from librobot_vlm_ros.ros.parameters.parameter_syntax import TaskSetting
+    from librobot_vlm_ros.runtime import StandingTask
 
 _RESULT_TOPICS = {
     "caption": "librobot_vlm_ros/msg/Caption",
@@ -55,7 +55,7 @@ class NodeLink:
         """Absolute."""
         self.cameras: dict[str, str] = {}
         """Names of the cameras by topic."""
-        self.tasks: tuple[TaskSetting, ...] = ()
+        self.tasks: tuple[StandingTask, ...] = ()
         """Standing tasks that are waited for."""
         self.instruction = ""
         self.lock_step = False
@@ -121,7 +121,7 @@ class NodeLink:
             item.task
             for item in self.tasks
             if camera is not None
-            and item.camera in ("", camera)
+            and item.runs_on(camera)
             and (self.instruction or item.prompt or not get_task(item.task).needs_text)
         )
 
