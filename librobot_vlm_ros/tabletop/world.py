@@ -94,9 +94,7 @@ class Pose:
 
 @dataclass(frozen=True)
 class Rendering:
-    """rgb uint8 [H, W, 3], depth float32 [H, W] in metres, body int32 [H, W] (-1 where nothing
-    is).
-    """
+    """rgb uint8 [H, W, 3], depth float32 [H, W] in metres, body int32 [H, W], -1 for none."""
 
     rgb: np.ndarray
     depth: np.ndarray
@@ -106,9 +104,7 @@ class Rendering:
 def solid(
     kind: str, size: tuple[float, float, float], steps: int = 28
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Vertices [N, 3], normals [N, 3] and triangles [M, 3] of a cube, ball or cylinder of
-    ``size``.
-    """
+    """Vertices [N, 3], normals [N, 3], triangles [M, 3] of a cube, ball or cylinder of ``size``."""
     patches: list[tuple[np.ndarray, np.ndarray]] = []  # grids of points and of their normals
     turn = np.linspace(0, 2 * math.pi, steps + 1)
     if kind == "cube":
@@ -268,9 +264,7 @@ class World:
         self, size: tuple[float, float, float], xy: tuple[float, float], yaw: float,
         rgb: tuple[float, float, float],
     ) -> int:  # fmt: skip
-        """Lay an unlabelled box (clutter) of ``size`` metres on the table; returns its body
-        number.
-        """
+        """Lay an unlabelled box of ``size`` metres on the table; returns its body number."""
         key = "slab " + ",".join(f"{side:.3f}" for side in size)
         half = (size[0] / 2, size[1] / 2, size[2] / 2)
         body = self._next_body(key, lambda: self._box(half))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,11 @@ _build_lock = threading.Lock()
 _STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
+#: What transformers' classes raise for dimensions that make no model.
+_UNBUILDABLE = (
+    *(ArithmeticError, AssertionError, LookupError),
+    *(RuntimeError, TypeError, ValueError),
+)
 #: Heads of attention, by the names that they have in the families' configurations.
 _HEADS = (
     "num_attention_heads",
@@ -72,15 +77,25 @@ class CheckpointLayout:
     plan: Callable[[dict[str, Any], Path], LoadPlan]
     #: (config.json, folder) -> files of weights that are loaded beside the folder's own, by names
     #: that their place does not change. Raises ModelError where one is missing.
-    companions: Callable[[dict[str, Any], Path], Mapping[str, Path]] = lambda config, folder: {}
+    companions: Callable[[dict[str, Any], Path], Mapping[str, Path]]
 
 
 _layouts: dict[str, CheckpointLayout] = {}
 
 
-def register_layout(layout: CheckpointLayout) -> None:
-    """Make a layout known. Two layouts must never match the same config.json."""
-    _layouts[layout.name] = layout
+def register_layout(
+    name: str,
+    matches: Callable[[Mapping[str, Any]], bool],
+    plan: Callable[[dict[str, Any], Path], LoadPlan],
+    companions: Callable[[dict[str, Any], Path], Mapping[str, Path]] = lambda config, folder: {},
+) -> None:
+    """Make a `CheckpointLayout` known. Two layouts must never match the same config.json."""
+    _layouts[name] = CheckpointLayout(name, matches, plan, companions)
+
+
+def model_type(kind: str) -> Callable[[Mapping[str, Any]], bool]:
+    """For `CheckpointLayout.matches`: whether a config.json states this model_type."""
+    return lambda config: config.get("model_type") == kind
 
 
 def find_layout(config: Mapping[str, Any]) -> CheckpointLayout:
@@ -180,14 +195,7 @@ def _construct(plan: LoadPlan, where: Placement) -> Any:
             shape = plan.model_class(plan.config)
         refuse_oversized(shape, where)
         return plan.model_class(plan.config)
-    except (
-        ArithmeticError,
-        AssertionError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except _UNBUILDABLE as error:
         raise ModelError(
             ErrorCode.BAD_CONFIG, f"no {plan.model_class.__name__} can be built: {error}"
         ) from error
@@ -195,7 +203,7 @@ def _construct(plan: LoadPlan, where: Placement) -> Any:
 
 def _fill(
     module: Any,
-    files: Iterable[Path],
+    files: list[Path],
     convert: Convert,
     where: Placement,
     should_cancel: Callable[[], bool],
@@ -204,7 +212,6 @@ def _fill(
     targets = module.state_dict(keep_vars=True)
     filled: dict[int, str] = {}  # parameter -> the name that filled it
     strange: list[str] = []
-    files = list(files)
     total, done = sum(path.stat().st_size for path in files), 0
     progress = LoggedProgress("loading weights")
     for path in files:

@@ -8,6 +8,7 @@ class token, an MLP of two layers, put in the image's place), CLIP (Radford et a
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -153,10 +154,7 @@ def _clip_features(state: State, image: Tensor) -> Tensor:
 
 def original_logits(state: State, image: Tensor, ids: list[int], at: int) -> Tensor:
     """Logits [T, words] of `ids` with the image in front of ids[at]."""
-
-    def norm(state: State, name: str, x: Tensor) -> Tensor:
-        return rms_norm(state, name, x, EPS)
-
+    norm = partial(rms_norm, eps=EPS)
     seen = gelu(linear(state, "model.mm_projector.0", _clip_features(state, image)))
     seen = linear(state, "model.mm_projector.2", seen)
     words = state["model.embed_tokens.weight"][ids]

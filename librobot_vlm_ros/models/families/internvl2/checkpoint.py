@@ -18,9 +18,9 @@ from librobot_vlm_ros.models.checkpoints.key_mapping import (
     renamed,
 )
 from librobot_vlm_ros.models.checkpoints.loading import (
-    CheckpointLayout,
     LoadPlan,
     expect_rank,
+    model_type,
     register_layout,
 )
 from librobot_vlm_ros.models.checkpoints.shards import tensor_names
@@ -153,11 +153,5 @@ def _completed(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any
     return full
 
 
-register_layout(CheckpointLayout("internvl2 (official)", is_original, _plan_original))
-register_layout(
-    CheckpointLayout(
-        "internvl2 (transformers)",
-        lambda config: config.get("model_type") == "internvl",
-        _plan_native,
-    )
-)
+register_layout("internvl2 (official)", is_original, _plan_original)
+register_layout("internvl2 (transformers)", model_type("internvl"), _plan_native)

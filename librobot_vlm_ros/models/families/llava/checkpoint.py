@@ -26,7 +26,6 @@ from librobot_vlm_ros.models.checkpoints.key_mapping import (
     renamed,
 )
 from librobot_vlm_ros.models.checkpoints.loading import (
-    CheckpointLayout,
     LoadPlan,
     expect_rank,
     register_layout,
@@ -68,10 +67,6 @@ def plan_for(config: Any) -> LoadPlan:
 
     check_feature_layer(config)
     return LoadPlan(LlavaForConditionalGeneration, config, native_tensors)
-
-
-def _plan_native(config: dict[str, Any], folder: Path) -> LoadPlan:
-    return plan_for(from_dict("LlavaConfig", config, "a LLaVA"))
 
 
 def _plan_original(config: dict[str, Any], folder: Path) -> LoadPlan:
@@ -184,11 +179,9 @@ def _tower_files(config: dict[str, Any], folder: Path) -> dict[str, Path]:
     return {f"vision_tower/{path.name}": path for path in files}
 
 
-register_layout(CheckpointLayout("llava-1.5 (official)", is_original, _plan_original, _tower_files))
+register_layout("llava-1.5 (official)", is_original, _plan_original, _tower_files)
 register_layout(
-    CheckpointLayout(
-        "llava-1.5 (transformers)",
-        lambda config: config.get("model_type") == "llava" and not is_original(config),
-        _plan_native,
-    )
+    "llava-1.5 (transformers)",
+    lambda config: config.get("model_type") == "llava" and not is_original(config),
+    lambda config, folder: plan_for(from_dict("LlavaConfig", config, "a LLaVA")),
 )

@@ -182,9 +182,7 @@ class GraphRunner:
 
 
 class FastDecoder(ABC):
-    """An `AppendingDecoder` over a static cache: what `FastCausalDecoder` and `FastBartDecoder`
-    share.
-    """
+    """An `AppendingDecoder` over a static cache: what the decoders of `llama` and `bart` share."""
 
     def __init__(self, runner: GraphRunner, rows: int) -> None:
         self._runner = runner
