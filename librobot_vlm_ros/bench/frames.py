@@ -19,7 +19,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from librobot_vlm_ros.bags import BagReader, decode_frame, shipped_bag
 from librobot_vlm_ros.bench.measure import Bench
-from librobot_vlm_ros.bench.models import published_settings, qwen_with_tokenizer
+from librobot_vlm_ros.bench.models import published_settings, qwen_with_tokenizer, search
 from librobot_vlm_ros.core import Frame, GenerationParams, InferenceRequest, ModelAnswer
 from librobot_vlm_ros.models import create_vlm
 from librobot_vlm_ros.models.families.florence2.processor import FLORENCE_TASKS, build_prompt
@@ -163,36 +163,47 @@ def tabletop(bench: Bench) -> None:
 
         usual = " (as shipped)" if beams == vlm.processor.settings.num_beams else ""
         bench.paired(
-            f"tabletop, detect, {'greedy' if beams == 1 else f'{beams} beams'}{usual}",
+            f"tabletop, detect, {search(beams)}{usual}",
             theirs,
             ours,
             [fresh(frame) for frame in frames[: bench.pairs + 1]],
             note="a 640x480 frame to boxes",
             target=2.0,
         )
-    _on_one_frame(bench, vlm, [fresh(frame) for frame in frames[: bench.pairs + 1]])
+    _on_one_frame(
+        bench,
+        "tabletop",
+        vlm,
+        [fresh(frame) for frame in frames[: bench.pairs + 1]],
+        [("caption", ""), ("detect", ""), ("ground", "the red cube")],
+        ("time to the first token; the encoder reads image and words together, every time", None),
+        ("caption, detect and ground together, against the dearest alone", 1.4),
+    )
     _in_a_batch(bench, vlm, recorder, [fresh(frame) for frame in frames])
 
 
-def _on_one_frame(bench: Bench, vlm: Any, frames: Sequence[Frame]) -> None:
-    """A second question, and three standing tasks against the dearest of them alone."""
-    questions = (("caption", ""), ("detect", ""))
-    times = [_one_after_the_other(bench, vlm, frame, questions) for frame in frames]
-    bench.add(
-        "tabletop, second question on a frame",
-        times[1:],
-        share=True,
-        note="time to the first token; the encoder reads image and words together, every time",
-    )
-    tasks = (("caption", ""), ("detect", ""), ("ground", "the red cube"))
-    times = [_alone_and_together(bench, vlm, frame, tasks) for frame in frames]
-    bench.add(
-        "tabletop, three standing tasks on a frame",
-        times[1:],
-        share=True,
-        note="caption, detect and ground together, against the dearest alone",
-        target=1.4,
-    )
+def _on_one_frame(
+    bench: Bench,
+    name: str,
+    vlm: Any,
+    frames: Sequence[Frame],
+    asked: Sequence[tuple[str, str]],
+    second: tuple[str, float | None],
+    together: tuple[str, float | None],
+    **params: Any,
+) -> None:
+    """A second question on a frame, and three against the dearest of them alone.
+
+    `asked`: task and text of each; `second`, `together`: note and target of the two rows.
+    """
+    after = [_one_after_the_other(bench, vlm, frame, asked[:2]) for frame in frames]
+    shared = [_alone_and_together(bench, vlm, frame, asked, **params) for frame in frames]
+    for what, times, (note, target) in (
+        ("second question", after, second),
+        ("three standing tasks", shared, together),
+    ):
+        row = f"{name}, {what} on a frame"
+        bench.add(row, times[1:], share=True, note=note, target=target)
 
 
 def _one_after_the_other(
@@ -244,25 +255,15 @@ def one_frame(bench: Bench) -> None:
     """A causal model asked several things about a frame, whose cached prefix it reuses."""
     vlm = qwen_with_tokenizer(bench.device)
     texts = ("is there a cube?", "what lies on the table?", "which way is free?")
-    asked = [("answer", text) for text in texts]
-    seconds, together = [], []
-    for number in range(bench.pairs + 1):
-        frame = noise(number)
-        seconds.append(_one_after_the_other(bench, vlm, frame, asked[:2]))
-        together.append(_alone_and_together(bench, vlm, frame, asked, max_new_tokens=32))
-    bench.add(
-        "qwen2-vl, tiny, second question on a frame",
-        seconds[1:],
-        share=True,
-        note="time to the first token, the image is read once",
-        target=0.2,
-    )
-    bench.add(
-        "qwen2-vl, tiny, three standing tasks on a frame",
-        together[1:],
-        share=True,
-        note="32 tokens each in one batch, against the dearest alone",
-        target=1.4,
+    _on_one_frame(
+        bench,
+        "qwen2-vl, tiny",
+        vlm,
+        [noise(number) for number in range(bench.pairs + 1)],
+        [("answer", text) for text in texts],
+        ("time to the first token, the image is read once", 0.2),
+        ("32 tokens each in one batch, against the dearest alone", 1.4),
+        max_new_tokens=32,
     )
 
 

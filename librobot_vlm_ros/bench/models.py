@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from librobot_vlm_ros.bench.measure import Bench
 from librobot_vlm_ros.models import create_vlm
 
 #: Small models by registered name. Their weights start out wide, so that answers vary: a fresh
@@ -52,6 +53,11 @@ def _weigh_written_tokens(vlm: Any) -> None:
             layer.encoder_attn.out_proj.weight.mul_(0.1)
             layer.fc2.weight.mul_(0.3)
             layer.self_attn.q_proj.weight.mul_(0.3)
+
+
+def search(beams: int) -> str:
+    """What a row's name calls the way to search."""
+    return "greedy" if beams == 1 else f"{beams} beams"
 
 
 class Pair:
@@ -117,6 +123,10 @@ class Pair:
                 **more,
             )
         return list(out[0, 1 if self.florence else whole.shape[1] :].tolist())
+
+    def compare(self, bench: Bench, name: str, runs: int, **rest: Any) -> None:
+        """A row of `Bench.paired` for so many images."""
+        bench.paired(name, self.theirs, self.ours, self.inputs(runs + 1), **rest)
 
     def image_vectors(self, image: Tensor) -> int:
         """How many vectors of the text model the image becomes."""

@@ -198,10 +198,6 @@ class FastDecoder(ABC):
         """See `placement.threads_for`."""
         return self._runner.light
 
-    @abstractmethod
-    def prefill(self) -> Tensor:
-        """See `Decoder`."""
-
     def decode(self, tokens: Tensor, allowed: range | Tensor | None = None) -> Tensor:
         """See `Decoder`."""
         if self._cache is None or self._length == self._cache.capacity:
@@ -218,10 +214,6 @@ class FastDecoder(ABC):
         for known in tokens[:, :-1].unbind(dim=1):
             self.decode(known, range(0))
         return self.decode(tokens[:, -1], allowed)
-
-    @abstractmethod
-    def reorder(self, rows: Tensor, within: bool = False) -> None:
-        """See `Decoder`."""
 
     @abstractmethod
     def _prefill_cache(self) -> None:
