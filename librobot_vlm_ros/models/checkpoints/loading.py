@@ -25,7 +25,7 @@ from librobot_vlm_ros.models.checkpoints.key_mapping import Convert
 from librobot_vlm_ros.models.checkpoints.progress import LoggedProgress
 from librobot_vlm_ros.models.checkpoints.shards import iterate_tensors, read_config, weight_files
 from librobot_vlm_ros.models.checkpoints.size_limits import refuse_oversized
-from librobot_vlm_ros.models.configuration import check_integer
+from librobot_vlm_ros.models.configuration import bad_config, check_integer
 from librobot_vlm_ros.models.placement import Placement, dtype_name, move_module, resolve_placement
 
 _log = logging.getLogger(__name__)
@@ -105,8 +105,7 @@ def find_layout(config: Mapping[str, Any]) -> CheckpointLayout:
     matching = [layout for layout in _layouts.values() if layout.matches(config)]
     if len(matching) == 1:
         return matching[0]
-    raise ModelError(
-        ErrorCode.BAD_CONFIG,
+    raise bad_config(
         f"config.json (model_type {config.get('model_type')!r}) is of no known layout",
         f"known layouts: {', '.join(sorted(_layouts))}",
     )
@@ -196,9 +195,7 @@ def _construct(plan: LoadPlan, where: Placement) -> Any:
         refuse_oversized(shape, where)
         return plan.model_class(plan.config)
     except _UNBUILDABLE as error:
-        raise ModelError(
-            ErrorCode.BAD_CONFIG, f"no {plan.model_class.__name__} can be built: {error}"
-        ) from error
+        raise bad_config(f"no {plan.model_class.__name__} can be built: {error}") from error
 
 
 def _fill(

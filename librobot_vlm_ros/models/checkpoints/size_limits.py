@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from librobot_vlm_ros.core import ErrorCode, InferenceError, ModelError
+from librobot_vlm_ros.core import ErrorCode, InferenceError
+from librobot_vlm_ros.models.configuration import bad_config
 from librobot_vlm_ros.models.placement import Placement
 
 #: The largest published ones have about a hundred.
@@ -35,8 +36,7 @@ def refuse_endless(config: Mapping[str, Any], source: str = "config.json") -> No
             numbers = value if isinstance(value, (list, tuple)) else [value]
             count = sum(number for number in numbers if isinstance(number, int))
             if max(count, len(numbers)) > _MOST_LAYERS:
-                raise ModelError(
-                    ErrorCode.BAD_CONFIG,
+                raise bad_config(
                     f"{source} asks for {count} layers as {name}, expected at most {_MOST_LAYERS}",
                     "use the file that came with the weights",
                 )

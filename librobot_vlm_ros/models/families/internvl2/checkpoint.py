@@ -24,7 +24,12 @@ from librobot_vlm_ros.models.checkpoints.loading import (
     register_layout,
 )
 from librobot_vlm_ros.models.checkpoints.shards import tensor_names
-from librobot_vlm_ros.models.configuration import check_feature_layer, from_dict, section
+from librobot_vlm_ros.models.configuration import (
+    bad_config,
+    check_feature_layer,
+    from_dict,
+    section,
+)
 from librobot_vlm_ros.models.families.internvl2.configuration import (
     is_original,
     original_to_native,
@@ -76,8 +81,7 @@ def plan_for(config: Any) -> LoadPlan:
 def _plan_native(config: dict[str, Any], folder: Path) -> LoadPlan:
     kind = section(config, "text_config").get("model_type", "qwen2")
     if kind != "llama":
-        raise ModelError(
-            ErrorCode.BAD_CONFIG,
+        raise bad_config(
             f"config.json of an InternVL: the language model is a {kind}, InternVL2's a llama",
             "InternVL2-2B and InternVL2-8B can be loaded",
         )

@@ -32,7 +32,12 @@ from librobot_vlm_ros.models.checkpoints.loading import (
 )
 from librobot_vlm_ros.models.checkpoints.path_policy import refuse_foreign
 from librobot_vlm_ros.models.checkpoints.shards import read_config, tensor_names, weight_files
-from librobot_vlm_ros.models.configuration import bad_value, check_feature_layer, from_dict
+from librobot_vlm_ros.models.configuration import (
+    bad_config,
+    bad_value,
+    check_feature_layer,
+    from_dict,
+)
 from librobot_vlm_ros.models.families.llava.configuration import (
     CLIP_LARGE_336,
     is_original,
@@ -153,8 +158,7 @@ def _tower_config(config: Mapping[str, Any], folder: Path, tower: Path | None) -
     width = config.get("mm_hidden_size") or has
     if found and has == width:
         return found
-    raise ModelError(
-        ErrorCode.BAD_CONFIG,
+    raise bad_config(
         f"the dimensions of the vision tower {named!r} are not known"
         if not found
         else f"config.json of a LLaVA: mm_hidden_size is {width!r}, that of the vision tower "
