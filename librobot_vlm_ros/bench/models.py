@@ -130,9 +130,7 @@ class Pair:
 
     def image_vectors(self, image: Tensor) -> int:
         """How many vectors of the text model the image becomes."""
-        if self.qwen:
-            return int(self.vlm._count(image[0]))
-        return int(self.vlm.processor.image_tokens)
+        return int(self.vlm.processor.count(image[0] if self.qwen else image))
 
     def _patches(self, image: Tensor) -> dict[str, Any]:
         from librobot_vlm_ros.models.families.qwen_vl.processor import patches
@@ -146,7 +144,7 @@ class Pair:
 
 def published_settings(florence: Any) -> dict[str, Any]:
     """What a Florence-2 checkpoint says about generation, as transformers names it."""
-    settings = florence.settings
+    settings = florence.processor.settings
     return {
         "decoder_start_token_id": florence.config.text_config.decoder_start_token_id,
         "no_repeat_ngram_size": settings.no_repeat_ngram_size or None,

@@ -241,6 +241,18 @@ def write_json(folder: Path, **files: Any) -> None:
         (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
 
 
+def write_shards(
+    folder: Path, state: State, names: Sequence[str], save: Callable[[State, Path], None]
+) -> dict[str, Any]:
+    """Deal the tensors out to files of these names; gives the content of their index."""
+    keys = sorted(state)
+    shards = {name: keys[place :: len(names)] for place, name in enumerate(names)}
+    for name, part in shards.items():
+        save({key: state[key] for key in part}, folder / name)
+    weight_map = {key: name for name, part in shards.items() for key in part}
+    return {"metadata": {}, "weight_map": weight_map}
+
+
 def reference_pixels(processor: Any, image: npt.NDArray[np.uint8]) -> Tensor:
     """What a processor of transformers makes of an image [H, W, 3]."""
     from PIL import Image

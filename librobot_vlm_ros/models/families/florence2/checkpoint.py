@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
-from librobot_vlm_ros.models.checkpoints.key_mapping import key_map, renamed
 from librobot_vlm_ros.models.checkpoints.loading import (
     LoadPlan,
     expect_rank,
+    key_map,
     register_layout,
+    renamed,
 )
 from librobot_vlm_ros.models.configuration import (
     check_token,

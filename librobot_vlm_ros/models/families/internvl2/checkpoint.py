@@ -11,17 +11,15 @@ from typing import Any
 from torch import Tensor
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
-from librobot_vlm_ros.models.checkpoints.key_mapping import (
-    DERIVED,
-    key_map,
-    native_tensors,
-    renamed,
-)
 from librobot_vlm_ros.models.checkpoints.loading import (
+    DERIVED,
     LoadPlan,
     expect_rank,
+    key_map,
     model_type,
+    native_tensors,
     register_layout,
+    renamed,
 )
 from librobot_vlm_ros.models.checkpoints.shards import tensor_names
 from librobot_vlm_ros.models.configuration import (

@@ -19,16 +19,14 @@ from torch import Tensor
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
 from librobot_vlm_ros.models.checkpoints.hub import find_weights, in_hub_cache, is_hub_id
-from librobot_vlm_ros.models.checkpoints.key_mapping import (
-    DERIVED,
-    key_map,
-    native_tensors,
-    renamed,
-)
 from librobot_vlm_ros.models.checkpoints.loading import (
+    DERIVED,
     LoadPlan,
     expect_rank,
+    key_map,
+    native_tensors,
     register_layout,
+    renamed,
 )
 from librobot_vlm_ros.models.checkpoints.path_policy import refuse_foreign
 from librobot_vlm_ros.models.checkpoints.shards import read_config, tensor_names, weight_files

@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from librobot_vlm_ros.models.checkpoints.key_mapping import native_tensors
-from librobot_vlm_ros.models.checkpoints.loading import LoadPlan, model_type, register_layout
+from librobot_vlm_ros.models.checkpoints.loading import (
+    LoadPlan,
+    model_type,
+    native_tensors,
+    register_layout,
+)
 from librobot_vlm_ros.models.configuration import from_dict
 from librobot_vlm_ros.models.families.paligemma.masks import find_mask_decoder
 

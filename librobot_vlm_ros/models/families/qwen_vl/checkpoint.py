@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from librobot_vlm_ros.models.checkpoints.key_mapping import key_map, renaming
-from librobot_vlm_ros.models.checkpoints.loading import LoadPlan, model_type, register_layout
+from librobot_vlm_ros.models.checkpoints.loading import (
+    LoadPlan,
+    key_map,
+    model_type,
+    register_layout,
+    renaming,
+)
 from librobot_vlm_ros.models.configuration import bad_value
 from librobot_vlm_ros.models.families.qwen_vl.configuration import native_config
 
