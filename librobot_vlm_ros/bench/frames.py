@@ -19,7 +19,12 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from librobot_vlm_ros.bags import BagReader, decode_frame, shipped_bag
 from librobot_vlm_ros.bench.measure import Bench
-from librobot_vlm_ros.bench.models import published_settings, qwen_with_tokenizer, search
+from librobot_vlm_ros.bench.models import (
+    generate_by_transformers,
+    published_settings,
+    qwen_with_tokenizer,
+    search,
+)
 from librobot_vlm_ros.core import Frame, GenerationParams, InferenceRequest, ModelAnswer
 from librobot_vlm_ros.models import create_vlm
 from librobot_vlm_ros.models.families.florence2.processor import FLORENCE_TASKS, build_prompt
@@ -101,28 +106,21 @@ class _Transformers:
         spec = FLORENCE_TASKS[task]
         pieces = build_prompt(spec, text, None, frame.width, frame.height)
         words = vlm.tokenizer.prompt(pieces)
-        config, settings = vlm.config, vlm.processor.settings
+        config = vlm.config
         ids = torch.tensor([[*[config.image_token_id] * vlm.processor.image_tokens, *words]])
         room = min(config.text_config.max_position_embeddings, vlm.limits.max_new_tokens)
-        generation = GenerationConfig(
-            do_sample=False,
-            num_beams=beams,
-            max_length=min(settings.max_new_tokens, room) + 1,
-            bos_token_id=config.text_config.bos_token_id,
-            eos_token_id=config.text_config.eos_token_id,
-            pad_token_id=config.text_config.pad_token_id,
-            suppress_tokens=vlm.processor.suppressed(),
+        settings = {
+            "num_beams": beams,
+            "max_length": min(vlm.processor.settings.max_new_tokens, room) + 1,
+            "bos_token_id": config.text_config.bos_token_id,
+            "eos_token_id": config.text_config.eos_token_id,
+            "pad_token_id": config.text_config.pad_token_id,
+            "suppress_tokens": vlm.processor.suppressed(),
             **published_settings(vlm),
-        )
-        device = vlm.torch_device
-        with torch.inference_mode():
-            out = self.module.generate(
-                input_ids=ids.to(device),
-                attention_mask=torch.ones_like(ids, device=device),
-                pixel_values=pixels.to(device, vlm.torch_dtype),
-                generation_config=generation,
-            )
-        row: list[int] = out[0, 1:].tolist()
+        }
+        pixels = pixels.to(vlm.torch_device, vlm.torch_dtype)
+        ids = ids.to(vlm.torch_device)
+        row = generate_by_transformers(self.module, ids, settings, pixel_values=pixels)[1:]
         vlm.tokenizer.decode(row)
         return row
 

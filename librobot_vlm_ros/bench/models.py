@@ -91,22 +91,16 @@ class Pair:
         """Through transformers."""
         image, ids = given
         vlm, config = self.vlm, self.vlm.config
-        device = vlm.torch_device
-        ids = ids.to(device)
         more: dict[str, Any] = {"pixel_values": image}
-        count = self.image_vectors(image)
-        mark = torch.full((1, count), config.image_token_id, device=device)
+        mark = torch.full((1, self.image_vectors(image)), config.image_token_id)
+        whole = torch.cat([mark, ids], dim=1).to(vlm.torch_device)
         text = config.text_config
-        image_first = getattr(vlm, "image_leads", False)  # also in front of the begin token
-        front = getattr(text, "bos_token_id", None) == int(ids[0, 0]) and not image_first
-        whole = torch.cat([ids[:, :1], mark, ids[:, 1:]] if front else [mark, ids], dim=1)
         if self.qwen:
             more = self._patches(image)
             more["mm_token_type_ids"] = (whole == config.image_token_id).int()
         if vlm.family == "paligemma":
             more["token_type_ids"] = torch.zeros_like(whole)
-        suppressed = vlm.processor.suppressed()
-        settings: dict[str, Any] = {"do_sample": False, "suppress_tokens": suppressed}
+        settings: dict[str, Any] = {"suppress_tokens": vlm.processor.suppressed()}
         settings |= {"max_new_tokens": new_tokens or self.new_tokens, "num_beams": self.beams}
         ends = text.eos_token_id
         settings["eos_token_id"] = ends
@@ -115,14 +109,8 @@ class Pair:
         if self.florence:
             settings |= published_settings(vlm)
         vlm.module.generation_config = GenerationConfig()
-        with torch.inference_mode():
-            out = vlm.module.generate(
-                input_ids=whole,
-                attention_mask=torch.ones_like(whole),
-                generation_config=GenerationConfig(**settings),
-                **more,
-            )
-        return list(out[0, 1 if self.florence else whole.shape[1] :].tolist())
+        row = generate_by_transformers(vlm.module, whole, settings, **more)
+        return row[1 if self.florence else whole.shape[1] :]
 
     def compare(self, bench: Bench, name: str, runs: int, **rest: Any) -> None:
         """A row of `Bench.paired` for so many images."""
@@ -140,6 +128,20 @@ class Pair:
         height, width = (side // images.patch for side in image.shape[-2:])
         grid = torch.tensor([[1, height, width]], device=device)
         return {"pixel_values": cells, "image_grid_thw": grid}
+
+
+def generate_by_transformers(
+    module: Any, ids: Tensor, settings: dict[str, Any], **inputs: Any
+) -> list[int]:
+    """What `generate` makes of ids [1, T] by these settings, never by chance."""
+    with torch.inference_mode():
+        out = module.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=GenerationConfig(do_sample=False, **settings),
+            **inputs,
+        )
+    return list(out[0].tolist())
 
 
 def published_settings(florence: Any) -> dict[str, Any]:
