@@ -1,11 +1,12 @@
 """From an `Embedding` message to a NumPy array, without a copy and without ROS.
 
-Use:
-    from librobot_vlm_ros.tensors import EmbeddingSpace, to_array
+```python
+from librobot_vlm_ros.tensors import EmbeddingSpace, to_array
 
-    def on_embedding(self, message):
-        self.space = self.space or EmbeddingSpace.of(message)
-        vector = to_array(message, self.space)  # raises when another model wrote it
+def on_embedding(self, message):
+    self.space = self.space or EmbeddingSpace.of(message)
+    vector = to_array(message, self.space)  # raises when another model wrote it
+```
 
 Vectors of two models, or of two revisions of one, mean different things though their shapes may be
 equal: an `EmbeddingSpace` refuses what is not of its own.

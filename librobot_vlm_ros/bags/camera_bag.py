@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from librobot_vlm_ros.bags.reader import BagReader
 from librobot_vlm_ros.bags.writer import BagSummary, BagWriter, Storage
-from librobot_vlm_ros.core import BagError, Box, ErrorCode, decode_compressed, decode_image
+from librobot_vlm_ros.core import BagError, Box, ErrorCode
 
 TRUTH_TOPIC = "/ground_truth"
 
@@ -184,23 +184,6 @@ def read_truth(reader: BagReader, topic: str = TRUTH_TOPIC) -> dict[int, FrameTr
         truth = FrameTruth.from_json(reader.deserialize(message).data)
         found[truth.stamp_ns] = truth
     return found
-
-
-def decode_frame(image: Any) -> Pixels:
-    """RGB uint8 [H, W, 3] of a deserialized Image or CompressedImage.
-
-    Raises what `core.decode_image` and `core.decode_compressed` raise.
-    """
-    if hasattr(image, "format"):
-        return decode_compressed(image.data, format=image.format)
-    return decode_image(
-        image.data,
-        height=image.height,
-        width=image.width,
-        encoding=image.encoding,
-        step=image.step,
-        is_bigendian=image.is_bigendian,
-    )
 
 
 def shipped_bag(name: str = "tabletop") -> Path:

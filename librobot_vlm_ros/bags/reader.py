@@ -10,7 +10,6 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rosbags.interfaces import Connection, MessageDefinitionFormat
@@ -103,12 +102,7 @@ class BagReader:
             raise coded from error
         return salvaged
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._reader is not None:
             self._reader.close()
             self._reader = None
@@ -204,24 +198,17 @@ class BagReader:
         wanted = set(topics)
         for name in wanted:
             self.require_topic(name)
-        connections = [
-            connection
-            for connection in reader.connections
-            if not wanted or connection.topic in wanted
-        ]
+        connections = [c for c in reader.connections if not wanted or c.topic in wanted]
         if not connections:
             return
         count = 0
-        rows = reader.messages(connections, start=start_ns, stop=stop_ns)
-        while True:
-            try:
-                connection, stamp_ns, data = next(rows)
-            except StopIteration:
-                return
-            except Exception as error:
-                raise explain(self.path, error, after=count) from error
-            count += 1
-            yield BagMessage(connection.topic, connection.msgtype, stamp_ns, bytes(data))
+        try:
+            rows = reader.messages(connections, start=start_ns, stop=stop_ns)
+            for connection, stamp_ns, data in rows:
+                count += 1
+                yield BagMessage(connection.topic, connection.msgtype, stamp_ns, bytes(data))
+        except Exception as error:
+            raise explain(self.path, error, after=count) from error
 
     def deserialize(self, message: BagMessage) -> Any:
         """The message as an object with the fields of its definition (numpy arrays for sequences).

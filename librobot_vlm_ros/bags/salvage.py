@@ -174,19 +174,14 @@ class _SalvageDb3:
         found = self.found
         before_doubt: Counter[int] = Counter()
         tail = _DoubtedTail(int(self._database.execute("PRAGMA page_size").fetchone()[0]))
-        rows = self._rows_up_to(_LATEST)
-        while True:
-            try:
-                number, topic, stamp_ns, data = next(rows)
-            except StopIteration:
-                break
-            except sqlite3.DatabaseError as error:
-                self.lost = f"everything behind message {found.message_count} ({error})"
-                break
-            if tail.begins_with(number, data):
-                before_doubt = found.counts.copy()
-            found.add(topic, stamp_ns)
-            self._last_row = number
+        try:
+            for number, topic, stamp_ns, data in self._rows_up_to(_LATEST):
+                if tail.begins_with(number, data):
+                    before_doubt = found.counts.copy()
+                found.add(topic, stamp_ns)
+                self._last_row = number
+        except sqlite3.DatabaseError as error:
+            self.lost = f"everything behind message {found.message_count} ({error})"
         if not self.lost and self._is_short(tail.page_size):
             self.lost = "what stood in the last pages"
         if self.lost and tail.first_row is not None:
@@ -314,7 +309,7 @@ class _SalvageMcap:
         self._file: BinaryIO | None = None
 
     def open(self) -> None:
-        """Find what is whole. Raises what Python raises for a file that cannot be mapped."""
+        """Find what is whole."""
         self._file = self.path.open("rb")
         lost: list[str] = []
         with mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -386,9 +381,7 @@ class _SalvageMcap:
         return True
 
     def _connection(self, channel: Channel, schemas: dict[int, Schema]) -> Connection | None:
-        """As rosbags tells of a channel; None for one that is not of ROS 2, or whose schema is not
-        known (yet).
-        """
+        """As rosbags tells of a channel; None where it is not of ROS 2 or its schema not known."""
         name, definition = "__schemaless__", _NO_DEFINITION
         if channel.schema_id:
             schema = schemas.get(channel.schema_id)

@@ -7,56 +7,40 @@ that ship with it, so that there is one definition of each message.
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 from rosbags.typesys.store import Typestore
 
 from librobot_vlm_ros.core import BagError, ErrorCode
+from librobot_vlm_ros.core.files import package_file
 
 PACKAGE = "librobot_vlm_ros"
 
 
-def message_folder() -> Path:
-    """The folder with this package's `.msg` files: of the checkout, else of the installation.
-
-    Raises `BagError` (FILE_NOT_FOUND) when neither has them.
-    """
-    for folder in _candidates():
-        if (folder / "InferenceInfo.msg").is_file():
-            return folder
-    raise BagError(
-        ErrorCode.FILE_NOT_FOUND,
-        f"the message definitions of {PACKAGE} (msg/*.msg) were not found",
-        "Build the package with colcon and source its install/setup.bash, or run from a checkout.",
-    )
-
-
-def _candidates() -> Iterator[Path]:
-    here = Path(__file__).resolve()
-    yield here.parents[2] / "msg"  # a source checkout
-    for parent in Path(__file__).absolute().parents:  # <prefix>/lib/python3.x/site-packages/...
-        yield parent / "share" / PACKAGE / "msg"
-    for prefix in os.environ.get("AMENT_PREFIX_PATH", "").split(os.pathsep):
-        if prefix:
-            yield Path(prefix) / "share" / PACKAGE / "msg"
-
-
-def package_typestore() -> Typestore:
-    """ROS 2 Jazzy's messages and this package's (`librobot_vlm_ros/msg/Caption` and so on)."""
-    return _store(message_folder())
+_jazzy = functools.cache(lambda: get_typestore(Stores.ROS2_JAZZY))
 
 
 @functools.cache
-def _store(folder: Path) -> Typestore:
-    store = get_typestore(Stores.ROS2_JAZZY)
+def package_typestore() -> Typestore:
+    """ROS 2 Jazzy's messages and this package's (`librobot_vlm_ros/msg/Caption` and so on).
+
+    Raises `BagError` (FILE_NOT_FOUND) when the package's `.msg` files are not there.
+    """
+    one = package_file("msg/InferenceInfo.msg")
+    if one is None:
+        raise BagError(
+            ErrorCode.FILE_NOT_FOUND,
+            f"the message definitions of {PACKAGE} (msg/*.msg) were not found",
+            "Build the package with colcon and source its install/setup.bash, or run from a "
+            "checkout.",
+        )
     types: dict[str, Any] = {}
-    for path in sorted(folder.glob("*.msg")):
+    for path in sorted(one.parent.glob("*.msg")):
         name = f"{PACKAGE}/msg/{path.stem}"
         types.update(get_types_from_msg(path.read_text(encoding="utf-8"), name))
+    store = get_typestore(Stores.ROS2_JAZZY)
     store.register(types)
     return store
 
@@ -75,8 +59,3 @@ def extended_typestore(bag_types: Mapping[str, Any]) -> Typestore:
     store = get_typestore(Stores.EMPTY)
     store.register({**known.fielddefs, **bag_types})
     return store
-
-
-@functools.cache
-def _jazzy() -> Typestore:
-    return get_typestore(Stores.ROS2_JAZZY)

@@ -9,10 +9,9 @@ import contextlib
 import errno
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, ClassVar, Literal
 
 from rosbags.interfaces import Connection
@@ -92,7 +91,7 @@ class BagWriter:
         self._connections: dict[str, Connection] = {}
 
     def __enter__(self) -> BagWriter:
-        try:
+        with _coded_errors(self.path):
             if self._overwrite:
                 _remove_bag(self.path)
             if self.path.exists():
@@ -105,17 +104,10 @@ class BagWriter:
             if self._compress and self._storage == "mcap":  # chunks; every MCAP tool reads them
                 writer.set_compression(CompressionMode.STORAGE, CompressionFormat.ZSTD)
             writer.open()
-        except Exception as error:
-            raise _explain(self.path, error) from error
         self._writer = writer
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         writer, self._writer = self._writer, None
         if writer is None:
             return
@@ -123,10 +115,8 @@ class BagWriter:
             with contextlib.suppress(Exception):  # what ended it says more than closing can
                 writer.abort()
             return
-        try:
+        with _coded_errors(self.path):
             writer.close()
-        except Exception as failure:
-            raise _explain(self.path, failure) from failure
 
     def note(self, key: str, value: str) -> None:
         """Keep a text in metadata.yaml (rosbag2's custom data)."""
@@ -159,7 +149,7 @@ class BagWriter:
                 f"the definition of {type_name} (topic {name}) is not known",
                 "Give a typestore that has it.",
             )
-        try:
+        with _coded_errors(self.path):
             self._connections[name] = self._open.add_connection(
                 name,
                 type_name,
@@ -168,8 +158,6 @@ class BagWriter:
                 rihs01=digest if recorded else None,
                 offered_qos_profiles=[to_recorded(qos or BagQos())],
             )
-        except Exception as error:
-            raise _explain(self.path, error) from error
         self.counts[name] = 0
 
     def write(self, topic: str, stamp_ns: int, data: bytes) -> None:
@@ -177,10 +165,8 @@ class BagWriter:
         connection = self._connections.get(topic)
         if connection is None:
             raise BagError(ErrorCode.TOPIC_NOT_IN_BAG, f"topic {topic} was not declared")
-        try:
+        with _coded_errors(self.path):
             self._open.write(connection, stamp_ns, data)
-        except Exception as error:
-            raise _explain(self.path, error) from error
         self.counts[topic] += 1
 
     def write_message(self, topic: str, stamp_ns: int, message: object) -> None:
@@ -229,14 +215,19 @@ def _remove_bag(path: Path) -> None:
     shutil.rmtree(path)
 
 
-def _explain(path: Path, error: Exception) -> VlmError:
-    known = as_vlm_error(error)
-    if known.code != ErrorCode.INTERNAL:
-        return known
-    text = str(error) or type(error).__name__
-    if is_disk_full(error):
-        return disk_full(path, error)
-    return BagError(ErrorCode.BAG_UNREADABLE, f"{path} cannot be written: {text}")
+@contextlib.contextmanager
+def _coded_errors(path: Path) -> Iterator[None]:
+    """What writing `path` raises, as `VlmError`."""
+    try:
+        yield
+    except Exception as error:
+        coded = as_vlm_error(error)
+        if coded.code == ErrorCode.INTERNAL and is_disk_full(error):
+            coded = disk_full(path, error)
+        elif coded.code == ErrorCode.INTERNAL:
+            text = str(error) or type(error).__name__
+            coded = BagError(ErrorCode.BAG_UNREADABLE, f"{path} cannot be written: {text}")
+        raise coded from error
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -250,10 +241,10 @@ def is_disk_full(error: BaseException) -> bool:
     return "disk is full" in text or "disk I/O error" in text
 
 
-def disk_full(path: Path, error: BaseException, hint: str = "") -> BagError:
+def disk_full(path: Path, error: BaseException) -> BagError:
     """The coded error for it."""
     return BagError(
         ErrorCode.DISK_FULL,
         f"{path} cannot grow: {error}",
-        hint or "Free space on that disk (or raise the limit on file sizes) and try again.",
+        "Free space on that disk (or raise the limit on file sizes) and try again.",
     )

@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import GenerationConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from librobot_vlm_ros.bags import BagReader, decode_frame, shipped_bag
+from librobot_vlm_ros.bags import BagReader, shipped_bag
 from librobot_vlm_ros.bench.measure import Bench
 from librobot_vlm_ros.bench.models import (
     generate_by_transformers,
@@ -25,7 +25,13 @@ from librobot_vlm_ros.bench.models import (
     qwen_with_tokenizer,
     search,
 )
-from librobot_vlm_ros.core import Frame, GenerationParams, InferenceRequest, ModelAnswer
+from librobot_vlm_ros.core import (
+    Frame,
+    GenerationParams,
+    InferenceRequest,
+    ModelAnswer,
+    decode_message,
+)
 from librobot_vlm_ros.models import create_vlm
 from librobot_vlm_ros.models.families.florence2.processor import FLORENCE_TASKS, build_prompt
 from librobot_vlm_ros.models.inputs.preprocess import (
@@ -51,7 +57,7 @@ def shipped_frames(count: int) -> list[Frame]:
         found = [bag.deserialize(message) for message in bag.messages(["/camera/image_raw"])]
     step = max(1, len(found) // count)
     return [
-        Frame(decode_frame(image), "camera", number, sequence=number)
+        Frame(decode_message(image), "camera", number, sequence=number)
         for number, image in enumerate(found[::step][:count])
     ]
 

@@ -109,11 +109,11 @@ def structured(bench: Bench) -> None:
             decoder, history = vlm.backend.start([vlm.backend.prepare(0, request)])
             counted[bound] = scripted = Scripted(decoder, [script])
             rules = vlm.processor.generation_config(request.params)
-            grammars = [vlm.processor.constraint(request.task)] if bound else []
+            constraints = [vlm.processor.constraint(request.task)] if bound else []
             logits = scripted.prefill()
             scripted.prefill = lambda: logits  # type: ignore[method-assign]
             spent, (row,) = bench.seconds(
-                lambda: generate(scripted, rules, history, grammars=grammars)
+                lambda: generate(scripted, rules, history, constraints=constraints)
             )
         assert isinstance(row, Generated)
         return spent, row.ids

@@ -20,7 +20,11 @@ from librobot_vlm_ros.core.errors import (
     make_error,
 )
 from librobot_vlm_ros.core.frames import Frame
-from librobot_vlm_ros.core.images.compressed import decode_compressed, read_compressed_header
+from librobot_vlm_ros.core.images.compressed import (
+    decode_compressed,
+    decode_message,
+    read_compressed_header,
+)
 from librobot_vlm_ros.core.images.raw import decode_image
 from librobot_vlm_ros.core.limits import DEFAULT_LIMITS, Limits
 from librobot_vlm_ros.core.logtext import escape_for_log, shortened
@@ -56,6 +60,7 @@ __all__ = [
     "clean_prompt",
     "decode_compressed",
     "decode_image",
+    "decode_message",
     "escape_for_log",
     "get_task",
     "make_error",

@@ -146,6 +146,15 @@ def bad_image(message: str, hint: str = "") -> ImageError:
     return ImageError(ErrorCode.BAD_IMAGE, message, hint)
 
 
+def corrupt_picture(kind: str, what: str) -> ImageError:
+    """A file of that kind, such as PNG, is not whole (CORRUPT_COMPRESSED)."""
+    return ImageError(
+        ErrorCode.CORRUPT_COMPRESSED,
+        f"{kind} {what}",
+        "The file was cut off or damaged on its way.",
+    )
+
+
 def bad_parameter(message: str, hint: str = "") -> RequestError:
     """A value that somebody gave is wrong (BAD_PARAMETER)."""
     return RequestError(ErrorCode.BAD_PARAMETER, message, hint)

@@ -40,17 +40,9 @@ class Frame:
 
     def __post_init__(self) -> None:
         pixels = self.pixels
-        if (
-            not isinstance(pixels, np.ndarray)
-            or pixels.dtype != np.uint8
-            or pixels.ndim != 3
-            or pixels.shape[2] != 3
-        ):
-            found = (
-                f"{pixels.dtype} {list(pixels.shape)}"
-                if isinstance(pixels, np.ndarray)
-                else type(pixels).__name__
-            )
+        is_array = isinstance(pixels, np.ndarray)
+        if not is_array or pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+            found = f"{pixels.dtype} {list(pixels.shape)}" if is_array else type(pixels).__name__
             raise bad_image(f"frame pixels are {found}, expected uint8 [H, W, 3] RGB")
         if pixels.size == 0:
             raise ImageError(

@@ -21,7 +21,9 @@ _MAX_SEED = 2**63 - 1
 MAX_BEAMS = 32
 
 
-def _integer(name: str, value: object, low: int, high: int) -> None:
+def _integer_or_none(name: str, value: object, low: int, high: int) -> None:
+    if value is None:
+        return
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise bad_parameter(f"{name} is {value!r}, expected an integer from {low} to {high}")
 
@@ -56,14 +58,11 @@ class GenerationParams:
     """0 to 2**63 - 1; None draws one."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens is not None:
-            _integer("max_new_tokens", self.max_new_tokens, 1, 1_000_000)
-        if self.num_beams is not None:
-            _integer("num_beams", self.num_beams, 1, MAX_BEAMS)
+        _integer_or_none("max_new_tokens", self.max_new_tokens, 1, 1_000_000)
+        _integer_or_none("num_beams", self.num_beams, 1, MAX_BEAMS)
         _number("temperature", self.temperature, 0.0, 100.0)
         _number("top_p", self.top_p, 0.0, 1.0, above=True)
-        if self.seed is not None:
-            _integer("seed", self.seed, 0, _MAX_SEED)
+        _integer_or_none("seed", self.seed, 0, _MAX_SEED)
 
 
 @dataclass(frozen=True, eq=False)

@@ -126,13 +126,16 @@ class InferenceInfo:
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """An answer or an error for one frame, never both, with the source image's own header."""
+    """An answer or an error for one frame, never both, with the source image's own header.
 
-    frame_header: object | None
-    stamp_ns: int
-    frame_id: str
-    image_width: int
-    image_height: int
+    An error that came before there was a frame has none of it.
+    """
+
+    frame_header: object | None = None
+    stamp_ns: int = 0
+    frame_id: str = ""
+    image_width: int = 0
+    image_height: int = 0
     info: InferenceInfo = field(default_factory=InferenceInfo)
     answer: ModelAnswer | None = None
     error: VlmError | None = None

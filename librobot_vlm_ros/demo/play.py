@@ -6,11 +6,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from librobot_vlm_ros.bags import TRUTH_TOPIC, BagMessage, BagReader, decode_frame, read_truth
+from librobot_vlm_ros.bags import TRUTH_TOPIC, BagMessage, BagReader, read_truth
 from librobot_vlm_ros.client.node_process import NodeProcess
 from librobot_vlm_ros.client.session import Session
 from librobot_vlm_ros.console import Console
-from librobot_vlm_ros.core import EngineError
+from librobot_vlm_ros.core import EngineError, decode_message
 from librobot_vlm_ros.demo.data import Answer, DemoRun, FrameRecord, answer_of, spread
 from librobot_vlm_ros.replay.lock_step import NodeLink, ResultMessage
 from librobot_vlm_ros.replay.message_types import IMAGE_TYPES, header_stamp_ns
@@ -46,7 +46,7 @@ def read_frames(reader: BagReader, image_topic: str) -> list[FrameRecord]:
                 stamp_ns=stamp_ns,
                 bag_ns=message.stamp_ns,
                 frame_id=image.header.frame_id,
-                pixels=decode_frame(image),
+                pixels=decode_message(image),
                 truth=truth.get(stamp_ns),
                 instruction=before[-1] if before else "",
             )

@@ -291,7 +291,7 @@ class LocalBackend:
             stop=lambda row: stop_reason(requests[row].request, requests[row].index, should_stop),
             tell=tell if on_token is not None else None,
             seeds=[one.request.params.seed for one in requests],
-            grammars=[processor.constraint(one.request.task) for one in requests],
+            constraints=[processor.constraint(one.request.task) for one in requests],
             again=lambda rows: self.start([requests[row] for row in rows]),
         )
         entries: dict[int, ModelAnswer | VlmError] = {}

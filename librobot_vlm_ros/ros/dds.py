@@ -13,7 +13,7 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
-import librobot_vlm_ros
+from librobot_vlm_ros.core.files import package_file
 
 SHARED_MEMORY = Path("/dev/shm")
 _SEGMENT = re.compile(r"fastrtps_[0-9a-f]{16}")
@@ -80,7 +80,7 @@ def use_image_profile(environ: MutableMapping[str, str] | None = None) -> str:
     for name in _OTHER_WISHES:
         if environ.get(name):
             return f"the transport is left as it is: {name} is set"
-    profile = _config_file(PROFILE)
+    profile = package_file(f"config/{PROFILE}")
     if profile is None:
         return f"the transport is left as it is: {PROFILE} is not installed"
     if not SHARED_MEMORY.is_dir() or shutil.disk_usage(SHARED_MEMORY).free < _NEEDED_BYTES:
@@ -128,18 +128,6 @@ def segment_bytes(profile: Path | None) -> int | None:
     if not found and "false" in built_in:
         return None
     return max(found, default=DEFAULT_SEGMENT_BYTES)
-
-
-def _config_file(name: str) -> Path | None:
-    """A file of this package's config folder: of the checkout, or as it is installed."""
-    folders = [Path(librobot_vlm_ros.__file__).parents[1] / "config"]
-    try:
-        from ament_index_python.packages import get_package_share_directory
-
-        folders.append(Path(get_package_share_directory("librobot_vlm_ros")) / "config")
-    except (ImportError, LookupError, OSError):
-        pass  # no ROS installation knows this package, or none is sourced
-    return next((folder / name for folder in folders if (folder / name).is_file()), None)
 
 
 def keep_freed_memory() -> bool:

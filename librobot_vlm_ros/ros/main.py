@@ -51,15 +51,12 @@ def main(args: Sequence[str] | None = None, values: Mapping[str, Any] | None = N
         rclpy.init(args=argv, signal_handler_options=SignalHandlerOptions.NO)
     except Exception as error:  # arguments and parameter files are read here
         known = coded_rcl_error(error)
-        if known is not None:
-            print(f"vlm_node: {known}", file=sys.stderr)
-            return 1
-        wrong = bad_parameter(
+        wrong = known or bad_parameter(
             f"the arguments of the process cannot be used: {error}",
             "Check what stands behind --ros-args, and the parameter file.",
         )
         print(f"vlm_node: {wrong}", file=sys.stderr)
-        return 2
+        return 1 if known else 2
     try:
         node = _make_node(values or {})
     except Exception as error:

@@ -11,6 +11,7 @@ What the transitions do:
 from __future__ import annotations
 
 import concurrent.futures
+from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -134,10 +135,8 @@ class VlmNode(GuardedLifecycleNode):
         engine = self._engine
         return "" if engine is None else engine.stats().model
 
-    def switch(
-        self, model: str, weights: str, device: str, dtype: str, timeout_s: float
-    ) -> Future[LoadReport]:
-        """Change the model without leaving the state. Raises `VlmError` when it cannot be tried."""
+    def switch(self, asked: Mapping[str, str], timeout_s: float) -> Future[LoadReport]:
+        """Change the model without leaving the state; see `switch_model`."""
         engine = self._engine
         if engine is None or self.state_label not in ("active", "inactive"):
             raise ModelError(
@@ -145,7 +144,6 @@ class VlmNode(GuardedLifecycleNode):
                 f"the node is {self.state_label}",
                 "Configure it first: that loads the model named by the parameter.",
             )
-        asked = {"model": model, "weights": weights, "device": device, "dtype": dtype}
         limit_s = timeout_of(timeout_s, self.settings.load_timeout_s)
         return switch_model(engine, self._live, asked, limit_s, self.get_logger())
 

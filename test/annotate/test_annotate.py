@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rectangle_bag import START_NS, write_rectangle_bag
 
 from librobot_vlm_ros.annotate import run as annotate_run
 from librobot_vlm_ros.annotate.job import open_bags
 from librobot_vlm_ros.annotate.workers import run_here
 from librobot_vlm_ros.bags import BagReader, BagWriter, shipped_bag
-from librobot_vlm_ros.bags.synthetic import START_NS, write_rectangle_bag
 from librobot_vlm_ros.cli.main import main
 
 pytestmark = pytest.mark.ros

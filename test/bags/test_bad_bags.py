@@ -8,9 +8,9 @@ import random
 from pathlib import Path
 
 import pytest
+from rectangle_bag import write_rectangle_bag
 
 from librobot_vlm_ros.bags import BagMessage, BagReader
-from librobot_vlm_ros.bags.synthetic import write_rectangle_bag
 from librobot_vlm_ros.core import BagError, ErrorCode
 
 STORAGES = pytest.mark.parametrize("storage", ["mcap", "db3"])

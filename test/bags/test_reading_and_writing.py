@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from rectangle_bag import START_NS, rectangle_frames, write_rectangle_bag
 from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 
 from librobot_vlm_ros.bags import (
@@ -20,7 +21,6 @@ from librobot_vlm_ros.bags import (
     read_truth,
     write_camera_bag,
 )
-from librobot_vlm_ros.bags.synthetic import START_NS, rectangle_frames, write_rectangle_bag
 from librobot_vlm_ros.core import BagError, ErrorCode
 
 STORAGES = pytest.mark.parametrize("storage", ["mcap", "db3"])

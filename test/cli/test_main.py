@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from rectangle_bag import write_rectangle_bag
 
 from librobot_vlm_ros import __version__
-from librobot_vlm_ros.bags.synthetic import write_rectangle_bag
 from librobot_vlm_ros.cli.main import COMMANDS, _parser, in_flags, main
 
 Captured = pytest.CaptureFixture[str]

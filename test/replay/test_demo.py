@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rectangle_bag import write_rectangle_bag
 
 from librobot_vlm_ros.bags import BagReader, read_truth
-from librobot_vlm_ros.bags.synthetic import write_rectangle_bag
 from librobot_vlm_ros.demo.data import DemoRun
 from librobot_vlm_ros.demo.scores import summarize
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rectangle_bag import rectangle_frames, write_rectangle_bag
 
 from librobot_vlm_ros.bags import BagReader, BagWriter
-from librobot_vlm_ros.bags.synthetic import rectangle_frames, write_rectangle_bag
 from librobot_vlm_ros.cli.main import main
 from librobot_vlm_ros.core import (
     EngineError,

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rectangle_bag import START_NS, write_rectangle_bag
 from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 
 from librobot_vlm_ros.bags import BagQos, BagReader, BagWriter
-from librobot_vlm_ros.bags.synthetic import START_NS, write_rectangle_bag
 
 TOPICS = {
     "/camera/image_raw": "sensor_msgs/msg/Image",

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from rectangle_bag import START_NS, write_rectangle_bag
 
-from librobot_vlm_ros.bags.synthetic import START_NS, write_rectangle_bag
 from librobot_vlm_ros.cli.main import main
 
 Captured = pytest.CaptureFixture[str]

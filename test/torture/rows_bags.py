@@ -61,8 +61,9 @@ def _at_work(process: subprocess.Popen[str], out: Path) -> None:
 @row
 def bags_cut_off(found: Findings) -> None:
     """A bag cut off anywhere says so; salvaging gives a beginning of it and nothing else."""
+    from rectangle_bag import write_rectangle_bag
+
     from librobot_vlm_ros.bags import BagReader
-    from librobot_vlm_ros.bags.synthetic import write_rectangle_bag
 
     def rows(path: Path, salvage: bool) -> list[Any]:
         with BagReader(path, salvage=salvage) as bag:
@@ -147,7 +148,7 @@ def _check_full(found: Findings, what: str, full: tuple[int, str], again: tuple[
 @row
 def annotating_broken_off(found: Findings) -> None:
     """Killed at any time, or out of disk (full, or limited): resuming loses and doubles nothing."""
-    from librobot_vlm_ros.bags.synthetic import write_rectangle_bag
+    from rectangle_bag import write_rectangle_bag
 
     contents = borrowed("annotate/test_annotate.py").contents
     rng = random.Random(5)

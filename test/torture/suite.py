@@ -22,6 +22,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 TEST = HERE.parent
+sys.path.append(str(TEST / "support"))  # as pytest has it, for the tests that are borrowed
 _TEXTS_KEPT = 10
 
 

@@ -12,7 +12,7 @@ from librobot_vlm_ros.core.errors import ErrorCode, ImageError, ModelError, as_v
 from librobot_vlm_ros.core.images import jpeg, png
 from librobot_vlm_ros.core.images.converter import sixteen_to_eight
 from librobot_vlm_ros.core.images.encodings import ENCODINGS, is_known_encoding
-from librobot_vlm_ros.core.images.raw import as_bytes_array, check_size, depth_to_rgb8
+from librobot_vlm_ros.core.images.raw import as_bytes_array, check_size, decode_image, depth_to_rgb8
 from librobot_vlm_ros.core.limits import DEFAULT_LIMITS, Limits
 from librobot_vlm_ros.core.logtext import shortened
 
@@ -194,6 +194,28 @@ def decode_compressed(
         raise as_vlm_error(exc) from exc
     pixels.flags.writeable = False
     return pixels
+
+
+def decode_message(
+    message: Any, *, allow_depth: bool = False, at_least: tuple[int, int] | None = None
+) -> npt.NDArray[np.uint8]:
+    """A `sensor_msgs/Image` or `CompressedImage`, of ROS or rosbags, as RGB uint8 [H, W, 3].
+
+    Options and errors are those of `decode_image` and `decode_compressed`.
+    """
+    if hasattr(message, "format"):
+        return decode_compressed(
+            message.data, format=message.format, allow_depth=allow_depth, at_least=at_least
+        )
+    return decode_image(
+        message.data,
+        height=message.height,
+        width=message.width,
+        encoding=message.encoding,
+        step=message.step,
+        is_bigendian=message.is_bigendian,
+        allow_depth=allow_depth,
+    )
 
 
 def _opencv() -> Any:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
-from librobot_vlm_ros.core.errors import ErrorCode, ImageError
+from librobot_vlm_ros.core.errors import ErrorCode, ImageError, corrupt_picture
 
 SIGNATURE = b"\xff\xd8\xff"
 
@@ -47,12 +48,7 @@ class JpegHeader:
     """Offset of the first segment after the frame header."""
 
 
-def _corrupt(what: str) -> ImageError:
-    return ImageError(
-        ErrorCode.CORRUPT_COMPRESSED,
-        f"JPEG {what}",
-        "The file was cut off or damaged on its way.",
-    )
+_corrupt = partial(corrupt_picture, "JPEG")
 
 
 def _segment(data: memoryview, position: int) -> tuple[int, int, int]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import struct
 import zlib
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
-from librobot_vlm_ros.core.errors import ErrorCode, ImageError
+from librobot_vlm_ros.core.errors import corrupt_picture
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -42,12 +43,7 @@ class PngHeader:
         return self.height * -(-self.width * self.bits * self.channels // 8)
 
 
-def _corrupt(what: str) -> ImageError:
-    return ImageError(
-        ErrorCode.CORRUPT_COMPRESSED,
-        f"PNG {what}",
-        "The file was cut off or damaged on its way.",
-    )
+_corrupt = partial(corrupt_picture, "PNG")
 
 
 def read_png_header(data: memoryview) -> PngHeader:

@@ -193,20 +193,16 @@ def as_bytes_array(data: object) -> npt.NDArray[np.uint8]:
     """
     try:
         view = memoryview(data)  # type: ignore[arg-type]
+        fits = view.format in ("B", "c", "<B", ">B", "@B") and view.c_contiguous
+        flat = np.frombuffer(view, np.uint8) if fits and view.nbytes else np.empty(0, np.uint8)
     except (TypeError, ValueError, BufferError):
         raise bad_image(
             f"image data is of type {type(data).__name__}, expected bytes or a uint8 array"
         ) from None
-    try:
-        if view.format not in ("B", "c", "<B", ">B", "@B") or not view.c_contiguous:
-            raise bad_image(
-                f"image data has items of format {view.format!r}"
-                f"{'' if view.c_contiguous else ', not contiguous'}, expected contiguous uint8"
-            )
-        flat: npt.NDArray[np.uint8] = (
-            np.frombuffer(view, np.uint8) if view.nbytes else np.empty(0, np.uint8)
+    if not fits:
+        raise bad_image(
+            f"image data has items of format {view.format!r}"
+            f"{'' if view.c_contiguous else ', not contiguous'}, expected contiguous uint8"
         )
-    except (TypeError, ValueError, BufferError):
-        raise bad_image("image data cannot be read as bytes") from None
     flat.flags.writeable = False
     return flat

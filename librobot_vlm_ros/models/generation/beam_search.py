@@ -62,10 +62,10 @@ class _Beams:
 class _Diary:
     """What the model gave each token, step by step, to be read for the answers alone."""
 
-    def __init__(self, rules: GenerationConfig) -> None:
+    def __init__(self, config: GenerationConfig) -> None:
         #: Places [B, keep] and their log-probabilities, NaN where there was no choice.
         self._steps: list[tuple[Tensor, Tensor]] = []
-        self._record = CoordinateRecord(rules.coordinates)
+        self._record = CoordinateRecord(config.coordinates)
 
     def write(self, raw: Tensor, place: Tensor, no_choice: Tensor) -> None:
         """`raw` [B, beams, V], of which `place` [B, keep] were taken.
@@ -94,36 +94,36 @@ class _Diary:
 
 def beam_search(
     decoder: Decoder,
-    rules: GenerationConfig,
+    config: GenerationConfig,
     history: Tensor,
     *,
     stop: StopRow,
     tell: TellIds | None,
-    grammars: Sequence[TokenConstraint | None] = (),
+    constraints: Sequence[TokenConstraint | None] = (),
     bound: bool = True,
 ) -> list[Generated | VlmError]:
     """See `generate`; `history` is int64 [B, H].
 
-    `grammars`: probabilities are those among what they allow. Where the search is `bound` to them,
-    hypotheses that break them are left out; it may end at another answer
-    than without them, also where that is well formed (see `beam_grammar`).
+    `constraints`: probabilities are those among what they allow. Where the search is `bound` to
+    them, hypotheses that break them are left out; it may end at another answer than without them,
+    also where that is well formed (see `search_in_notation`).
     """
-    first = rules.forced(0)
+    first = config.forced(0)
     logits = decoder.prefill() if first is None else _behind(decoder, first, history)
     with threads_for(decoder):
         return _search(
-            decoder, logits, rules, history, stop, tell, grammars, bound, ahead=history.is_cuda
+            decoder, logits, config, history, stop, tell, constraints, bound, ahead=history.is_cuda
         )
 
 
 def _search(
     decoder: Decoder,
     logits: Tensor,
-    rules: GenerationConfig,
+    config: GenerationConfig,
     history: Tensor,
     stop: StopRow,
     tell: TellIds | None,
-    grammars: Sequence[TokenConstraint | None] = (),
+    constraints: Sequence[TokenConstraint | None] = (),
     bound: bool = True,
     *,
     ahead: bool,
@@ -132,30 +132,30 @@ def _search(
 
     `ahead`: each step is asked for before the state of the one before it is read, see `decode`.
     """
-    batch, beams, device = history.shape[0], rules.num_beams, history.device
-    keep = max(2, 1 + len(rules.eos)) * beams
-    eos = torch.tensor(rules.eos, device=device)
+    batch, beams, device = history.shape[0], config.num_beams, history.device
+    keep = max(2, 1 + len(config.eos)) * beams
+    eos = torch.tensor(config.eos, device=device)
     offset = torch.arange(batch, device=device)[:, None] * beams
     top = torch.arange(keep, device=device)[None, :] < beams
 
-    running = _empty(batch, beams, rules, device)
+    running = _empty(batch, beams, config, device)
     running.scores[:, 0] = 0.0  # all beams start equal: only the first one may branch
-    finished = _empty(batch, beams, rules, device)
+    finished = _empty(batch, beams, config, device)
     is_finished = torch.zeros((batch, beams), dtype=torch.bool, device=device)
     can_improve = torch.ones((batch, 1), dtype=torch.bool, device=device)
 
-    unused = suppressed(rules, device)
+    unused = suppressed(config, device)
     errors: dict[int, VlmError] = {}
-    listener, diary = _Listener(tell, batch), _Diary(rules)
+    listener, diary = _Listener(tell, batch), _Diary(config)
     choices, behind = Choices(device), None
-    if rules.forced(0) is not None:  # nothing is to be asked at the first step
+    if config.forced(0) is not None:  # nothing is to be asked at the first step
         behind, logits = logits, torch.zeros_like(logits)
     logits = logits.repeat_interleave(beams, dim=0)
     parents = torch.arange(batch, device=device).repeat_interleave(beams)
     past = history.repeat_interleave(beams, dim=0)
     closed: set[int] = set()
     vocabulary = logits.shape[-1]
-    for step in range(rules.max_new_tokens):
+    for step in range(config.max_new_tokens):
         for row in range(batch):
             if row not in closed and (error := stop(row)) is not None:
                 errors[row] = error
@@ -164,14 +164,14 @@ def _search(
             break
         raw = token_log_probs(logits, unused)
         written = past
-        if rules.no_repeat_ngram:
+        if config.no_repeat_ngram:
             before = running.places[:, :, :step].flatten(0, 1) % vocabulary
             written = torch.cat([past, before], dim=1)
-        scores = apply_rules(raw, written, rules, step)
-        forced = rules.forced(step) is not None
+        scores = apply_rules(raw, written, config, step)
+        forced = config.forced(step) is not None
         no_choice = torch.full((batch, beams), forced, device=device)
-        if any(grammars) and not forced:
-            allowed = _allowed(running.places[:, :, :step] % vocabulary, grammars)
+        if any(constraints) and not forced:
+            allowed = _allowed(running.places[:, :, :step] % vocabulary, constraints)
             choices.bar(logits, allowed)
             # The search goes by the model's own numbers; told are those among what may follow.
             raw = choices.restrict(token_log_probs(logits, unused), allowed)
@@ -191,13 +191,13 @@ def _search(
         grown.places[:, :, step] = place
         diary.write(raw.view(batch, beams, vocabulary), place, no_choice)
 
-        ended = torch.isin(token, eos) | (step == rules.max_new_tokens - 1)
+        ended = torch.isin(token, eos) | (step == config.max_new_tokens - 1)
         next_index = (best + ended * _WORST).topk(beams, dim=1).indices
-        full = is_finished.all(dim=1, keepdim=True) & rules.early_stopping
+        full = is_finished.all(dim=1, keepdim=True) & config.early_stopping
         may_finish = ended & top
         # A hypothesis that is not finished, or comes when nothing can be gained, ranks last.
         barred = full.float() + (~can_improve).float() + (~may_finish).float()
-        value = best / (step + 1) ** rules.length_penalty + barred * _WORST
+        value = best / (step + 1) ** config.length_penalty + barred * _WORST
         merged = finished.merge(_Beams(grown.places, value))
         order = merged.scores.topk(beams, dim=1).indices
         finished = merged.pick(order)
@@ -205,14 +205,14 @@ def _search(
 
         grown.scores = best + ended * _WORST
         running = grown.pick(next_index)
-        hypothetical = running.scores[:, :1] / (step + 1) ** rules.length_penalty
+        hypothetical = running.scores[:, :1] / (step + 1) ** config.length_penalty
         worst = torch.where(is_finished, finished.scores.amin(dim=1, keepdim=True), _WORST)
         can_improve = can_improve & (hypothetical > worst).any(dim=-1, keepdim=True)
-        exhausted = ended.all(dim=1) if step == rules.max_new_tokens - 1 else ~can_improve[:, 0]
-        done = exhausted | (is_finished.all(dim=1) & rules.early_stopping)
+        exhausted = ended.all(dim=1) if step == config.max_new_tokens - 1 else ~can_improve[:, 0]
+        done = exhausted | (is_finished.all(dim=1) & config.early_stopping)
         # One NaN makes the whole row NaN, and it is what the search finds best.
         broken = raw.view(batch, -1).amax(dim=1) if forced else best[:, 0]
-        state, last = Sent(done, broken), step == rules.max_new_tokens - 1
+        state, last = Sent(done, broken), step == config.max_new_tokens - 1
         from_beam = (parent.gather(1, next_index) + offset).flatten()
         # Before the first step there was one row a prompt, from now on there are `beams`.
         parents = parents[from_beam] if step == 0 else from_beam
@@ -255,17 +255,17 @@ def _following(
     return decoder.decode(tokens)
 
 
-def _allowed(ids: Tensor, grammars: Sequence[TokenConstraint | None]) -> list[TokenSet]:
+def _allowed(ids: Tensor, constraints: Sequence[TokenConstraint | None]) -> list[TokenSet]:
     """What may follow each hypothesis `ids` [B, beams, T], in the order of their rows."""
     return [
-        None if grammar is None else grammar.allowed(written)
-        for row, grammar in zip(ids.tolist(), grammars, strict=True)
+        None if constraint is None else constraint.allowed(written)
+        for row, constraint in zip(ids.tolist(), constraints, strict=True)
         for written in row
     ]
 
 
-def _empty(batch: int, count: int, rules: GenerationConfig, device: torch.device) -> _Beams:
-    shape = (batch, count, rules.max_new_tokens)
+def _empty(batch: int, count: int, config: GenerationConfig, device: torch.device) -> _Beams:
+    shape = (batch, count, config.max_new_tokens)
     return _Beams(
         torch.full(shape, -1, dtype=torch.int64, device=device),
         torch.full(shape[:2], _WORST, dtype=torch.float32, device=device),
@@ -324,44 +324,44 @@ Again = Callable[[Sequence[int]], tuple[Decoder, Tensor]]
 
 def search_in_notation(
     decoder: Decoder,
-    rules: GenerationConfig,
+    config: GenerationConfig,
     history: Tensor,
-    grammars: Sequence[TokenConstraint | None],
+    constraints: Sequence[TokenConstraint | None],
     again: Again,
     *,
     stop: StopRow,
     tell: TellIds | None,
 ) -> list[Generated | VlmError]:
-    """See `generate`; one grammar a row."""
+    """See `generate`; one constraint a row."""
 
     def tell_free(row: int, ids: list[int]) -> None:
-        if tell is not None and grammars[row] is None:
+        if tell is not None and constraints[row] is None:
             tell(row, ids)
 
     found = beam_search(
         decoder,
-        rules,
+        config,
         history,
         stop=stop,
         tell=tell_free if tell is not None else None,
-        grammars=grammars,
+        constraints=constraints,
         bound=False,
     )
     bound = {
-        row: grammar
-        for row, (grammar, answer) in enumerate(zip(grammars, found, strict=True))
-        if grammar is not None and isinstance(answer, Generated)
+        row: constraint
+        for row, (constraint, answer) in enumerate(zip(constraints, found, strict=True))
+        if constraint is not None and isinstance(answer, Generated)
     }
-    broken = [row for row, grammar in bound.items() if not fits(grammar, found[row], rules)]
+    broken = [row for row, constraint in bound.items() if not fits(constraint, found[row], config)]
     if broken:
         second, past = again(broken)
         answers = beam_search(
             second,
-            rules,
+            config,
             past,
             stop=lambda place: stop(broken[place]),
             tell=None,
-            grammars=[grammars[row] for row in broken],
+            constraints=[constraints[row] for row in broken],
         )
         for row, answer in zip(broken, answers, strict=True):
             found[row] = answer
@@ -372,11 +372,13 @@ def search_in_notation(
     return found
 
 
-def fits(grammar: TokenConstraint, answer: Generated | VlmError, rules: GenerationConfig) -> bool:
-    """Whether an answer keeps to its grammar; tokens that the rules force are not its own."""
+def fits(
+    constraint: TokenConstraint, answer: Generated | VlmError, config: GenerationConfig
+) -> bool:
+    """Whether an answer keeps to its constraint; tokens that `config` forces are not its own."""
     assert isinstance(answer, Generated)
     ids = answer.ids
     return all(
-        rules.forced(place) == token or permits(grammar.allowed(ids[:place]), token)
+        config.forced(place) == token or permits(constraint.allowed(ids[:place]), token)
         for place, token in enumerate(ids)
     )

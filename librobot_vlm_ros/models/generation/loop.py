@@ -4,7 +4,7 @@ A family gives a `Decoder` (a prefilled prompt with its KV cache) and a `Generat
 comes back is one `Generated` or one error per row. Each row can be stopped on its own before any
 token. Answers equal those of transformers' `generate` with the same settings (tested), and hold
 besides the probability that the model itself gave each token, before any rule touched it. Where a
-row has no choice (a forced token, a grammar that leaves one), the model is not asked.
+row has no choice (a forced token, a constraint that leaves one), the model is not asked.
 
 On CUDA the host runs one step ahead: the next step is asked for before the token is read that it
 starts from, so that the device never waits for the host. The price is one step for nothing at the
@@ -37,30 +37,30 @@ from librobot_vlm_ros.models.placement import threads_for
 
 def generate(
     decoder: Decoder,
-    rules: GenerationConfig,
+    config: GenerationConfig,
     history: Tensor,
     *,
     stop: StopRow = lambda row: None,
     tell: TellIds | None = None,
     seeds: Sequence[int | None] | None = None,
-    grammars: Sequence[TokenConstraint | None] = (),
+    constraints: Sequence[TokenConstraint | None] = (),
     again: Callable[[Sequence[int]], tuple[Decoder, Tensor]] | None = None,
 ) -> list[Generated | VlmError]:
     """Generate until every row has ended.
 
     `history`: int64 [rows, H], tokens before the first new one that the n-gram rule sees.
-    `seeds`: one a row, for sampling; None draws one. `grammars`: one a row; samples are free.
-    `again`: takes in the prompts of some rows anew, which beams need to keep to grammars; without
-    it they are free, too.
+    `seeds`: one a row, for sampling; None draws one. `constraints`: one a row; samples are free.
+    `again`: takes in the prompts of some rows anew, which beams need to keep to constraints;
+    without it they are free, too.
     Raises InferenceError NAN_LOGITS when the model gives no usable numbers.
     """
-    if rules.num_beams > 1:
-        if again is not None and any(grammars):
+    if config.num_beams > 1:
+        if again is not None and any(constraints):
             return search_in_notation(
-                decoder, rules, history, grammars, again, stop=stop, tell=tell
+                decoder, config, history, constraints, again, stop=stop, tell=tell
             )
-        return beam_search(decoder, rules, history, stop=stop, tell=tell)
-    return _Loop(decoder, rules, history, seeds, grammars).run(stop, tell)
+        return beam_search(decoder, config, history, stop=stop, tell=tell)
+    return _Loop(decoder, config, history, seeds, constraints).run(stop, tell)
 
 
 class _Loop:
@@ -69,13 +69,13 @@ class _Loop:
     def __init__(
         self,
         decoder: Decoder,
-        rules: GenerationConfig,
+        config: GenerationConfig,
         history: Tensor,
         seeds: Sequence[int | None] | None,
-        grammars: Sequence[TokenConstraint | None] = (),
+        constraints: Sequence[TokenConstraint | None] = (),
     ) -> None:
-        self._decoder, self._rules = decoder, rules
-        self._sampler = Sampler(rules, history, seeds)
+        self._decoder, self._config = decoder, config
+        self._sampler = Sampler(config, history, seeds)
         rows = history.shape[0]
         self._ids: list[list[int]] = [[] for _ in range(rows)]
         self._log_probs: list[list[float]] = [[] for _ in range(rows)]
@@ -84,7 +84,7 @@ class _Loop:
         self._written_by = list(range(rows))
         self._device = history.device
         self._ahead = history.is_cuda
-        self._eos = torch.tensor(rules.eos, device=history.device)
+        self._eos = torch.tensor(config.eos, device=history.device)
         #: Rows that have ended, as the device knows them.
         self._ended = torch.zeros(rows, dtype=torch.bool, device=history.device)
         #: Tokens that the decoder has not taken in yet, and whether it has taken in the prompts.
@@ -94,8 +94,8 @@ class _Loop:
         self._vocabulary = 0
         #: What is undone at the end.
         self._at_end = contextlib.ExitStack()
-        free = rules.temperature > 0 or not any(grammars)
-        self._grammars = () if free else tuple(grammars)
+        free = config.temperature > 0 or not any(constraints)
+        self._constraints = () if free else tuple(constraints)
 
     def run(self, stop: StopRow, tell: TellIds | None) -> list[Generated | VlmError]:
         """See `generate`."""
@@ -104,12 +104,12 @@ class _Loop:
 
     def _run(self, stop: StopRow, tell: TellIds | None) -> list[Generated | VlmError]:
         errors: dict[int, VlmError] = {}
-        rules, only = self._rules, None
+        config, only = self._config, None
         allowed = self._allowed()
         known = self._known(0, allowed)
         if known is None:
             logits = self._ask()
-        for step in range(rules.max_new_tokens):
+        for step in range(config.max_new_tokens):
             for row in list(self._open):
                 error = stop(row)
                 if error is not None:
@@ -118,8 +118,8 @@ class _Loop:
                     self._ended[self._written_by.index(row)] = True
             if not self._open:
                 break
-            last = step == rules.max_new_tokens - 1
-            forced, early = rules.forced(step) is not None, False
+            last = step == config.max_new_tokens - 1
+            forced, early = config.forced(step) is not None, False
             if known is not None:
                 self._note(torch.tensor(known, device=self._device), step)
                 self._take(known, None, step, chosen=(), tell=tell)
@@ -127,7 +127,7 @@ class _Loop:
                 chosen = set() if forced else self._with_choice(allowed)
                 picked = self._sampler.pick(logits, step, allowed, only)
                 self._note(picked.tokens, step)
-                early = self._ahead and not last and rules.forced(step + 1) is None
+                early = self._ahead and not last and config.forced(step + 1) is None
                 if early:
                     logits = self._ask()
                 self._take(*picked.read(), step, chosen=chosen, tell=tell)
@@ -165,7 +165,7 @@ class _Loop:
     def _note(self, tokens: Tensor, step: int) -> None:
         """Tokens to be taken in; for rows that have ended it is the pad token."""
         if len(self._written_by) > 1:
-            tokens = torch.where(self._ended, self._rules.pad, tokens)
+            tokens = torch.where(self._ended, self._config.pad, tokens)
             self._ended |= torch.isin(tokens, self._eos)
         self._sampler.wrote(tokens, step)
         self._unread.append(tokens)
@@ -194,7 +194,7 @@ class _Loop:
 
         `log_probs`: None where the model was not asked. Raises InferenceError NAN_LOGITS.
         """
-        coordinates, marks = self._rules.coordinates, False
+        coordinates, marks = self._config.coordinates, False
         still = set(self._open)
         for at, (row, token) in enumerate(zip(self._written_by, tokens, strict=True)):
             if row not in still:
@@ -208,7 +208,7 @@ class _Loop:
                 marks = marks or any(t in coordinates for t in self._ids[row][-2:])
             if tell is not None:
                 tell(row, [token])
-            if token in self._rules.eos:
+            if token in self._config.eos:
                 self._open.remove(row)
         if not marks:
             self._sampler.forget(step)
@@ -224,25 +224,25 @@ class _Loop:
         }
 
     def _allowed(self) -> list[TokenSet] | None:
-        """What the grammars let each row choose from now; None where there are none."""
-        if not self._grammars:
+        """What the constraints let each row choose from now; None where there are none."""
+        if not self._constraints:
             return None
         still = set(self._open)
         found: list[TokenSet] = []
         for row in self._written_by:
-            grammar = self._grammars[row] if row in still else None
-            found.append(None if grammar is None else grammar.allowed(self._ids[row]))
+            constraint = self._constraints[row] if row in still else None
+            found.append(None if constraint is None else constraint.allowed(self._ids[row]))
         return found
 
     def _known(self, step: int, allowed: list[TokenSet] | None) -> list[int] | None:
         """The tokens of all rows at that step where none has a choice: the model isn't asked."""
-        forced, rows = self._rules.forced(step), self._written_by
+        forced, rows = self._config.forced(step), self._written_by
         if forced is not None:
             return [forced] * len(rows)
         # A host that runs ahead has asked already; the n-gram rule may forbid the only token.
-        if not allowed or self._ahead or self._rules.no_repeat_ngram:
+        if not allowed or self._ahead or self._config.no_repeat_ngram:
             return None
-        tokens, still = [self._rules.pad] * len(rows), set(self._open)
+        tokens, still = [self._config.pad] * len(rows), set(self._open)
         for at, (row, some) in enumerate(zip(rows, allowed, strict=True)):
             if row not in still:
                 continue
@@ -254,7 +254,7 @@ class _Loop:
     def _common(self, step: int, allowed: list[TokenSet] | None) -> range | Tensor | None:
         """Few tokens that every row must choose from at that step; None where there are none."""
         # The n-gram rule is about the whole vocabulary, and so is a forced token.
-        whole = self._rules.no_repeat_ngram or self._rules.forced(step) is not None
+        whole = self._config.no_repeat_ngram or self._config.forced(step) is not None
         if not allowed or self._ahead or whole or len(self._open) < len(allowed):
             return None
         first = allowed[0]
@@ -262,7 +262,7 @@ class _Loop:
             return None
         # Gathering the weights of many tokens is no cheaper than the whole layer.
         scattered = not isinstance(first, range)
-        bins = isinstance(self._rules.coordinates, CoordinateBins)
+        bins = isinstance(self._config.coordinates, CoordinateBins)
         if scattered and (bins or len(first) * 4 > self._vocabulary):
             return None
         return self._sampler.choices.reach(first)

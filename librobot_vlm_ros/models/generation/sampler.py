@@ -1,4 +1,4 @@
-"""Sample one token per row without a host sync, under rules and token masks."""
+"""Sample one token per row without a host sync, under a `GenerationConfig` and token masks."""
 
 from __future__ import annotations
 
@@ -119,22 +119,22 @@ class Sampler:
     """
 
     def __init__(
-        self, rules: GenerationConfig, history: Tensor, seeds: Sequence[int | None] | None
+        self, config: GenerationConfig, history: Tensor, seeds: Sequence[int | None] | None
     ) -> None:
-        self._rules = rules
+        self._config = config
         rows, before = history.shape
         self._generators = None
-        if rules.temperature > 0:
+        if config.temperature > 0:
             self._generators = _generators(seeds or [None] * rows, history.device)
-        self._suppressed = suppressed(rules, history.device)
+        self._suppressed = suppressed(config, history.device)
         self.choices = Choices(history.device)
         self._before = before
-        if rules.no_repeat_ngram:
-            self._written = history.new_full((rows, before + rules.max_new_tokens), rules.pad)
+        if config.no_repeat_ngram:
+            self._written = history.new_full((rows, before + config.max_new_tokens), config.pad)
             self._written[:, :before] = history
         #: The rows of the batch that are still there.
         self._rows = list(range(rows))
-        self._record = CoordinateRecord(rules.coordinates)
+        self._record = CoordinateRecord(config.coordinates)
         #: What `_rows` was at each step that the record keeps.
         self._rows_at: dict[int, list[int]] = {}
 
@@ -149,7 +149,7 @@ class Sampler:
 
         `allowed`: what each row may choose from. `only`: the logits are those of these tokens.
         """
-        rules = self._rules
+        config = self._config
         if allowed is not None and only is None:
             self.choices.bar(logits, allowed)
         raw = token_log_probs(logits, None if only is not None else self._suppressed)
@@ -157,14 +157,14 @@ class Sampler:
             raw = self.choices.restrict(raw, allowed)
         self._record.keep(step, raw, only)
         self._rows_at[step] = self._rows
-        forced = rules.forced(step)
+        forced = config.forced(step)
         if forced is not None:
             tokens = torch.full_like(raw[:, 0], forced, dtype=torch.int64)
             return Picked(tokens, raw.amax(dim=1))
         scores = raw
-        if rules.no_repeat_ngram:
-            scores = apply_rules(raw, self._written[:, : self._before + step], rules, step)
-        tokens = _choose(scores, rules, self._generators)
+        if config.no_repeat_ngram:
+            scores = apply_rules(raw, self._written[:, : self._before + step], config, step)
+        tokens = _choose(scores, config, self._generators)
         log_probs = raw.gather(1, tokens[:, None])[:, 0]
         if isinstance(only, range):
             tokens = tokens + only.start
@@ -174,14 +174,14 @@ class Sampler:
 
     def wrote(self, tokens: Tensor, step: int) -> None:
         """Tokens int64 [rows] now stand at place `step` of the answers."""
-        if self._rules.no_repeat_ngram:
+        if self._config.no_repeat_ngram:
             self._written[:, self._before + step] = tokens
 
     def keep(self, rows: Tensor) -> None:
         """Go on with those places of the batch alone, int64 [n]."""
         kept: list[int] = rows.tolist()
         self._rows = [self._rows[at] for at in kept]
-        if self._rules.no_repeat_ngram:
+        if self._config.no_repeat_ngram:
             self._written = self._written[rows]
         if self._generators is not None:
             self._generators = [self._generators[at] for at in kept]
@@ -195,9 +195,9 @@ class Sampler:
         return self._record.generated(ids, log_probs, lambda step: self._rows_at[step].index(row))
 
 
-def suppressed(rules: GenerationConfig, device: torch.device) -> Tensor | None:
+def suppressed(config: GenerationConfig, device: torch.device) -> Tensor | None:
     """The suppressed tokens int64 [n]; None where there are none."""
-    return torch.tensor(rules.suppressed, device=device) if rules.suppressed else None
+    return torch.tensor(config.suppressed, device=device) if config.suppressed else None
 
 
 def token_log_probs(logits: Tensor, suppressed: Tensor | None) -> Tensor:
@@ -220,17 +220,17 @@ def not_finite() -> InferenceError:
     )
 
 
-def apply_rules(log_probs: Tensor, tokens: Tensor, rules: GenerationConfig, step: int) -> Tensor:
-    """Scores after the rules: a new tensor where a rule applies, else `log_probs` itself.
+def apply_rules(log_probs: Tensor, tokens: Tensor, config: GenerationConfig, step: int) -> Tensor:
+    """Scores after the rules: a new tensor where one applies, else `log_probs` itself.
 
     `tokens`: int64 [rows, T], what was written so far with its history.
     """
-    forced = rules.forced(step)
+    forced = config.forced(step)
     if forced is not None:
         scores = torch.full_like(log_probs, -math.inf)
         scores[:, forced] = 0.0
         return scores
-    size = rules.no_repeat_ngram
+    size = config.no_repeat_ngram
     if size and tokens.shape[1] >= size:
         seen = tokens.unfold(1, size, 1)
         tail = tokens[:, tokens.shape[1] - size + 1 :]
@@ -241,16 +241,16 @@ def apply_rules(log_probs: Tensor, tokens: Tensor, rules: GenerationConfig, step
 
 
 def _choose(
-    scores: Tensor, rules: GenerationConfig, generators: list[torch.Generator] | None
+    scores: Tensor, config: GenerationConfig, generators: list[torch.Generator] | None
 ) -> Tensor:
     """One token a row, int64 [rows]: the best, or one drawn from the nucleus."""
     if generators is None:
         return scores.argmax(dim=-1)
-    probabilities = torch.softmax(scores / rules.temperature, dim=-1)
-    if rules.top_p < 1.0:
+    probabilities = torch.softmax(scores / config.temperature, dim=-1)
+    if config.top_p < 1.0:
         ordered, order = probabilities.sort(dim=-1, descending=True)
         # A token stays while the mass before it is below top_p; the first always stays.
-        outside = ordered.cumsum(dim=-1) - ordered >= rules.top_p
+        outside = ordered.cumsum(dim=-1) - ordered >= config.top_p
         ordered = ordered.masked_fill(outside, 0.0)
         probabilities = torch.zeros_like(probabilities).scatter(1, order, ordered)
     # A row of NaN would fail the draw; it is chosen at random and found out by its probability.

@@ -27,8 +27,7 @@ from librobot_vlm_ros.core import (
     VlmError,
     as_vlm_error,
     bad_image,
-    decode_compressed,
-    decode_image,
+    decode_message,
     read_compressed_header,
 )
 from librobot_vlm_ros.ros.inputs.qos import Link, MatchedSubscription
@@ -230,25 +229,12 @@ def frame_from_message(
             image.
     """
     width = height = 0
-    if hasattr(message, "format"):
-        at_least = None
-        if enough is not None:
-            size = read_compressed_header(message.data, format=message.format)
-            width, height = size.width, size.height
-            at_least = enough(width, height)
-        pixels = decode_compressed(
-            message.data, format=message.format, allow_depth=allow_depth, at_least=at_least
-        )
-    else:
-        pixels = decode_image(
-            message.data,
-            height=message.height,
-            width=message.width,
-            encoding=message.encoding,
-            step=message.step,
-            is_bigendian=message.is_bigendian,
-            allow_depth=allow_depth,
-        )
+    at_least = None
+    if enough is not None and hasattr(message, "format"):
+        size = read_compressed_header(message.data, format=message.format)
+        width, height = size.width, size.height
+        at_least = enough(width, height)
+    pixels = decode_message(message, allow_depth=allow_depth, at_least=at_least)
     return Frame(
         pixels=pixels,
         camera=camera,

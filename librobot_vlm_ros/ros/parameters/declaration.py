@@ -81,9 +81,15 @@ class Parameter:
         if not right:
             raise self._error(found, f"expected {_ARTICLE[self.type_name]}")
         if isinstance(found, (int, float)) and not isinstance(found, bool):
-            self._check_number(found)
-        if isinstance(found, str):
-            self._check_text(found)
+            low = -math.inf if self.low is None else self.low
+            high = math.inf if self.high is None else self.high
+            if not (math.isfinite(found) and low <= found <= high):  # NaN is in no interval
+                raise self._error(found, f"expected {self.bounds or 'a finite number'}")
+        if self.choices and found not in self.choices:
+            raise self._error(found, f"expected one of {', '.join(self.choices)}")
+        if self.pattern and re.fullmatch(self.pattern, str(found)) is None:
+            why = f" ({self.reason})" if self.reason else ""
+            raise self._error(found, f"expected {self.expected}{why}")
         return found
 
     def converted(self, value: Any) -> Any:
@@ -117,19 +123,6 @@ class Parameter:
         except ValueError:
             pass  # `checked` says what was expected
         return self.checked(value)
-
-    def _check_number(self, value: float) -> None:
-        low = -math.inf if self.low is None else self.low
-        high = math.inf if self.high is None else self.high
-        if not (math.isfinite(value) and low <= value <= high):  # NaN is in no interval
-            raise self._error(value, f"expected {self.bounds or 'a finite number'}")
-
-    def _check_text(self, value: str) -> None:
-        if self.choices and value not in self.choices:
-            raise self._error(value, f"expected one of {', '.join(self.choices)}")
-        if self.pattern and re.fullmatch(self.pattern, value) is None:
-            why = f" ({self.reason})" if self.reason else ""
-            raise self._error(value, f"expected {self.expected}{why}")
 
     def _error(self, value: object, expected: str) -> RequestError:
         shown = f"'{shortened(value)}'" if isinstance(value, str) else shortened(value)

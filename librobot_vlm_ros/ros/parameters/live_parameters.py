@@ -233,16 +233,11 @@ def guard_parameter_services(node: Any) -> None:
     """Answer the services for setting, which rclpy has made for `node`, with these checks."""
 
     def set_each(request: Any, response: Any) -> Any:
-        parameters = request.parameters
-        if too_many := _too_many(parameters):
-            response.results = [_refused(node, too_many)] * len(parameters)
-        else:
-            response.results = [_set(node, [parameter]) for parameter in parameters]
+        response.results = _set(node, [[parameter] for parameter in request.parameters])
         return response
 
     def set_together(request: Any, response: Any) -> Any:
-        too_many = _too_many(request.parameters)
-        response.result = _refused(node, too_many) if too_many else _set(node, request.parameters)
+        (response.result,) = _set(node, [request.parameters])
         return response
 
     for service in node.services:
@@ -252,23 +247,23 @@ def guard_parameter_services(node: Any) -> None:
             service.callback = set_together
 
 
-def _set(node: Any, parameters: Sequence[Any]) -> SetParametersResult:
-    """Set all of these messages, or refuse all of them."""
-    for parameter in parameters:
-        wrong = _wrong(node, parameter)
-        if wrong is not None:
-            return _refused(node, wrong)
-    return node.set_parameters_atomically([RosParameter.from_parameter_msg(p) for p in parameters])
-
-
-def _too_many(parameters: Sequence[Any]) -> VlmError | None:
-    """The error for a request that would hold up the executor for long."""
-    count = len(parameters)
-    if count <= _MOST_AT_ONCE:
-        return None
-    return bad_parameter(
-        f"{count} parameters are to be set at once, expected at most {_MOST_AT_ONCE}"
-    )
+def _set(node: Any, groups: Sequence[Sequence[Any]]) -> list[SetParametersResult]:
+    """Set all messages of a group, or refuse all of them; a result for each group."""
+    count = sum(map(len, groups))
+    if count > _MOST_AT_ONCE:  # it would hold up the executor for long
+        too_many = bad_parameter(
+            f"{count} parameters are to be set at once, expected at most {_MOST_AT_ONCE}"
+        )
+        return [_refused(node, too_many)] * len(groups)
+    results = []
+    for group in groups:
+        wrong = next(filter(None, (_wrong(node, parameter) for parameter in group)), None)
+        if wrong is None:
+            changes = [RosParameter.from_parameter_msg(parameter) for parameter in group]
+            results.append(node.set_parameters_atomically(changes))
+        else:
+            results.append(_refused(node, wrong))
+    return results
 
 
 def _wrong(node: Any, parameter: Any) -> VlmError | None:

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from librobot_vlm_ros.core import (
     ErrorCode,
@@ -70,13 +71,12 @@ def parse_tasks(entries: Sequence[str], cameras: Sequence[str]) -> tuple[Standin
 
 
 def _parse_task(entry: str, cameras: Sequence[str]) -> StandingTask:
+    bad = partial(_bad, "tasks", entry)
     # What may be long is cut off first: the pattern sees nothing of a prompt that a client sent.
     head, equals, prompt = entry.strip().partition("=")
     found = _TASK.fullmatch(head) if len(head) <= MAX_HEAD_CHARS else None
     if found is None:
-        raise _bad(
-            "tasks", entry, "it is not of the form [camera:]task[@rate][=prompt]", _TASK_HINT
-        )
+        raise bad("it is not of the form [camera:]task[@rate][=prompt]", _TASK_HINT)
     spec = get_task(found["task"].strip())
     rate_text = found["rate"]
     try:
@@ -84,9 +84,7 @@ def _parse_task(entry: str, cameras: Sequence[str]) -> StandingTask:
     except ValueError:
         rate_hz = math.nan
     if not 0.0 <= rate_hz <= MAX_RATE_HZ or (rate_text is not None and rate_hz == 0.0):
-        raise _bad(
-            "tasks", entry, f"the rate is no number above 0 and up to {MAX_RATE_HZ:g}", _TASK_HINT
-        )
+        raise bad(f"the rate is no number above 0 and up to {MAX_RATE_HZ:g}", _TASK_HINT)
     camera = found["camera"] or ""
     if camera and camera not in cameras:
         raise RequestError(
@@ -95,12 +93,7 @@ def _parse_task(entry: str, cameras: Sequence[str]) -> StandingTask:
             f"Cameras are: {', '.join(cameras)}.",
         )
     if spec.needs_region:
-        raise _bad(
-            "tasks",
-            entry,
-            "that task needs a region",
-            "Ask for it with ~/query, giving the region.",
-        )
+        raise bad("that task needs a region", "Ask for it with ~/query, giving the region.")
     prompt = clean_prompt(prompt.lstrip() if equals else "", required=False)
     name = f"{camera}:{spec.name}" if camera else spec.name
     name += f"={prompt}" if prompt else ""
@@ -122,12 +115,8 @@ def parse_cameras(
     for entry in entries:
         found = _CAMERA.fullmatch(entry.strip()) if len(entry) <= MAX_CAMERA_CHARS else None
         if found is None:
-            raise _bad(
-                "cameras",
-                entry,
-                "it is not of the form name=/topic[:raw|:compressed]",
-                _CAMERA_HINT,
-            )
+            why = "it is not of the form name=/topic[:raw|:compressed]"
+            raise _bad("cameras", entry, why, _CAMERA_HINT)
         item = _camera(found["name"], found["topic"], found["transport"] or image_transport)
         for other in cameras:
             if item.name == other.name or item.topic == other.topic:

@@ -105,9 +105,8 @@ class NodeServices:
         reply.send(response)
 
     def _switch_model(self, request: Any, reply: Reply) -> None:
-        future = self._node.switch(
-            request.model, request.weights, request.device, request.dtype, request.timeout_s
-        )
+        asked = {name: getattr(request, name) for name in ("model", "weights", "device", "dtype")}
+        future = self._node.switch(asked, request.timeout_s)
 
         def answer(done: Future[LoadReport]) -> None:
             error = done.exception()

@@ -113,15 +113,7 @@ def fill_answer(answer: Any, outcome: Result | VlmError, settings: Settings) -> 
     """Fill a `Query` response or `Generate` result from a result or an error."""
     answer.score = math.nan
     if isinstance(outcome, VlmError):
-        outcome = Result(
-            frame_header=None,
-            stamp_ns=0,
-            frame_id="",
-            image_width=0,
-            image_height=0,
-            info=InferenceInfo(batch_size=0),
-            error=outcome,
-        )
+        outcome = Result(info=InferenceInfo(batch_size=0), error=outcome)
     grounding = grounding_message(outcome, settings.min_score)
     answer.header = grounding.header
     answer.info = info_message(outcome.info)

@@ -229,7 +229,7 @@ def test_a_score_is_the_mean_over_label_and_coordinates(
         Table(table),
         config,
         history,
-        grammars=[vlm.processor.constraint(task_of(vlm))],
+        constraints=[vlm.processor.constraint(task_of(vlm))],
         again=lambda rows: (Table(table, len(rows)), history[rows]),
     )
     assert isinstance(row, Generated)

@@ -99,7 +99,7 @@ def test_only_malformed_answers_change_and_no_malformed_box_is_left(
             calls.append(list(rows))
             return Chain(seed), past()
 
-        (row,) = generate(Chain(seed), rules, past(), grammars=[BOXES], again=again)
+        (row,) = generate(Chain(seed), rules, past(), constraints=[BOXES], again=again)
         assert isinstance(row, Generated)
         assert fits(BOXES, free, rules) == whole(free.ids, rules.max_new_tokens)
         assert whole(row.ids, rules.max_new_tokens), (seed, row.ids)
@@ -124,7 +124,7 @@ def test_a_bound_search_alone_would_change_good_answers() -> None:
         if not whole(free.ids, RULES.max_new_tokens):
             continue
         (bound,) = beam_search(
-            Chain(seed), RULES, past(), stop=lambda row: None, tell=None, grammars=[BOXES]
+            Chain(seed), RULES, past(), stop=lambda row: None, tell=None, constraints=[BOXES]
         )
         changed += bound.ids != free.ids
     assert changed
@@ -153,9 +153,13 @@ def test_boxes_that_are_written_as_text(tmp_path: Path) -> None:
             self.rows, self.place = 1, 0
 
     def answer(seed: int, *, bound: bool) -> Generated:
-        grammars = [syntax_constraint(words, TokenBoxes(), [eos])] if bound else []
+        constraints = [syntax_constraint(words, TokenBoxes(), [eos])] if bound else []
         (row,) = generate(
-            Written(seed), rules, past(), grammars=grammars, again=lambda _: (Written(seed), past())
+            Written(seed),
+            rules,
+            past(),
+            constraints=constraints,
+            again=lambda _: (Written(seed), past()),
         )
         assert isinstance(row, Generated)
         return row
@@ -175,13 +179,13 @@ def test_rows_of_a_batch_are_searched_again_on_their_own() -> None:
     seed = next(s for s in range(150) if not whole(free_answer(s).ids, RULES.max_new_tokens))
     told: list[list[list[int]]] = [[], []]
     (alone,) = generate(
-        Chain(seed), RULES, past(), grammars=[BOXES], again=lambda rows: (Chain(seed), past())
+        Chain(seed), RULES, past(), constraints=[BOXES], again=lambda rows: (Chain(seed), past())
     )
     first, second = generate(
         Chain(seed, 2),
         RULES,
         past(2),
-        grammars=[None, BOXES],
+        constraints=[None, BOXES],
         again=lambda rows: (Chain(seed), past(len(rows))),
         tell=lambda row, ids: told[row].append(ids),
     )
@@ -201,7 +205,7 @@ def test_the_second_search_can_be_stopped() -> None:
         return second[0], past()
 
     (row,) = generate(
-        Chain(seed), RULES, past(), grammars=[BOXES], again=again,
+        Chain(seed), RULES, past(), constraints=[BOXES], again=again,
         stop=lambda row: stopped if second and second[0].place == 2 else None,
     )  # fmt: skip
     assert row is stopped

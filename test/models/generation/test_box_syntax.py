@@ -374,9 +374,9 @@ def written(vlm: Any, ask: Any, scripts: list[str], *, bound: bool, **params: An
         rules = vlm.processor.generation_config(
             GenerationParams(**{"max_new_tokens": 120, **params})
         )
-        grammars = [vlm.processor.constraint(r.task) if bound else None for r in requests]
-        assert all((grammar is not None) == bound for grammar in grammars)
-        return generate(Scripted(made, ids), rules, history, grammars=grammars)
+        constraints = [vlm.processor.constraint(r.task) if bound else None for r in requests]
+        assert all((one is not None) == bound for one in constraints)
+        return generate(Scripted(made, ids), rules, history, constraints=constraints)
 
 
 def _spelt(tokenizer: CausalTokenizer, text: str) -> list[int]:

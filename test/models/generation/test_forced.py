@@ -76,8 +76,8 @@ def run(
 ) -> Any:
     rows = len(decoder.start)
     history = torch.zeros((rows, 1), dtype=torch.int64)
-    grammars = grammar if isinstance(grammar, list) else [grammar] * rows
-    return generate(decoder, rules, history, grammars=grammars, **options)
+    constraints = grammar if isinstance(grammar, list) else [grammar] * rows
+    return generate(decoder, rules, history, constraints=constraints, **options)
 
 
 #: 3 -> 4 -> 5 -> 6 -> 2

@@ -53,7 +53,7 @@ class Script:
 
 def run(script: Script, grammar: Any, rules: GenerationConfig = RULES) -> list[Generated]:
     history = torch.zeros((script.rows, 1), dtype=torch.int64)
-    found = generate(script, rules, history, grammars=[grammar] * script.rows)
+    found = generate(script, rules, history, constraints=[grammar] * script.rows)
     assert all(isinstance(row, Generated) for row in found)
     return found
 
@@ -119,7 +119,7 @@ def test_a_malformed_box_becomes_a_box(script: tuple[int, ...], expected: tuple[
 def test_rows_of_a_batch_have_grammars_of_their_own() -> None:
     script = Script(5, 12, 6, 2, rows=2)
     history = torch.zeros((2, 1), dtype=torch.int64)
-    free, bound = generate(script, RULES, history, grammars=[None, BOXES])
+    free, bound = generate(script, RULES, history, constraints=[None, BOXES])
     assert free.ids == (5, 12, 6, 2)
     assert bound.ids[:4] == (5, 12, 15, 15)
     # While both rows are there, neither's range is that of all; then the one left has its own.
