@@ -2,13 +2,14 @@
 
 Rooms, and the one direction of imports between them: ros -> runtime -> models -> core.
 
-    core      frames, requests, results, errors, image decoding, prompts, box geometry
-    models    the registry, one file a model family, checkpoints, decoding
-    runtime   the engine: one thread owns the model; mailboxes, scheduling, cancellation
-    ros       the lifecycle node, parameters, message conversion
-    tabletop  the rendered world of the embedded model: scenes, training, evaluation
-    bags      reading and writing db3 and MCAP files
-    cli       the `librobot-vlm` command
+    core      frames, requests, results, errors, image decoding, prompts
+    models    families, generation, caches, checkpoints, training
+    runtime   the engine: one thread owns the model; newest frames, scheduling, cancellation
+    ros       the lifecycle node: parameters, inputs, outputs, services, monitoring
+    bags      reading, writing and salvaging recordings
+    client    talking to a running node
+    cli       the `librobot-vlm` command; annotate, replay, doctor and demo are what it does
+    tabletop  the rendered world of the embedded model; evaluation has the metrics, bench the speed
 
 The generated messages (`msg`, `srv`, `action`) stand beside these once the package was built with
 colcon. Importing this package loads none of them, and neither torch nor rclpy.

@@ -66,6 +66,8 @@ def quality() -> str:
         "precision": ("detection precision, IoU ≥ 0.5 and label correct", 0.90),
         "recall": ("detection recall, likewise", 0.90),
         "mean_iou": ("mean IoU of the matches", 0.80),
+        "ap": ("COCO AP, mean over IoU 0.50 to 0.95 and over labels", None),
+        "ap50": ("COCO AP at IoU 0.50", None),
         "grounding_hit": ("phrase grounding hit rate", 0.92),
         "caption_exact": ("captions that name exactly the objects there", 0.85),
     }
@@ -76,7 +78,10 @@ def quality() -> str:
         "| measure | measured | aimed at |",
         "| --- | --- | --- |",
     ]
-    rows += [f"| {what} | {figures[key]:.3f} | {aim:.2f} |" for key, (what, aim) in wanted.items()]
+    rows += [
+        f"| {what} | {figures[key]:.3f} | {f'{aim:.2f}' if aim else ''} |"
+        for key, (what, aim) in wanted.items()
+    ]
     return "\n".join(rows) + "\n"
 
 

@@ -6,6 +6,7 @@ read chunk by chunk, past the damaged ones and without its index. Nothing is wri
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import re
 import sqlite3
@@ -60,11 +61,11 @@ class SalvageReader:
     def __init__(self, path: Path) -> None:
         self.connections: list[Connection] = []
         self.lost: list[str] = []
-        self._files = [
+        self._files: list[_SalvageFile] = [
             _SalvageMcap(file) if file.suffix == ".mcap" else _SalvageDb3(file)
             for file in storage_files(path)
         ]
-        self._opened: list[_SalvageMcap | _SalvageDb3] = []
+        self._opened: list[_SalvageFile] = []
 
     def open(self) -> None:
         """Find what is whole in each file; a file in which nothing is counts as lost."""
@@ -92,17 +93,17 @@ class SalvageReader:
     @property
     def message_count(self) -> int:
         """Messages that are whole."""
-        return sum(file.found.message_count for file in self._opened)
+        return sum(file.counts.total() for file in self._opened)
 
     @property
     def start_time(self) -> int:
         """Of the first of them, ns."""
-        return min((file.found.first_ns for file in self._opened), default=0)
+        return min((file.first_ns for file in self._opened), default=0)
 
     @property
     def duration(self) -> int:
         """From the first to the last and 1 ns."""
-        return max((file.found.last_ns for file in self._opened), default=0) + 1 - self.start_time
+        return max((file.last_ns for file in self._opened), default=0) + 1 - self.start_time
 
     def messages(
         self, connections: Collection[Connection], start: int | None = None, stop: int | None = None
@@ -118,18 +119,30 @@ class SalvageReader:
                     yield own[channel], stamp_ns, data
 
 
-class _Found:
-    """The messages of a file that are whole: how many on each channel, and from when to when."""
+class _SalvageFile:
+    """One storage file, and the messages in it that are whole: how many, from when to when."""
 
-    def __init__(self) -> None:
-        self.counts: Counter[int] = Counter()
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lost = ""
+        self.connections: list[Connection] = []
+        self.counts: Counter[int] = Counter()  # by channel
         self.first_ns, self.last_ns = _LATEST, 0
+        self._opened = contextlib.ExitStack()
 
-    @property
-    def message_count(self) -> int:
-        return sum(self.counts.values())
+    def open(self) -> None:
+        """Find what is whole; to be called once, before `rows`."""
+        raise NotImplementedError
 
-    def add(self, channel: int, stamp_ns: int) -> None:
+    def rows(self) -> Iterator[tuple[int, int, bytes]]:
+        """(channel, time in ns, data) of each whole message in the order of recording."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Close the file; fine when it is closed already, as after a failed opening."""
+        self._opened.close()
+
+    def _add(self, channel: int, stamp_ns: int) -> None:
         self.counts[channel] += 1
         self.first_ns = min(self.first_ns, stamp_ns)
         self.last_ns = max(self.last_ns, stamp_ns)
@@ -138,54 +151,43 @@ class _Found:
 # --- db3 -------------------------------------------------------------------------------------
 
 
-class _SalvageDb3:
+class _SalvageDb3(_SalvageFile):
     """A db3 file read row by row up to the first that is not whole."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.lost = ""
-        self.connections: list[Connection] = []
-        self.found = _Found()
-        self._db: sqlite3.Connection | None = None
-        self._last_row = 0
+    _db: sqlite3.Connection
+    _last_row = 0
 
     def open(self) -> None:
         """Read the topics and look for the last whole row."""
         uri = f"{self.path.absolute().as_uri()}?mode=ro&immutable=1"
-        self._db = sqlite3.connect(uri, uri=True)
+        connection = contextlib.closing(sqlite3.connect(uri, uri=True))
+        self._db = self._opened.enter_context(connection)
         # SQLite refuses a file that is shorter than its header says, except with this: it is how
         # its own `.recover` reads such files.
         self._db.execute("PRAGMA writable_schema=ON")
         self._scan()
         self.connections = list(self._topics())
 
-    def close(self) -> None:
-        """Close the file."""
-        if self._db is not None:
-            self._db.close()
-            self._db = None
-
     def rows(self) -> Iterator[tuple[int, int, bytes]]:
-        """(topic, time in ns, data) of each whole message in the order of recording."""
+        """See `_SalvageFile`; the channel is the topic's id."""
         for _, topic, stamp_ns, data in self._rows_up_to(self._last_row):
             yield topic, stamp_ns, data
 
     def _scan(self) -> None:
-        found = self.found
         before_doubt: Counter[int] = Counter()
-        tail = _DoubtedTail(int(self._database.execute("PRAGMA page_size").fetchone()[0]))
+        tail = _DoubtedTail(int(self._db.execute("PRAGMA page_size").fetchone()[0]))
         try:
             for number, topic, stamp_ns, data in self._rows_up_to(_LATEST):
                 if tail.begins_with(number, data):
-                    before_doubt = found.counts.copy()
-                found.add(topic, stamp_ns)
+                    before_doubt = self.counts.copy()
+                self._add(topic, stamp_ns)
                 self._last_row = number
         except sqlite3.DatabaseError as error:
-            self.lost = f"everything behind message {found.message_count} ({error})"
+            self.lost = f"everything behind message {self.counts.total()} ({error})"
         if not self.lost and self._is_short(tail.page_size):
             self.lost = "what stood in the last pages"
         if self.lost and tail.first_row is not None:
-            found.counts, self._last_row = before_doubt, tail.first_row - 1
+            self.counts, self._last_row = before_doubt, tail.first_row - 1
 
     def _is_short(self, page_size: int) -> bool:
         """Whether pages are missing by the count in the file's own header."""
@@ -196,14 +198,14 @@ class _SalvageDb3:
     def _rows_up_to(self, last: int) -> Iterator[tuple[int, int, int, bytes]]:
         text = "SELECT id, topic_id, timestamp, data FROM messages WHERE id <= ? ORDER BY id"
         # Not `yield from`: put away late, that would close the cursor of a closed file.
-        for row in self._database.execute(text, (last,)):  # noqa: UP028
+        for row in self._db.execute(text, (last,)):  # noqa: UP028
             yield row
 
     def _topics(self) -> Iterator[Connection]:
         definitions = self._definitions()
-        self._database.row_factory = sqlite3.Row
-        rows = self._database.execute("SELECT * FROM topics ORDER BY id").fetchall()
-        self._database.row_factory = None
+        self._db.row_factory = sqlite3.Row
+        rows = self._db.execute("SELECT * FROM topics ORDER BY id").fetchall()
+        self._db.row_factory = None
         for row in rows:
             names = row.keys()
             qos = row["offered_qos_profiles"] if "offered_qos_profiles" in names else ""
@@ -213,7 +215,7 @@ class _SalvageDb3:
                 row["type"],
                 definitions.get(row["type"], _NO_DEFINITION),
                 row["type_description_hash"] if "type_description_hash" in names else "",
-                self.found.counts[row["id"]],
+                self.counts[row["id"]],
                 ConnectionExtRosbag2(row["serialization_format"], parse_qos(qos) if qos else []),
                 self,
             )
@@ -221,7 +223,7 @@ class _SalvageDb3:
     def _definitions(self) -> dict[str, MessageDefinition]:
         columns = "topic_type, encoding, encoded_message_definition"
         try:
-            rows = self._database.execute(f"SELECT {columns} FROM message_definitions").fetchall()
+            rows = self._db.execute(f"SELECT {columns} FROM message_definitions").fetchall()
         except sqlite3.DatabaseError:  # recorded before there was such a table
             return {}
         return {
@@ -229,12 +231,6 @@ class _SalvageDb3:
             for name, encoding, text in rows
             if encoding in _FORMATS
         }
-
-    @property
-    def _database(self) -> sqlite3.Connection:
-        if self._db is None:
-            raise ReaderError(f"{self.path} is not open")
-        return self._db
 
 
 class _DoubtedTail:
@@ -291,26 +287,24 @@ class _Piece:
     """Messages that the index behind the chunk names; 0 where there is none."""
 
 
-class _SalvageMcap:
+class _SalvageMcap(_SalvageFile):
     """An MCAP file read piece by piece.
 
     A chunk counts as whole when its checksum is right and all the messages that its index names are
     in it. Channels that are not of ROS 2 (protobuf, JSON) count as unknown topics.
     """
 
+    _file: BinaryIO
+
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.lost = ""
-        self.connections: list[Connection] = []
-        self.found = _Found()
+        super().__init__(path)
         self._schemas: dict[int, Schema] = {}
         self._channels: dict[int, Connection] = {}
         self._pieces: list[_Piece] = []
-        self._file: BinaryIO | None = None
 
     def open(self) -> None:
         """Find what is whole."""
-        self._file = self.path.open("rb")
+        self._file = self._opened.enter_context(self.path.open("rb"))
         lost: list[str] = []
         with mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             pieces = _pieces(data, lost)
@@ -321,28 +315,19 @@ class _SalvageMcap:
             self._add_if_whole(piece, lost)
         self._pieces.sort(key=lambda piece: piece.start)
         self.connections = [
-            item._replace(msgcount=self.found.counts[number])
-            for number, item in self._channels.items()
+            item._replace(msgcount=self.counts[number]) for number, item in self._channels.items()
         ]
         more = [f"{len(lost) - _SHOWN} pieces more"] if len(lost) > _SHOWN else []
         self.lost = ", ".join([*lost[:_SHOWN], *more])
 
-    def close(self) -> None:
-        """Close the file; fine when it is closed already, as after a failed opening."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
     def rows(self) -> Iterator[tuple[int, int, bytes]]:
-        """(channel, time in ns, data) of each whole message in the order of recording."""
+        """See `_SalvageFile`."""
         for piece in self._pieces:
             for record in self._records(piece):
                 if isinstance(record, Message):
                     yield record.channel_id, record.log_time, record.data
 
     def _records(self, piece: _Piece) -> Iterator[McapRecord]:
-        if self._file is None:
-            raise ReaderError(f"{self.path} is not open")
         self._file.seek(piece.start)
         return _records(self._file.read(piece.end - piece.start))
 
@@ -377,7 +362,7 @@ class _SalvageMcap:
         self._schemas, self._channels = schemas, channels
         self._pieces.append(piece)
         for channel, stamp_ns in known:
-            self.found.add(channel, stamp_ns)
+            self._add(channel, stamp_ns)
         return True
 
     def _connection(self, channel: Channel, schemas: dict[int, Schema]) -> Connection | None:

@@ -77,10 +77,6 @@ class BagWriter:
         overwrite: bool = False,
         types: Typestore | None = None,
     ) -> None:
-        if storage not in _PLUGINS:
-            raise BagError(
-                ErrorCode.WRONG_TYPE, f"storage is {storage!r}, expected one of {list(_PLUGINS)}"
-            )
         self.path = Path(path)
         self.types = types or extended_typestore({})
         self.counts: dict[str, int] = {}

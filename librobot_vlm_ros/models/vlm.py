@@ -170,20 +170,6 @@ class AbstractVLM(nn.Module, ABC):
         self.processor.limits = self.limits
         self.generator.clear()
 
-    @property
-    @abstractmethod
-    def vision_encoder(self) -> nn.Module:
-        """The part that sees."""
-
-    @property
-    @abstractmethod
-    def language_model(self) -> nn.Module:
-        """The part that reads and writes."""
-
-    @abstractmethod
-    def get_embedding_dim(self) -> int:
-        """D, the length of the vectors that `embed` and the encode methods give."""
-
     @abstractmethod
     def image_features(self, prepared: Sequence[Any]) -> list[ImageFeatures]:
         """Vision features of images that the processor has prepared, in the language model's
@@ -231,6 +217,24 @@ class AbstractVLM(nn.Module, ABC):
     @abstractmethod
     def encode_text(self, text: Any) -> Tensor:
         """Text features [B, T, D] of strings or token ids int64 [B, T]."""
+
+    # What a family may have otherwise.
+
+    @property
+    def vision_encoder(self) -> nn.Module:
+        """The part that sees, without the projection into the language model's space."""
+        tower: nn.Module = self.loaded().model.vision_tower
+        return tower
+
+    @property
+    def language_model(self) -> nn.Module:
+        """The layers that read and write; the output layer stands beside them."""
+        model: nn.Module = self.loaded().model.language_model
+        return model
+
+    def get_embedding_dim(self) -> int:
+        """D, the length of the vectors that `embed` and the encode methods give."""
+        return int(self.config.text_config.hidden_size)
 
     def native_key(self, key: str) -> str:
         """Today's name of a key that an older version of transformers wrote."""

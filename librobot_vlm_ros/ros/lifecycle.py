@@ -43,12 +43,9 @@ _ALLOWED = {
     State.PRIMARY_STATE_UNCONFIGURED: ("configure", "shutdown"),
     State.PRIMARY_STATE_INACTIVE: ("cleanup", "activate", "shutdown"),
     State.PRIMARY_STATE_ACTIVE: ("deactivate", "shutdown"),
-    State.PRIMARY_STATE_FINALIZED: (),
 }
 _ALIASES = {label: label for label in _LABELS.values()} | {
-    "unconfigured_shutdown": "shutdown",
-    "inactive_shutdown": "shutdown",
-    "active_shutdown": "shutdown",
+    f"{state}_shutdown": "shutdown" for state in ("unconfigured", "inactive", "active")
 }
 
 

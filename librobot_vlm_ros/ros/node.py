@@ -120,10 +120,7 @@ class VlmNode(GuardedLifecycleNode):
 
     def check_room(self) -> None:
         """Raises `EngineError` where a request would be refused: BUSY, NOT_ACTIVE."""
-        engine = self._engine
-        if engine is None:
-            raise not_active(self.state_label)
-        if engine.full:
+        if self.request_context().engine.full:
             raise busy(self.settings.queue_size)
 
     def catch_up(self, timeout_s: float) -> bool:
@@ -133,7 +130,8 @@ class VlmNode(GuardedLifecycleNode):
     def active_model(self) -> str:
         """Name of the loaded model, "" when none is."""
         engine = self._engine
-        return "" if engine is None else engine.stats().model
+        loaded = None if engine is None else engine.loaded
+        return "" if loaded is None else loaded.model
 
     def switch(self, asked: Mapping[str, str], timeout_s: float) -> Future[LoadReport]:
         """Change the model without leaving the state; see `switch_model`."""

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from statistics import median
 
 from librobot_vlm_ros.core import InferenceRequest
-from librobot_vlm_ros.runtime.config import NANOSECONDS, to_s
-from librobot_vlm_ros.runtime.engine_state import LONGEST_WAIT_S, SharedState
+from librobot_vlm_ros.runtime.config import NANOSECONDS
+from librobot_vlm_ros.runtime.engine_state import SharedState
 from librobot_vlm_ros.runtime.pending_request import PendingRequest
 
 # On-demand batches that are served in a row while a standing task waits.
@@ -173,9 +173,7 @@ class BatchSelector:
         shared = self._shared
         if not shared.running or shared.loaded is None:
             return None
-        now_ns = shared.clock()
-        due_ns = shared.scheduler.next_due_ns(now_ns)
-        return None if due_ns is None else min(LONGEST_WAIT_S, max(0.0, to_s(due_ns - now_ns)))
+        return shared.wait_s(shared.scheduler.next_due_ns(shared.clock()))
 
     def _of_requests(self, now_ns: int) -> Batch:
         shared = self._shared

@@ -32,10 +32,8 @@ from librobot_vlm_ros.runtime.config import (
     DropReason,
     EngineConfig,
     EngineState,
-    to_s,
 )
 from librobot_vlm_ros.runtime.engine_state import (
-    LONGEST_WAIT_S,
     OnCamera,
     OnFatal,
     OnResult,
@@ -432,10 +430,7 @@ class TimerThread:
     def _wait_s(self) -> float | None:
         shared = self._shared
         deadlines = [pending.request.deadline_ns for pending in shared.unfinished()]
-        times = [at for at in (*deadlines, shared.watchdog.next_ns()) if at is not None]
-        if not times:
-            return None
-        return min(LONGEST_WAIT_S, max(0.0, to_s(min(times) - shared.clock())))
+        return shared.wait_s(*deadlines, shared.watchdog.next_ns())
 
 
 def _expired(request: InferenceRequest, now_ns: int) -> bool:

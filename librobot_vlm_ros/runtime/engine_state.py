@@ -159,6 +159,13 @@ class SharedState:
         self.next_load = None
         return job
 
+    def wait_s(self, *at_ns: int | None) -> float | None:
+        """Seconds until the first of these times, as a condition takes them; None for no time."""
+        times = [at for at in at_ns if at is not None]
+        if not times:
+            return None
+        return min(LONGEST_WAIT_S, max(0.0, to_s(min(times) - self.clock())))
+
     def wake_all(self) -> None:
         """Something changed that anybody may wait for."""
         self.work.notify_all()

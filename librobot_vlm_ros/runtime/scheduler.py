@@ -209,11 +209,8 @@ class Scheduler:
             mailbox.offer(frame, wanted=bool(self._due_tasks(mailbox, now_ns)))
             return
         mailbox.record(frame)
-        tasks = tuple(
-            task
-            for task in self._active
-            if task.runs_on(frame.camera) and self._gate(frame.camera, task).passes(frame.stamp_ns)
-        )
+        gates = self._gates_of(frame.camera)
+        tasks = tuple(task for task, gate in gates if gate.passes(frame.stamp_ns))
         if tasks:
             self._in_order.append(Work(frame, tasks))
         else:
@@ -286,10 +283,7 @@ class Scheduler:
         for mailbox in self.mailboxes.values():
             if mailbox.newest is None or mailbox.expire(now_ns, self.config.max_frame_age_s):
                 continue
-            for task in self._active:
-                if not task.runs_on(mailbox.camera):
-                    continue
-                gate = self._gate(mailbox.camera, task)
+            for _, gate in self._gates_of(mailbox.camera):
                 if gate.next_ns is not None and gate.last_frame is not mailbox.newest:
                     times.append(gate.next_ns)
         return min(times, default=None)
@@ -319,6 +313,10 @@ class Scheduler:
     def _by_turn(self) -> list[Mailbox]:
         return sorted(self.mailboxes.values(), key=lambda mailbox: self._turn[mailbox.camera])
 
+    def _gates_of(self, camera: str) -> list[tuple[StandingTask, RateGate]]:
+        """The tasks that can run on a camera."""
+        return [(task, self._gate(camera, task)) for task in self._active if task.runs_on(camera)]
+
     def _gate(self, camera: str, task: StandingTask) -> RateGate:
         key = (camera, task.name, task.camera)
         asked = (task.task, task.prompt, task.params, task.instruction_id)
@@ -335,11 +333,8 @@ class Scheduler:
         frame = mailbox.newest
         if frame is None:
             return ()
-        return tuple(
-            task
-            for task in self._active
-            if task.runs_on(mailbox.camera) and self._gate(mailbox.camera, task).due(frame, now_ns)
-        )
+        gates = self._gates_of(mailbox.camera)
+        return tuple(task for task, gate in gates if gate.due(frame, now_ns))
 
     def _tell_idle_from_active(self) -> None:
         reasons = [(task, task.idle_reason(self._supported)) for task in self.tasks]

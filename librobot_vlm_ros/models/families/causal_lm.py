@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from librobot_vlm_ros.core import ErrorCode, GenerationParams, ImageError, RequestError
@@ -225,22 +225,6 @@ class CausalLM(AbstractVLM):
         """See `AbstractVLM`."""
         module = build_random(cls.plan(config.to_transformers()), where)
         return Parts(module, cls.default_processor(name, module.config))
-
-    @property
-    def vision_encoder(self) -> nn.Module:
-        """The tower, without the projection."""
-        tower: nn.Module = self.loaded().model.vision_tower
-        return tower
-
-    @property
-    def language_model(self) -> nn.Module:
-        """The layers that read and write; the output layer stands beside it."""
-        model: nn.Module = self.loaded().model.language_model
-        return model
-
-    def get_embedding_dim(self) -> int:
-        """D of image features and text features alike."""
-        return int(self.config.text_config.hidden_size)
 
     def freeze_language(self) -> None:
         """Keep the language model and its output layer as they are."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from librobot_vlm_ros.core import ErrorCode, ModelError, RequestError, get_task
 from librobot_vlm_ros.models.cache.image_features import ImageFeatures
@@ -88,22 +88,6 @@ class FlorenceVLM(AbstractVLM):
         self._tower = None
         # Its blocks go over to channels last and back: convolutions that have them so save 7 %.
         self.vision_encoder.to(memory_format=torch.channels_last)
-
-    @property
-    def vision_encoder(self) -> nn.Module:
-        """The DaViT tower, without the projection."""
-        tower: nn.Module = self.loaded().model.vision_tower
-        return tower
-
-    @property
-    def language_model(self) -> nn.Module:
-        """BART's encoder and decoder; the output layer is tied to its word embeddings."""
-        bart: nn.Module = self.loaded().model.language_model
-        return bart
-
-    def get_embedding_dim(self) -> int:
-        """D of image features and text features alike."""
-        return int(self.config.text_config.d_model)
 
     def free_caches(self) -> None:
         """See `AbstractVLM`."""
