@@ -36,7 +36,6 @@ class BagSummary:
     path: Path
     counts: Mapping[str, int]
     """Messages by topic."""
-    bytes_written: int
 
 
 class _McapWriter(McapWriter):
@@ -188,9 +187,8 @@ class BagWriter:
         return self._writer
 
     def summary(self) -> BagSummary:
-        """Counts and size; the size is final after the `with` block."""
-        size = sum(item.stat().st_size for item in self.path.glob("*") if item.is_file())
-        return BagSummary(self.path, dict(self.counts), size)
+        """What was written so far."""
+        return BagSummary(self.path, dict(self.counts))
 
 
 def _remove_bag(path: Path) -> None:

@@ -6,37 +6,29 @@ random weights in half precision, and how near they come to the roofline of its 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from librobot_vlm_ros.bench.measure import Bench
-from librobot_vlm_ros.bench.models import TINY, Pair, build, pair_of
+from librobot_vlm_ros.bench.models import TINY, Pair, build, pair_of, search
 
 
 def deep_decoder(bench: Bench) -> None:
     """A decoder of 24 layers, as deep as a 2B model's, small enough that only overhead counts."""
     text = {**TINY["llava-v1.5-7b"]["text_config"], "num_hidden_layers": 24}
     pair = pair_of("llava-v1.5-7b", bench.device, 64, text_config=text)
-    bench.paired(
-        "24-layer decoder",
-        pair.theirs,
-        pair.ours,
-        pair.inputs(bench.pairs + 1),
-        note="64 tokens, greedy, batch 1, hidden size 128",
-        target=2.5,
-    )
+    note = "64 tokens, greedy, batch 1, hidden size 128"
+    pair.compare(bench, "24-layer decoder", bench.pairs, note=note, target=2.5)
 
 
 def families(bench: Bench) -> None:
     """Eight layers of each family."""
     for name in sorted(set(TINY) - {"florence-2-base"}):
         pair = pair_of(name, bench.device, 48)
-        bench.paired(
-            f"{name}, tiny",
-            pair.theirs,
-            pair.ours,
-            pair.inputs(max(3, bench.pairs // 2) + 1),
-            note="48 tokens, greedy, batch 1, 8 layers",
-        )
+        note = "48 tokens, greedy, batch 1, 8 layers"
+        pair.compare(bench, f"{name}, tiny", max(3, bench.pairs // 2), note=note)
 
 
 def florence(bench: Bench) -> None:
@@ -44,13 +36,9 @@ def florence(bench: Bench) -> None:
     pair = pair_of("florence-2-base", bench.device, 48)
     for beams in (1, 3):
         pair.beams = beams
-        bench.paired(
-            f"florence-2, tiny, {'greedy' if beams == 1 else f'{beams} beams'}",
-            pair.theirs,
-            pair.ours,
-            pair.inputs(max(3, bench.pairs // 2) + 1),
-            note="48 tokens, batch 1, 6 decoder layers, the published rules",
-        )
+        note = "48 tokens, batch 1, 6 decoder layers, the published rules"
+        name = f"florence-2, tiny, {search(beams)}"
+        pair.compare(bench, name, max(3, bench.pairs // 2), note=note)
 
 
 def florence_base(bench: Bench) -> None:
@@ -58,8 +46,7 @@ def florence_base(bench: Bench) -> None:
     pair = Pair(build("florence-2-base", bench.device, "float16"), 100, 768)
     for beams, target in ((1, 10.0), (3, None)):
         pair.beams = beams
-        how = "greedy" if beams == 1 else f"{beams} beams"
-        _decode_row(bench, f"florence-2-base, decode, {how}", pair, target)
+        _decode_row(bench, f"florence-2-base, decode, {search(beams)}", pair, target)
     _free(pair)
 
 
@@ -79,27 +66,30 @@ def seven_b(bench: Bench) -> None:
     _free(pair)
 
 
+def _seconds_a_token(
+    bench: Bench, pair: Pair, side: Callable[..., list[int]], given: Any
+) -> tuple[float, list[int]]:
+    """Behind the first: a whole answer less one of a single token; and the answer."""
+    short, _ = bench.seconds(side, given, 1)
+    long, row = bench.seconds(side, given)
+    return (long - short) / (pair.new_tokens - 1), row
+
+
 def _decode_row(bench: Bench, name: str, pair: Pair, target: float | None) -> None:
-    """Seconds a token behind the first: a whole answer less one of a single token."""
+    """Seconds a token of both sides."""
     times: list[tuple[float, float]] = []
-    same, agreed = True, []
-    for number, given in enumerate(pair.inputs(bench.pairs + 1)):
-        spent = []
-        rows = []
-        for side in (pair.theirs, pair.ours):
-            short, _ = bench.seconds(side, given, 1)
-            long, row = bench.seconds(side, given)
-            spent.append((long - short) / (pair.new_tokens - 1))
-            rows.append(row)
-        if number:
-            times.append((spent[0], spent[1]))
-        same = same and rows[0] == rows[1]
-        agreed.append(_common_prefix(*rows))
+    agreed, same = [], True
+    for given in pair.inputs(bench.pairs + 1):
+        a, expected = _seconds_a_token(bench, pair, pair.theirs, given)
+        b, found = _seconds_a_token(bench, pair, pair.ours, given)
+        times.append((a, b))
+        same = same and expected == found
+        agreed.append(_common_prefix(expected, found))
     note = f"seconds a token, {pair.new_tokens} tokens, float16, batch 1"
     if not same:
         # Random weights leave the best two tokens close: one rounding ends the likeness.
         note += f"; the first {min(agreed)} to {max(agreed)} tokens are the same"
-    bench.add(name, times, same, note=note, target=target)
+    bench.add(name, times[1:], same, note=note, target=target)
 
 
 def _common_prefix(one: list[int], other: list[int]) -> int:
@@ -136,15 +126,12 @@ def _roofline(bench: Bench, name: str, pair: Pair, target: float | None) -> None
     length = pair.image_vectors(given[0]) + pair.words + pair.new_tokens / 2
     kept = 2 * config.num_hidden_layers * config.num_key_value_heads * size * length * 2
     least = (weights + kept) / bandwidth
-    times = []
-    for number in range(bench.pairs + 1):
-        short, _ = bench.seconds(pair.ours, given, 1)
-        long, _ = bench.seconds(pair.ours, given)
-        if number:
-            times.append((least, (long - short) / (pair.new_tokens - 1)))
+    times = [
+        (least, _seconds_a_token(bench, pair, pair.ours, given)[0]) for _ in range(bench.pairs + 1)
+    ]
     bench.add(
         f"{name}, share of the memory roofline",
-        times,
+        times[1:],
         note=f"weights and KV at a measured copy's {bandwidth / 1e12:.2f} TB/s; 1 is the limit",
         target=target,
     )

@@ -19,7 +19,12 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from librobot_vlm_ros.bags import BagReader, shipped_bag
 from librobot_vlm_ros.bench.measure import Bench
-from librobot_vlm_ros.bench.models import published_settings, qwen_with_tokenizer
+from librobot_vlm_ros.bench.models import (
+    generate_by_transformers,
+    published_settings,
+    qwen_with_tokenizer,
+    search,
+)
 from librobot_vlm_ros.core import (
     Frame,
     GenerationParams,
@@ -107,28 +112,21 @@ class _Transformers:
         spec = FLORENCE_TASKS[task]
         pieces = build_prompt(spec, text, None, frame.width, frame.height)
         words = vlm.tokenizer.prompt(pieces)
-        config, settings = vlm.config, vlm.processor.settings
+        config = vlm.config
         ids = torch.tensor([[*[config.image_token_id] * vlm.processor.image_tokens, *words]])
         room = min(config.text_config.max_position_embeddings, vlm.limits.max_new_tokens)
-        generation = GenerationConfig(
-            do_sample=False,
-            num_beams=beams,
-            max_length=min(settings.max_new_tokens, room) + 1,
-            bos_token_id=config.text_config.bos_token_id,
-            eos_token_id=config.text_config.eos_token_id,
-            pad_token_id=config.text_config.pad_token_id,
-            suppress_tokens=vlm.processor.suppressed(),
+        settings = {
+            "num_beams": beams,
+            "max_length": min(vlm.processor.settings.max_new_tokens, room) + 1,
+            "bos_token_id": config.text_config.bos_token_id,
+            "eos_token_id": config.text_config.eos_token_id,
+            "pad_token_id": config.text_config.pad_token_id,
+            "suppress_tokens": vlm.processor.suppressed(),
             **published_settings(vlm),
-        )
-        device = vlm.torch_device
-        with torch.inference_mode():
-            out = self.module.generate(
-                input_ids=ids.to(device),
-                attention_mask=torch.ones_like(ids, device=device),
-                pixel_values=pixels.to(device, vlm.torch_dtype),
-                generation_config=generation,
-            )
-        row: list[int] = out[0, 1:].tolist()
+        }
+        pixels = pixels.to(vlm.torch_device, vlm.torch_dtype)
+        ids = ids.to(vlm.torch_device)
+        row = generate_by_transformers(self.module, ids, settings, pixel_values=pixels)[1:]
         vlm.tokenizer.decode(row)
         return row
 
@@ -169,36 +167,47 @@ def tabletop(bench: Bench) -> None:
 
         usual = " (as shipped)" if beams == vlm.processor.settings.num_beams else ""
         bench.paired(
-            f"tabletop, detect, {'greedy' if beams == 1 else f'{beams} beams'}{usual}",
+            f"tabletop, detect, {search(beams)}{usual}",
             theirs,
             ours,
             [fresh(frame) for frame in frames[: bench.pairs + 1]],
             note="a 640x480 frame to boxes",
             target=2.0,
         )
-    _on_one_frame(bench, vlm, [fresh(frame) for frame in frames[: bench.pairs + 1]])
+    _on_one_frame(
+        bench,
+        "tabletop",
+        vlm,
+        [fresh(frame) for frame in frames[: bench.pairs + 1]],
+        [("caption", ""), ("detect", ""), ("ground", "the red cube")],
+        ("time to the first token; the encoder reads image and words together, every time", None),
+        ("caption, detect and ground together, against the dearest alone", 1.4),
+    )
     _in_a_batch(bench, vlm, recorder, [fresh(frame) for frame in frames])
 
 
-def _on_one_frame(bench: Bench, vlm: Any, frames: Sequence[Frame]) -> None:
-    """A second question, and three standing tasks against the dearest of them alone."""
-    questions = (("caption", ""), ("detect", ""))
-    times = [_one_after_the_other(bench, vlm, frame, questions) for frame in frames]
-    bench.add(
-        "tabletop, second question on a frame",
-        times[1:],
-        share=True,
-        note="time to the first token; the encoder reads image and words together, every time",
-    )
-    tasks = (("caption", ""), ("detect", ""), ("ground", "the red cube"))
-    times = [_alone_and_together(bench, vlm, frame, tasks) for frame in frames]
-    bench.add(
-        "tabletop, three standing tasks on a frame",
-        times[1:],
-        share=True,
-        note="caption, detect and ground together, against the dearest alone",
-        target=1.4,
-    )
+def _on_one_frame(
+    bench: Bench,
+    name: str,
+    vlm: Any,
+    frames: Sequence[Frame],
+    asked: Sequence[tuple[str, str]],
+    second: tuple[str, float | None],
+    together: tuple[str, float | None],
+    **params: Any,
+) -> None:
+    """A second question on a frame, and three against the dearest of them alone.
+
+    `asked`: task and text of each; `second`, `together`: note and target of the two rows.
+    """
+    after = [_one_after_the_other(bench, vlm, frame, asked[:2]) for frame in frames]
+    shared = [_alone_and_together(bench, vlm, frame, asked, **params) for frame in frames]
+    for what, times, (note, target) in (
+        ("second question", after, second),
+        ("three standing tasks", shared, together),
+    ):
+        row = f"{name}, {what} on a frame"
+        bench.add(row, times[1:], share=True, note=note, target=target)
 
 
 def _one_after_the_other(
@@ -250,25 +259,15 @@ def one_frame(bench: Bench) -> None:
     """A causal model asked several things about a frame, whose cached prefix it reuses."""
     vlm = qwen_with_tokenizer(bench.device)
     texts = ("is there a cube?", "what lies on the table?", "which way is free?")
-    asked = [("answer", text) for text in texts]
-    seconds, together = [], []
-    for number in range(bench.pairs + 1):
-        frame = noise(number)
-        seconds.append(_one_after_the_other(bench, vlm, frame, asked[:2]))
-        together.append(_alone_and_together(bench, vlm, frame, asked, max_new_tokens=32))
-    bench.add(
-        "qwen2-vl, tiny, second question on a frame",
-        seconds[1:],
-        share=True,
-        note="time to the first token, the image is read once",
-        target=0.2,
-    )
-    bench.add(
-        "qwen2-vl, tiny, three standing tasks on a frame",
-        together[1:],
-        share=True,
-        note="32 tokens each in one batch, against the dearest alone",
-        target=1.4,
+    _on_one_frame(
+        bench,
+        "qwen2-vl, tiny",
+        vlm,
+        [noise(number) for number in range(bench.pairs + 1)],
+        [("answer", text) for text in texts],
+        ("time to the first token, the image is read once", 0.2),
+        ("32 tokens each in one batch, against the dearest alone", 1.4),
+        max_new_tokens=32,
     )
 
 

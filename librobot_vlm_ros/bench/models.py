@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from librobot_vlm_ros.bench.measure import Bench
 from librobot_vlm_ros.models import create_vlm
 
 #: Small models by registered name. Their weights start out wide, so that answers vary: a fresh
@@ -54,6 +55,11 @@ def _weigh_written_tokens(vlm: Any) -> None:
             layer.self_attn.q_proj.weight.mul_(0.3)
 
 
+def search(beams: int) -> str:
+    """What a row's name calls the way to search."""
+    return "greedy" if beams == 1 else f"{beams} beams"
+
+
 class Pair:
     """A model asked both ways about the same normalised image and the same ids."""
 
@@ -85,22 +91,16 @@ class Pair:
         """Through transformers."""
         image, ids = given
         vlm, config = self.vlm, self.vlm.config
-        device = vlm.torch_device
-        ids = ids.to(device)
         more: dict[str, Any] = {"pixel_values": image}
-        count = self.image_vectors(image)
-        mark = torch.full((1, count), config.image_token_id, device=device)
+        mark = torch.full((1, self.image_vectors(image)), config.image_token_id)
+        whole = torch.cat([mark, ids], dim=1).to(vlm.torch_device)
         text = config.text_config
-        image_first = getattr(vlm, "image_leads", False)  # also in front of the begin token
-        front = getattr(text, "bos_token_id", None) == int(ids[0, 0]) and not image_first
-        whole = torch.cat([ids[:, :1], mark, ids[:, 1:]] if front else [mark, ids], dim=1)
         if self.qwen:
             more = self._patches(image)
             more["mm_token_type_ids"] = (whole == config.image_token_id).int()
         if vlm.family == "paligemma":
             more["token_type_ids"] = torch.zeros_like(whole)
-        suppressed = vlm.processor.suppressed()
-        settings: dict[str, Any] = {"do_sample": False, "suppress_tokens": suppressed}
+        settings: dict[str, Any] = {"suppress_tokens": vlm.processor.suppressed()}
         settings |= {"max_new_tokens": new_tokens or self.new_tokens, "num_beams": self.beams}
         ends = text.eos_token_id
         settings["eos_token_id"] = ends
@@ -109,20 +109,16 @@ class Pair:
         if self.florence:
             settings |= published_settings(vlm)
         vlm.module.generation_config = GenerationConfig()
-        with torch.inference_mode():
-            out = vlm.module.generate(
-                input_ids=whole,
-                attention_mask=torch.ones_like(whole),
-                generation_config=GenerationConfig(**settings),
-                **more,
-            )
-        return list(out[0, 1 if self.florence else whole.shape[1] :].tolist())
+        row = generate_by_transformers(vlm.module, whole, settings, **more)
+        return row[1 if self.florence else whole.shape[1] :]
+
+    def compare(self, bench: Bench, name: str, runs: int, **rest: Any) -> None:
+        """A row of `Bench.paired` for so many images."""
+        bench.paired(name, self.theirs, self.ours, self.inputs(runs + 1), **rest)
 
     def image_vectors(self, image: Tensor) -> int:
         """How many vectors of the text model the image becomes."""
-        if self.qwen:
-            return int(self.vlm._count(image[0]))
-        return int(self.vlm.processor.image_tokens)
+        return int(self.vlm.processor.count(image[0] if self.qwen else image))
 
     def _patches(self, image: Tensor) -> dict[str, Any]:
         from librobot_vlm_ros.models.families.qwen_vl.processor import patches
@@ -134,9 +130,23 @@ class Pair:
         return {"pixel_values": cells, "image_grid_thw": grid}
 
 
+def generate_by_transformers(
+    module: Any, ids: Tensor, settings: dict[str, Any], **inputs: Any
+) -> list[int]:
+    """What `generate` makes of ids [1, T] by these settings, never by chance."""
+    with torch.inference_mode():
+        out = module.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=GenerationConfig(do_sample=False, **settings),
+            **inputs,
+        )
+    return list(out[0].tolist())
+
+
 def published_settings(florence: Any) -> dict[str, Any]:
     """What a Florence-2 checkpoint says about generation, as transformers names it."""
-    settings = florence.settings
+    settings = florence.processor.settings
     return {
         "decoder_start_token_id": florence.config.text_config.decoder_start_token_id,
         "no_repeat_ngram_size": settings.no_repeat_ngram_size or None,

@@ -17,9 +17,14 @@ from typing import Any, ClassVar
 from librobot_vlm_ros.core import ErrorCode, ModelError
 
 
+def bad_config(what: str, hint: str = "") -> ModelError:
+    """The error BAD_CONFIG, with what to do about it."""
+    return ModelError(ErrorCode.BAD_CONFIG, what, hint)
+
+
 def bad_value(field: str, value: object, expected: str) -> ModelError:
     """The error for a field, named with its file: "config.json: text_config.vocab_size"."""
-    return ModelError(ErrorCode.BAD_CONFIG, f"{field} is {value!r}, expected {expected}")
+    return bad_config(f"{field} is {value!r}, expected {expected}")
 
 
 def check_integer(field: str, value: object, least: int, most: int | None = None) -> None:
@@ -46,8 +51,7 @@ def check_marks(marks: Mapping[str, int], vocabulary: int) -> None:
     """Raises ModelError BAD_CONFIG where a vocabulary has no room for these tokens."""
     for name, token in marks.items():
         if token >= vocabulary:
-            raise ModelError(
-                ErrorCode.BAD_CONFIG,
+            raise bad_config(
                 f"{name} is {token}, the vocabulary has {vocabulary}",
                 f"give a smaller vocabulary its own {', '.join(marks)}",
             )
@@ -85,9 +89,7 @@ def unreadable(what: str, hint: str = "") -> Iterator[None]:
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise ModelError(
-            ErrorCode.BAD_CONFIG, f"{what}: {type(error).__name__} {error}", hint
-        ) from error
+        raise bad_config(f"{what}: {type(error).__name__} {error}", hint) from error
 
 
 @contextmanager
@@ -98,7 +100,7 @@ def strict_config(what: str) -> Iterator[None]:
     except ModelError:
         raise
     except Exception as error:  # its strict classes raise errors of their own kinds
-        raise ModelError(ErrorCode.BAD_CONFIG, f"{what}: {error}") from error
+        raise bad_config(f"{what}: {error}") from error
 
 
 def from_dict(kind: str, config: Mapping[str, Any], what: str) -> Any:
@@ -222,8 +224,7 @@ class FamilyConfig(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.variant not in self.variants:
-            raise ModelError(
-                ErrorCode.BAD_CONFIG,
+            raise bad_config(
                 f"there is no {self.family} variant {self.variant!r}",
                 f"variants: {', '.join(self.variants)}",
             )

@@ -29,6 +29,7 @@ from librobot_vlm_ros.core import (
     as_vlm_error,
 )
 from librobot_vlm_ros.models.backend import OnToken, ShouldStop, stop_reason
+from librobot_vlm_ros.models.configuration import bad_config
 from librobot_vlm_ros.models.registry import model_info, register_vlm
 
 #: Loading asks this many times whether it was cancelled.
@@ -69,9 +70,8 @@ class FakeConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
-                raise ModelError(
-                    ErrorCode.BAD_CONFIG,
-                    f"fake model: {field.name} is {value!r}, expected a number of at least 0",
+                raise bad_config(
+                    f"fake model: {field.name} is {value!r}, expected a number of at least 0"
                 )
 
 
@@ -226,9 +226,7 @@ def _config(config: FakeConfig | Mapping[str, Any] | None) -> FakeConfig:
         return FakeConfig(**(config or {}))
     except TypeError as error:
         known = ", ".join(field.name for field in dataclasses.fields(FakeConfig))
-        raise ModelError(
-            ErrorCode.BAD_CONFIG, f"fake model: {error}", f"settings are: {known}"
-        ) from error
+        raise bad_config(f"fake model: {error}", f"settings are: {known}") from error
 
 
 def _due(count: int, every: int) -> bool:

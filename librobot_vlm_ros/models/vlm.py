@@ -35,7 +35,7 @@ from librobot_vlm_ros.models.cache.image_features import FrameEntry, ImageFeatur
 from librobot_vlm_ros.models.cache.prefix import PrefixCache
 from librobot_vlm_ros.models.checkpoints.checksum import check_sha256
 from librobot_vlm_ros.models.checkpoints.hub import find_weights, folder_digest
-from librobot_vlm_ros.models.checkpoints.size_limits import refuse_endless
+from librobot_vlm_ros.models.checkpoints.shards import refuse_endless
 from librobot_vlm_ros.models.configuration import ModelConfig
 from librobot_vlm_ros.models.generation.decoder import Decoder
 from librobot_vlm_ros.models.generation.fast.weights import states

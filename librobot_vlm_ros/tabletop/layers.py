@@ -31,9 +31,7 @@ from librobot_vlm_ros.tabletop.world import World
 
 @dataclass(frozen=True)
 class Layer:
-    """One object alone: crop at (top, left) with rgb uint8 [h, w, 3], mask bool, depth float32 [h,
-    w].
-    """
+    """One object alone: crop at (top, left), rgb uint8 [h, w, 3], mask, depth float32 [h, w]."""
 
     label: str
     top: int

@@ -41,9 +41,7 @@ from librobot_vlm_ros.tabletop.training import TrainingRun, options
 
 
 def location_basis() -> torch.Tensor:
-    """[1000, 26]: constant, linear, square, cosines and sines of falling wavelength, over the
-    bins.
-    """
+    """[1000, 26] over the bins: constant, linear, square, waves of falling length."""
     at = (torch.arange(LOC_BINS) + 0.5) / LOC_BINS
     parts = [torch.ones_like(at), at * 2 - 1, (at * 2 - 1) ** 2 * 1.5 - 0.5]
     for wave in (2.0, 1.4, 1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.125, 0.09, 0.0625):
@@ -73,9 +71,7 @@ def place_positions(embed: Any) -> None:
 
 
 class TextTrainer(nn.Module):
-    """Projector, BART and the tied embedding of a Florence-2 module, trained with smooth
-    locations.
-    """
+    """Projector, BART and tied embedding of a Florence-2 module, trained with smooth locations."""
 
     basis: torch.Tensor
 
@@ -140,9 +136,7 @@ class TextTrainer(nn.Module):
         return self._loss(logits, answer[on], place[on], spread)
 
     def _moved(self, to: int, since: int, count: int) -> torch.Tensor:
-        """What to add to ``count`` tokens at ``since`` so that the encoder takes them to be at
-        ``to``.
-        """
+        """What to add to ``count`` tokens at ``since`` so that they stand at ``to``."""
         positions = self.text.encoder.embed_positions
         rows, offset = positions.weight, positions.offset
         return rows[offset + to :][:count] - rows[offset + since :][:count]

@@ -33,12 +33,14 @@ def pixels_of(samples: list[Sample]) -> torch.Tensor:
     return torch.from_numpy((stack - MEAN) / STD).permute(0, 3, 1, 2)
 
 
-def dense_targets(samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """kind [B, C, C] (-100 undecided), colour [B, C, C] (-100 none), ltrb [B, C, C, 4] in cells."""
-    targets = [owner_targets(sample, sample.owner) for sample in samples]
-    kinds, colours, boxes = (
-        torch.from_numpy(np.stack(part)) for part in zip(*targets, strict=True)
-    )
+def dense_targets(
+    samples: list[Sample], owners: list[np.ndarray]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of each sample's owner map [C, C]: kind [B, C, C] (-100 undecided), colour [B, C, C] (-100
+    none), ltrb [B, C, C, 4] in cells.
+    """
+    targets = zip(*map(owner_targets, samples, owners), strict=True)
+    kinds, colours, boxes = (torch.from_numpy(np.stack(part)) for part in targets)
     return kinds, colours, boxes
 
 
@@ -89,7 +91,7 @@ def dense_loss(
     features: torch.Tensor, samples: list[Sample]
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """Loss of the tower's output [B, D, C, C] against the samples, and its figures."""
-    kind, colour, ltrb = dense_targets(samples)
+    kind, colour, ltrb = dense_targets(samples, [sample.owner for sample in samples])
     cells = features.float().permute(0, 2, 3, 1)
     kind_logits, colour_logits, boxes = cells[..., KIND], cells[..., COLOUR], cells[..., BOX]
     on, tinted = kind > 0, colour >= 0
@@ -115,9 +117,7 @@ def dense_loss(
 def head8_loss(head8: nn.Module, kept: torch.Tensor, samples: list[Sample]) -> torch.Tensor:
     """Loss of a linear head on the features [B, D8, 24, 24] of stride 8: kind and colour."""
     said = head8(kept.float().permute(0, 2, 3, 1))
-    targets = [owner_targets(sample, sample.owner8) for sample in samples]
-    kind = torch.from_numpy(np.stack([target[0] for target in targets]))
-    colour = torch.from_numpy(np.stack([target[1] for target in targets]))
+    kind, colour, _ = dense_targets(samples, [sample.owner8 for sample in samples])
     loss = F.cross_entropy(said[..., KIND].flatten(0, 2), kind.flatten())
     return loss + F.cross_entropy(said[..., COLOUR].flatten(0, 2), colour.flatten())
 

@@ -94,9 +94,7 @@ class Pose:
 
 @dataclass(frozen=True)
 class Rendering:
-    """rgb uint8 [H, W, 3], depth float32 [H, W] in metres, body int32 [H, W] (-1 where nothing
-    is).
-    """
+    """rgb uint8 [H, W, 3], depth float32 [H, W] in metres, body int32 [H, W], -1 for none."""
 
     rgb: np.ndarray
     depth: np.ndarray
@@ -106,9 +104,7 @@ class Rendering:
 def solid(
     kind: str, size: tuple[float, float, float], steps: int = 28
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Vertices [N, 3], normals [N, 3] and triangles [M, 3] of a cube, ball or cylinder of
-    ``size``.
-    """
+    """Vertices [N, 3], normals [N, 3], triangles [M, 3] of a cube, ball or cylinder of ``size``."""
     patches: list[tuple[np.ndarray, np.ndarray]] = []  # grids of points and of their normals
     turn = np.linspace(0, 2 * math.pi, steps + 1)
     if kind == "cube":
@@ -204,6 +200,16 @@ class World:
         visual = self._bullet.createVisualShape(self._pb.GEOM_BOX, halfExtents=half)
         return int(self._bullet.createMultiBody(0, -1, visual, _HIDDEN))
 
+    def _stand(
+        self,
+        body: int,
+        position: tuple[float, float, float] = _HIDDEN,
+        euler: tuple[float, float, float] = (0.0, 0.0, 0.0),
+    ) -> None:
+        """Put a body somewhere; out of sight without a position."""
+        turn = self._bullet.getQuaternionFromEuler(euler)
+        self._bullet.resetBasePositionAndOrientation(body, position, turn)
+
     def _texture(self, name: str) -> int:
         if name not in self._textures:
             self._textures[name] = self._bullet.loadTexture(str(self.data / name))
@@ -232,8 +238,8 @@ class World:
         """Put every object, the mat and the clutter out of sight."""
         for bodies in self._pool.values():
             for body in bodies:
-                self._bullet.resetBasePositionAndOrientation(body, _HIDDEN, (0, 0, 0, 1))
-        self._bullet.resetBasePositionAndOrientation(self.mat, _HIDDEN, (0, 0, 0, 1))
+                self._stand(body)
+        self._stand(self.mat)
         if self.arm is not None:
             self._bullet.removeBody(self.arm)
             self.arm = None
@@ -251,9 +257,7 @@ class World:
         """Stand an object on the table; returns its body number. ``tint`` scales its brightness."""
         body = self._next_body(kind, lambda: self._create(kind))
         low, _ = shape_extent(kind, pose.euler, self.data)
-        position = (pose.x, pose.y, TABLE_TOP + 0.001 - float(low[2]))
-        turn = self._bullet.getQuaternionFromEuler(pose.euler)
-        self._bullet.resetBasePositionAndOrientation(body, position, turn)
+        self._stand(body, (pose.x, pose.y, TABLE_TOP + 0.001 - float(low[2])), pose.euler)
         base = COLOURS[colour] if colour is not None else (SHAPES[kind].rgba or (1, 1, 1, 1))[:3]
         rgba = [min(1.0, channel * tint) for channel in base] + [1.0]
         self._bullet.changeVisualShape(body, -1, rgbaColor=rgba)
@@ -261,25 +265,19 @@ class World:
 
     def hide_last(self, kind: str, body: int) -> None:
         """Put the object placed last of its kind out of sight again."""
-        self._bullet.resetBasePositionAndOrientation(body, _HIDDEN, (0, 0, 0, 1))
+        self._stand(body)
         self._used[kind] -= 1
 
     def place_slab(
         self, size: tuple[float, float, float], xy: tuple[float, float], yaw: float,
         rgb: tuple[float, float, float],
-    ) -> int:  # fmt: skip
-        """Lay an unlabelled box (clutter) of ``size`` metres on the table; returns its body
-        number.
-        """
+    ) -> None:  # fmt: skip
+        """Lay an unlabelled box (clutter) of ``size`` metres on the table."""
         key = "slab " + ",".join(f"{side:.3f}" for side in size)
         half = (size[0] / 2, size[1] / 2, size[2] / 2)
         body = self._next_body(key, lambda: self._box(half))
-        turn = self._bullet.getQuaternionFromEuler((0, 0, yaw))
-        self._bullet.resetBasePositionAndOrientation(
-            body, (xy[0], xy[1], TABLE_TOP + 0.0015 + half[2]), turn
-        )
+        self._stand(body, (*xy, TABLE_TOP + 0.0015 + half[2]), (0, 0, yaw))
         self._bullet.changeVisualShape(body, -1, rgbaColor=(*rgb, 1.0))
-        return body
 
     def dress(
         self, table_rgb: tuple[float, float, float], floor_rgb: tuple[float, float, float],
@@ -290,7 +288,7 @@ class World:
             self._bullet.changeVisualShape(self.table, link, rgbaColor=(*table_rgb, 1.0))
         self._bullet.changeVisualShape(self.plane, -1, rgbaColor=(*floor_rgb, 1.0))
         if mat_rgb is not None:
-            self._bullet.resetBasePositionAndOrientation(self.mat, (0, 0, TABLE_TOP), (0, 0, 0, 1))
+            self._stand(self.mat, (0, 0, TABLE_TOP))
             self._bullet.changeVisualShape(self.mat, -1, rgbaColor=(*mat_rgb, 1.0))
 
     def place_arm(self, base: tuple[float, float, float], yaw: float, joints: list[float]) -> None:

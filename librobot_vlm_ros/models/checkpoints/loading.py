@@ -3,15 +3,19 @@
 A `CheckpointLayout` says how to recognise a folder by its config.json, which transformers model it
 becomes, and what each of its keys is called there. Loading goes tensor by tensor: each is
 converted, cast and put on its device before the next is read. At the end every key must have been
-used and every parameter filled. A family registers its layouts when its module is imported.
+used and every parameter filled; one that would not fit into the machine is refused before it is
+built. A family registers its layouts when its module is imported.
 """
 
 from __future__ import annotations
 
 import importlib
 import logging
+import os
+import re
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +23,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from librobot_vlm_ros.core import ErrorCode, ModelError
+from librobot_vlm_ros.core import ErrorCode, InferenceError, ModelError
 from librobot_vlm_ros.models.catalog import CATALOG
-from librobot_vlm_ros.models.checkpoints.key_mapping import Convert
 from librobot_vlm_ros.models.checkpoints.progress import LoggedProgress
 from librobot_vlm_ros.models.checkpoints.shards import iterate_tensors, read_config, weight_files
-from librobot_vlm_ros.models.checkpoints.size_limits import refuse_oversized
-from librobot_vlm_ros.models.configuration import check_integer
+from librobot_vlm_ros.models.configuration import bad_config, check_integer
 from librobot_vlm_ros.models.placement import Placement, dtype_name, move_module, resolve_placement
 
 _log = logging.getLogger(__name__)
+
+#: Gives (native key, tensor) for each that a checkpoint tensor becomes; nothing means dropped.
+Convert = Callable[[str, Tensor], Iterable[tuple[str, Tensor]]]
+#: Expressions of a checkpoint's keys, and what transformers calls them.
+KeyMap = tuple[tuple[re.Pattern[str], str], ...]
+#: No weights: what older versions wrote although it follows from the configuration.
+DERIVED = re.compile(r"\.(?:inv_freq|position_ids)$")
 
 #: transformers switches initialisation off for the whole process while a model is built empty.
 _build_lock = threading.Lock()
@@ -38,6 +47,9 @@ _build_lock = threading.Lock()
 _STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
+#: What transformers' classes raise for dimensions that make no model.
+_UNBUILDABLE = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
+_SWAP = re.compile(r"^SwapTotal:\s+(\d+) kB$", re.MULTILINE)
 #: Heads of attention, by the names that they have in the families' configurations.
 _HEADS = (
     "num_attention_heads",
@@ -72,15 +84,25 @@ class CheckpointLayout:
     plan: Callable[[dict[str, Any], Path], LoadPlan]
     #: (config.json, folder) -> files of weights that are loaded beside the folder's own, by names
     #: that their place does not change. Raises ModelError where one is missing.
-    companions: Callable[[dict[str, Any], Path], Mapping[str, Path]] = lambda config, folder: {}
+    companions: Callable[[dict[str, Any], Path], Mapping[str, Path]]
 
 
 _layouts: dict[str, CheckpointLayout] = {}
 
 
-def register_layout(layout: CheckpointLayout) -> None:
-    """Make a layout known. Two layouts must never match the same config.json."""
-    _layouts[layout.name] = layout
+def register_layout(
+    name: str,
+    matches: Callable[[Mapping[str, Any]], bool],
+    plan: Callable[[dict[str, Any], Path], LoadPlan],
+    companions: Callable[[dict[str, Any], Path], Mapping[str, Path]] = lambda config, folder: {},
+) -> None:
+    """Make a `CheckpointLayout` known. Two layouts must never match the same config.json."""
+    _layouts[name] = CheckpointLayout(name, matches, plan, companions)
+
+
+def model_type(kind: str) -> Callable[[Mapping[str, Any]], bool]:
+    """For `CheckpointLayout.matches`: whether a config.json states this model_type."""
+    return lambda config: config.get("model_type") == kind
 
 
 def find_layout(config: Mapping[str, Any]) -> CheckpointLayout:
@@ -90,8 +112,7 @@ def find_layout(config: Mapping[str, Any]) -> CheckpointLayout:
     matching = [layout for layout in _layouts.values() if layout.matches(config)]
     if len(matching) == 1:
         return matching[0]
-    raise ModelError(
-        ErrorCode.BAD_CONFIG,
+    raise bad_config(
         f"config.json (model_type {config.get('model_type')!r}) is of no known layout",
         f"known layouts: {', '.join(sorted(_layouts))}",
     )
@@ -180,22 +201,13 @@ def _construct(plan: LoadPlan, where: Placement) -> Any:
             shape = plan.model_class(plan.config)
         refuse_oversized(shape, where)
         return plan.model_class(plan.config)
-    except (
-        ArithmeticError,
-        AssertionError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise ModelError(
-            ErrorCode.BAD_CONFIG, f"no {plan.model_class.__name__} can be built: {error}"
-        ) from error
+    except _UNBUILDABLE as error:
+        raise bad_config(f"no {plan.model_class.__name__} can be built: {error}") from error
 
 
 def _fill(
     module: Any,
-    files: Iterable[Path],
+    files: list[Path],
     convert: Convert,
     where: Placement,
     should_cancel: Callable[[], bool],
@@ -204,7 +216,6 @@ def _fill(
     targets = module.state_dict(keep_vars=True)
     filled: dict[int, str] = {}  # parameter -> the name that filled it
     strange: list[str] = []
-    files = list(files)
     total, done = sum(path.stat().st_size for path in files), 0
     progress = LoggedProgress("loading weights")
     for path in files:
@@ -288,3 +299,68 @@ def _finite(tensor: Tensor) -> bool:
 def _some(names: list[str]) -> str:
     shown = ", ".join(names[:4])
     return f" ({shown}{', ...' if len(names) > 4 else ''})" if names else ""
+
+
+def refuse_oversized(shape: torch.nn.Module, where: Placement) -> None:
+    """Raises InferenceError OUT_OF_MEMORY where the whole device could not hold the model.
+
+    `shape` is the model on torch's device "meta", where tensors take no memory.
+    """
+    size = torch.empty((), dtype=where.dtype).element_size()
+    needed = sum(parameter.numel() * size for parameter in shape.parameters())
+    needed += sum(buffer.nbytes for buffer in shape.buffers())
+    has = _memory_bytes(where.device)
+    if needed > has:
+        raise InferenceError(
+            ErrorCode.OUT_OF_MEMORY,
+            f"by its config.json the model takes {needed / 1e9:.1f} GB as {where}, and there are "
+            f"{has / 1e9:.1f} GB in all",
+            "Use a smaller model or dtype, or a machine with more memory.",
+        )
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """All that the device has; on the CPU with the swap space."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    swap_kib = 0
+    with suppress(OSError):
+        told = _SWAP.search(Path("/proc/meminfo").read_text("ascii"))
+        swap_kib = int(told[1]) if told else 0
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + swap_kib * 1024
+
+
+def key_map(*renames: tuple[str, str]) -> KeyMap:
+    """A table of (regular expression, replacement); the first that matches counts."""
+    return tuple((re.compile(pattern), replacement) for pattern, replacement in renames)
+
+
+def renamed(key: str, renames: KeyMap) -> str:
+    """The name that the first matching pattern gives."""
+    for pattern, replacement in renames:
+        name, count = pattern.subn(replacement, key)
+        if count:
+            return name
+    return f"(unknown key) {key}"  # no parameter is called so: it is reported as strange
+
+
+def renaming(renames: KeyMap) -> Convert:
+    """A `Convert` that renames, and leaves every tensor as it is."""
+
+    def convert(key: str, value: Tensor) -> Iterable[tuple[str, Tensor]]:
+        if not DERIVED.search(key):
+            yield renamed(key, renames), value
+
+    return convert
+
+
+#: For checkpoints of transformers of a model with tower, projector and language model.
+native_tensors = renaming(
+    key_map(
+        (r"^(?:model\.)?vision_tower\.(?:vision_model\.)?", "model.vision_tower."),
+        (r"^(?:model\.)?multi_modal_projector\.", "model.multi_modal_projector."),
+        (r"^language_model\.lm_head\.", "lm_head."),
+        (r"^(?:model\.language_model|language_model\.model)\.", "model.language_model."),
+        (r"^lm_head\.", "lm_head."),
+    )
+)

@@ -55,9 +55,7 @@ def open_to_clients(named: Sequence[str], weights_at_start: str) -> tuple[Path, 
 
 
 def paths_in(model_config: str) -> list[str]:
-    """The files and folders that a `model_config` names; [] where it is no JSON, which is refused
-    elsewhere.
-    """
+    """Files and folders that a `model_config` names; [] where it is no JSON: others refuse that."""
     with suppress(ValueError, RecursionError):
         config = json.loads(model_config)
         if isinstance(config, dict):

@@ -15,10 +15,11 @@ import math
 import os
 import pickle
 import pickletools
+import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from librobot_vlm_ros.core import ErrorCode, ModelError, as_vlm_error
-from librobot_vlm_ros.models.checkpoints.size_limits import refuse_endless
+from librobot_vlm_ros.models.configuration import bad_config
 from librobot_vlm_ros.models.placement import dtype_name
 
+#: Of layers; the largest published models have about a hundred.
+_MOST_LAYERS = 1000
+_COUNT_OF_LAYERS = re.compile(r"(?:^|_)(?:layers|depths?|blocks)$")
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLES = ("model.safetensors", "pytorch_model.bin")
 #: Bytes of a file that are mapped at a time, at least; else a share of the file.
@@ -82,7 +86,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a checkpoint folder.
 
     Raises ModelError WEIGHTS_NOT_FOUND when folder or file is missing, BAD_CONFIG when unreadable
-    or asking for more than any model has (see `size_limits.refuse_endless`).
+    or asking for more than any model has (see `refuse_endless`).
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -94,6 +98,26 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json(path)
     refuse_endless(config)
     return config
+
+
+def refuse_endless(config: Mapping[str, Any], source: str = "config.json") -> None:
+    """Raises ModelError BAD_CONFIG for more layers than any model has, wherever they stand.
+
+    A model of a billion layers would be built until memory ends, and nobody could stop it.
+    """
+    found: list[tuple[str, Any]] = list(config.items())
+    while found:
+        name, value = found.pop()
+        if isinstance(value, Mapping):
+            found += value.items()
+        elif _COUNT_OF_LAYERS.search(str(name)):
+            numbers = value if isinstance(value, (list, tuple)) else [value]
+            count = sum(number for number in numbers if isinstance(number, int))
+            if max(count, len(numbers)) > _MOST_LAYERS:
+                raise bad_config(
+                    f"{source} asks for {count} layers as {name}, expected at most {_MOST_LAYERS}",
+                    "use the file that came with the weights",
+                )
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -104,53 +104,27 @@ def check_words(name: str, encode: Callable[[str], list[int]]) -> None:
 
 
 class CausalTokenizer:
-    """A tokenizer file, of either kind, as a model needs it."""
+    """A folder's tokenizer.json, or its sentencepiece file tokenizer.model, as a model needs it.
+
+    `hidden`: ids that an answer is shown without (begin, end, pad). `control`: spellings that are
+    no words even where the file does not know them, such as the image's. `added`: tokens beside a
+    sentencepiece file, which replace pieces of the same id (tokenizer.json holds its own). Raises
+    ModelError TOKENIZER_MISMATCH, or MISSING_DEPENDENCY without sentencepiece.
+    """
 
     def __init__(
         self,
-        source: Path,
-        encode: Callable[[str], list[int]],
-        decode: Callable[[list[int]], str],
-        vocabulary: dict[str, int],
-        control: Iterable[str],
-        hidden: frozenset[int],
-        added: Mapping[str, int],
-    ) -> None:
-        self._source = source
-        self._added = dict(added)
-        self._encode = encode
-        self._decode = decode
-        #: Number of tokens; ids from here on are padding of the model's tables.
-        self.size = max(vocabulary.values()) + 1
-        self.vocabulary = vocabulary
-        #: Spellings that are tokens of their own; a user's text must hold none of them.
-        self.control_tokens = tuple(sorted(control))
-        self._names = {vocabulary[t]: t for t in self.control_tokens if t in vocabulary}
-        self.control_ids = frozenset(self._names)
-        self._hidden = hidden
-        #: What `syntax_constraint` has found out about the tokens, by syntax.
-        self.constraint_cache: dict[Any, Any] = {}
-
-    @classmethod
-    def from_folder(
-        cls,
         folder: Path,
         *,
         hidden: Iterable[int],
         vocab_size: int,
         control: Iterable[str] = (),
         added: Mapping[str, int] | None = None,
-    ) -> CausalTokenizer:
-        """Read tokenizer.json, or the sentencepiece file tokenizer.model.
-
-        `hidden`: ids that an answer is shown without (begin, end, pad). `control`: spellings that
-        are no words even where the file does not know them, such as the image's. `added`: tokens
-        beside a sentencepiece file, which replace pieces of the same id (tokenizer.json holds its
-        own). Raises ModelError TOKENIZER_MISMATCH, or MISSING_DEPENDENCY without sentencepiece.
-        """
+    ) -> None:
         hidden = list(hidden)
         for token in hidden:
             check_token("config.json: a token of begin, end or pad", token, vocab_size)
+        self._hidden = frozenset(hidden)
         source = next((folder / n for n in (_FAST, _PIECES) if (folder / n).is_file()), None)
         if source is None:
             raise ModelError(
@@ -159,21 +133,27 @@ class CausalTokenizer:
                 "copy it from the model's repository into the folder",
             )
         fast = source.name == _FAST
-        added = {} if fast or added is None else added
-        encode, decode, vocabulary, own = (
-            _read_fast(source) if fast else _read_pieces(source, added)
+        self._source, self._added = source, {} if fast else dict(added or {})
+        self._encode, self._decode, self.vocabulary, own = (
+            _read_fast(source) if fast else _read_pieces(source, self._added)
         )
-        new = cls(source, encode, decode, vocabulary, {*own, *control}, frozenset(hidden), added)
-        strange = sorted(new._hidden.difference(vocabulary.values()))
-        if new.size > vocab_size or strange:
+        #: Number of tokens; ids from here on are padding of the model's tables.
+        self.size = max(self.vocabulary.values()) + 1
+        #: Spellings that are tokens of their own; a user's text must hold none of them.
+        self.control_tokens = tuple(sorted({*own, *control}))
+        self._names = {self.vocabulary[t]: t for t in self.control_tokens if t in self.vocabulary}
+        self.control_ids = frozenset(self._names)
+        #: What `syntax_constraint` has found out about the tokens, by syntax.
+        self.constraint_cache: dict[Any, Any] = {}
+        strange = sorted(self._hidden.difference(self.vocabulary.values()))
+        if self.size > vocab_size or strange:
             raise ModelError(
                 ErrorCode.TOKENIZER_MISMATCH,
-                f"{source.name} has {new.size} tokens for a model of {vocab_size}"
+                f"{source.name} has {self.size} tokens for a model of {vocab_size}"
                 + (f" and lacks token {strange[0]}" if strange else ""),
                 "use the tokenizer that came with the weights",
             )
-        check_words(source.name, new._encode)
-        return new
+        check_words(source.name, self._encode)
 
     def hide(self, ids: Iterable[int]) -> None:
         """Show answers without these ids, too."""

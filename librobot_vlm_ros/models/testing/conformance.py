@@ -66,9 +66,7 @@ class Hooks(Protocol):
         """Write a tiny checkpoint in the official layout, with its tokenizer."""
 
     def difference(self, folder: Path, module: Any) -> float:
-        """Largest difference of a logit between `module`, loaded from `folder`, and the original
-        arithmetic on the folder's own tensors.
-        """
+        """Largest difference of a logit between `module` and the original arithmetic."""
 
     def pixels(self, vlm: Any, image: npt.NDArray[np.uint8]) -> tuple[Any, Any]:
         """Normalised pixels of one image: ours, and the reference processor's, of one shape."""

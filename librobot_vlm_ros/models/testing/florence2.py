@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +140,7 @@ TEXT_HEADS, MAX_POSITIONS = TEXT["encoder_attention_heads"], TEXT["max_position_
 SIDE = 768
 
 
-def _layer_norm(w: Weights, name: str, x: Tensor) -> Tensor:
-    return layer_norm(w, name, x, 1e-5)
+_layer_norm = partial(layer_norm, eps=1e-5)
 
 
 def _depthwise(w: Weights, name: str, x: Tensor, side: int) -> Tensor:

@@ -33,6 +33,7 @@ from librobot_vlm_ros.models.testing.parts import (
     rotary,
     rotary_angles,
     write_json,
+    write_shards,
 )
 
 _CONFIG = official_config("internvl2")
@@ -133,22 +134,14 @@ def write_official(
     images = {"crop_size": side, "size": side, "resample": 3, "do_center_crop": True}
     images |= {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
     images["feature_extractor_type"] = "CLIPFeatureExtractor"
-    state = _weights(config)
-    names = sorted(state)
-    shards = {
-        "model-00001-of-00002.safetensors": names[::2],
-        "model-00002-of-00002.safetensors": names[1::2],
-    }
-    for shard, keys in shards.items():
-        save_file({key: state[key] for key in keys}, folder / shard)
-    weight_map = {key: shard for shard, keys in shards.items() for key in keys}
+    shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
     files = {
         "config": config,
         "added_tokens": added,
         "tokenizer_config": settings,
         "preprocessor_config": images,
         "generation_config": {"eos_token_id": [added["<|im_end|>"], added["<|im_start|>"]]},
-        "model.safetensors.index": {"metadata": {}, "weight_map": weight_map},
+        "model.safetensors.index": write_shards(folder, _weights(config), shards, save_file),
     }
     write_json(folder, **files)
 

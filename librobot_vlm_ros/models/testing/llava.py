@@ -7,7 +7,7 @@ class token, an MLP of two layers, put in the image's place), CLIP (Radford et a
 
 from __future__ import annotations
 
-import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from librobot_vlm_ros.models.testing.parts import (
     rms_norm,
     rotary_angles,
     write_json,
+    write_shards,
 )
 
 SIDE = 336
@@ -91,14 +92,9 @@ def write_official(folder: Path) -> None:
     (folder / "tokenizer.model").write_bytes(model)
     words = sentencepiece.SentencePieceProcessor(model_proto=model).get_piece_size()
     state = _llama_weights(RandomWeights(5), words)
-    names = sorted(state)
-    shards = {"a.bin": names[::2], "b.bin": names[1::2]}
-    for shard, keys in shards.items():
-        torch.save({key: state[key] for key in keys}, folder / shard)
-    weight_map = {key: shard for shard, keys in shards.items() for key in keys}
-    index = json.dumps({"metadata": {}, "weight_map": weight_map})
-    (folder / "pytorch_model.bin.index.json").write_text(index)
-    write_json(folder, config={**TEXT, "vocab_size": words})
+    index = write_shards(folder, state, ["a.bin", "b.bin"], torch.save)
+    config = {**TEXT, "vocab_size": words}
+    write_json(folder, config=config, **{"pytorch_model.bin.index": index})
     save_file(_clip_weights(RandomWeights(6)), tower / "model.safetensors")
     write_json(tower, config=_TOWER)
 
@@ -153,10 +149,7 @@ def _clip_features(state: State, image: Tensor) -> Tensor:
 
 def original_logits(state: State, image: Tensor, ids: list[int], at: int) -> Tensor:
     """Logits [T, words] of `ids` with the image in front of ids[at]."""
-
-    def norm(state: State, name: str, x: Tensor) -> Tensor:
-        return rms_norm(state, name, x, EPS)
-
+    norm = partial(rms_norm, eps=EPS)
     seen = gelu(linear(state, "model.mm_projector.0", _clip_features(state, image)))
     seen = linear(state, "model.mm_projector.2", seen)
     words = state["model.embed_tokens.weight"][ids]

@@ -11,6 +11,7 @@ import json
 import math
 import string
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 #: What the tokenizers of single letters can write.
 LETTERS = "▁\n" + string.ascii_letters + string.digits + string.punctuation
@@ -86,29 +88,21 @@ class RandomWeights:
 
 def linear(state: State, name: str, x: Tensor) -> Tensor:
     """x W^T + b, where there is a b."""
-    return x @ state[f"{name}.weight"].T + state.get(f"{name}.bias", torch.zeros(()))
+    return F.linear(x, state[f"{name}.weight"], state.get(f"{name}.bias"))
 
 
 def layer_norm(state: State, name: str, x: Tensor, eps: float) -> Tensor:
     """Mean 0 and spread 1 along the last axis, then the learnt scale and shift."""
-    spread = x.var(-1, correction=0, keepdim=True)
-    scaled = (x - x.mean(-1, keepdim=True)) / (spread + eps).sqrt()
-    return scaled * state[f"{name}.weight"] + state[f"{name}.bias"]
+    return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], eps)
 
 
 def rms_norm(state: State, name: str, x: Tensor, eps: float) -> Tensor:
     """Root mean square 1 along the last axis, then the learnt scale."""
-    return x * (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * state[f"{name}.weight"]
+    return F.rms_norm(x, x.shape[-1:], state[f"{name}.weight"], eps)
 
 
-def gelu(x: Tensor) -> Tensor:
-    """x times the normal distribution's cumulative probability of x."""
-    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    """The approximation of `gelu` by tanh."""
-    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+gelu: Callable[[Tensor], Tensor] = F.gelu
+gelu_tanh: Callable[[Tensor], Tensor] = partial(F.gelu, approximate="tanh")
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -150,9 +144,8 @@ def rotary(x: Tensor, angles: Tensor) -> Tensor:
 
 def patches(image: Tensor, kernel: Tensor) -> Tensor:
     """[3, H, W] and a convolution's kernel [D, 3, side, side] to vectors [N, D], row by row."""
-    side = kernel.shape[-1]
-    cells = image.unfold(1, side, side).unfold(2, side, side).permute(1, 2, 0, 3, 4)
-    return cells.flatten(2).flatten(0, 1) @ kernel.flatten(1).T
+    cells = F.conv2d(image[None], kernel, stride=kernel.shape[-1])
+    return cells[0].flatten(1).T
 
 
 def encoder_layer(
@@ -178,7 +171,7 @@ def decoder_layer(
     angles: Tensor,
     mask: Tensor,
     norm: Callable[[State, str, Tensor], Tensor],
-    activation: Callable[[Tensor], Tensor] = torch.nn.functional.silu,
+    activation: Callable[[Tensor], Tensor] = F.silu,
 ) -> Tensor:
     """A layer of Llama (Touvron et al. 2023), Gemma or Qwen on [T, D]."""
     y, size = norm(state, f"{at}input_layernorm", x), 2 * angles.shape[-1]
@@ -239,6 +232,18 @@ def write_json(folder: Path, **files: Any) -> None:
     """Write each as a file of that name with .json behind it."""
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def write_shards(
+    folder: Path, state: State, names: Sequence[str], save: Callable[[State, Path], None]
+) -> dict[str, Any]:
+    """Deal the tensors out to files of these names; gives the content of their index."""
+    keys = sorted(state)
+    shards = {name: keys[place :: len(names)] for place, name in enumerate(names)}
+    for name, part in shards.items():
+        save({key: state[key] for key in part}, folder / name)
+    weight_map = {key: name for name, part in shards.items() for key in part}
+    return {"metadata": {}, "weight_map": weight_map}
 
 
 def reference_pixels(processor: Any, image: npt.NDArray[np.uint8]) -> Tensor:

@@ -131,12 +131,7 @@ def write_official(folder: Path, tiny: Tiny) -> None:
     save_file(_weights(tiny), folder / "model.safetensors")
 
 
-def _norm(w: State, name: str, x: Tensor) -> Tensor:
-    return layer_norm(w, name, x, EPS)
-
-
-def _rms(w: State, name: str, x: Tensor) -> Tensor:
-    return rms_norm(w, name, x, EPS)
+_norm, _rms = partial(layer_norm, eps=EPS), partial(rms_norm, eps=EPS)
 
 
 def _position_table(table: Tensor, rows: int, columns: int) -> Tensor:

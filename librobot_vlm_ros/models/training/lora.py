@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
 from librobot_vlm_ros.models.checkpoints.shards import iterate_tensors, read_json
-from librobot_vlm_ros.models.configuration import ModelConfig
+from librobot_vlm_ros.models.configuration import ModelConfig, bad_config
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
@@ -68,10 +68,8 @@ def add_adapter(module: nn.Module, language_model: nn.Module, settings: ModelCon
     adapter already or for targets that are no layers, MISSING_DEPENDENCY without peft.
     """
     if has_adapter(module):
-        raise ModelError(
-            ErrorCode.BAD_CONFIG,
-            "the model has an adapter already",
-            "merge_adapter or remove_adapter first",
+        raise bad_config(
+            "the model has an adapter already", "merge_adapter or remove_adapter first"
         )
     targets = settings.lora_target_modules
     if targets is None:
@@ -158,8 +156,7 @@ def merge_adapter(module: nn.Module) -> None:
     _need_adapter(module)
     layers = [layer for _path, _owner, _name, layer in wrapped_layers(module)]
     if any(not layer.get_base_layer().weight.is_floating_point() for layer in layers):
-        raise ModelError(
-            ErrorCode.BAD_CONFIG,
+        raise bad_config(
             "an adapter cannot be merged into quantised weights without loss",
             "save_adapter, load the model with quantization none, load_adapter, merge_adapter",
         )
@@ -223,11 +220,7 @@ def _peft() -> Any:
 
 def _need_adapter(module: nn.Module) -> None:
     if not has_adapter(module):
-        raise ModelError(
-            ErrorCode.BAD_CONFIG,
-            "the model has no adapter",
-            "add_adapter or load_adapter first",
-        )
+        raise bad_config("the model has no adapter", "add_adapter or load_adapter first")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -253,10 +246,9 @@ def _lora_config(stated: Mapping[str, Any]) -> Any:
     """peft's LoraConfig for an adapter_config.json that asks for a plain LoRA."""
     kind = stated.get("peft_type")
     if kind != "LORA":
-        raise ModelError(ErrorCode.BAD_CONFIG, f"{_CONFIG}: peft_type is {kind!r}, expected 'LORA'")
+        raise bad_config(f"{_CONFIG}: peft_type is {kind!r}, expected 'LORA'")
     if (init := stated.get("init_lora_weights")) not in _PLAIN_INITS:
-        raise ModelError(
-            ErrorCode.BAD_CONFIG,
+        raise bad_config(
             f"{_CONFIG}: init_lora_weights {init!r} changes the base weights, too",
             "convert it to a plain LoRA when saving it (see peft's documentation)",
         )
@@ -267,15 +259,14 @@ def _lora_config(stated: Mapping[str, Any]) -> Any:
         if value and key not in (*_TAKEN, *_IGNORED) and value != usual.get(key)
     ]
     if strange:
-        raise ModelError(
-            ErrorCode.BAD_CONFIG,
+        raise bad_config(
             f"{_CONFIG} asks for what is not supported here: {', '.join(sorted(strange))}",
             "use a plain LoRA adapter",
         )
     try:
         return _peft().LoraConfig(**{name: stated[name] for name in _TAKEN if name in stated})
     except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(ErrorCode.BAD_CONFIG, f"{_CONFIG}: {error}") from error
+        raise bad_config(f"{_CONFIG}: {error}") from error
 
 
 def _attach(module: nn.Module, config: Any) -> None:
@@ -287,17 +278,14 @@ def _attach(module: nn.Module, config: Any) -> None:
     try:
         _peft().inject_adapter_in_model(config, module, adapter_name=_NAME)
     except (KeyError, TypeError, ValueError, re.error) as error:
-        raise ModelError(
-            ErrorCode.BAD_CONFIG,
-            f"the model cannot take this adapter: {error}",
-            "see lora_target_modules",
+        raise bad_config(
+            f"the model cannot take this adapter: {error}", "see lora_target_modules"
         ) from error
     named = () if isinstance(config.target_modules, str) else sorted(config.target_modules or ())
     paths = [f".{path}" for path, _owner, _name, _layer in wrapped_layers(module)]
     missing = [name for name in named if not any(path.endswith(f".{name}") for path in paths)]
     if missing:
-        raise ModelError(
-            ErrorCode.BAD_CONFIG,
+        raise bad_config(
             f"the model has no layer that an adapter could have called {', '.join(missing)}",
             "see lora_target_modules",
         )

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
-from librobot_vlm_ros.models.configuration import ModelConfig
+from librobot_vlm_ros.models.configuration import ModelConfig, bad_config
 
 QUANTIZATIONS = ("none", "int8", "nf4")
 
@@ -28,17 +28,14 @@ def quantization_for(config: ModelConfig, asked: str) -> str:
     MISSING_DEPENDENCY without bitsandbytes.
     """
     if config.use_qlora and asked == "int8":
-        raise ModelError(
-            ErrorCode.BAD_CONFIG,
+        raise bad_config(
             "use_qlora is 4-bit, quantization is int8",
             "use use_lora with quantization int8, or use_qlora alone",
         )
     kind = "nf4" if config.use_qlora else asked
     if kind not in QUANTIZATIONS:
-        raise ModelError(
-            ErrorCode.BAD_CONFIG,
-            f"there is no quantization {kind!r}",
-            f"use one of: {', '.join(QUANTIZATIONS)}",
+        raise bad_config(
+            f"there is no quantization {kind!r}", f"use one of: {', '.join(QUANTIZATIONS)}"
         )
     if kind != "none":
         _bitsandbytes()

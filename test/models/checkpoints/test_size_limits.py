@@ -10,9 +10,9 @@ from torch import nn
 
 from librobot_vlm_ros.core import ErrorCode, ModelError, VlmError
 from librobot_vlm_ros.models import create_vlm
-from librobot_vlm_ros.models.checkpoints import size_limits as proportions
-from librobot_vlm_ros.models.checkpoints.shards import read_config
-from librobot_vlm_ros.models.checkpoints.size_limits import refuse_endless, refuse_oversized
+from librobot_vlm_ros.models.checkpoints import loading
+from librobot_vlm_ros.models.checkpoints.loading import refuse_oversized
+from librobot_vlm_ros.models.checkpoints.shards import read_config, refuse_endless
 from librobot_vlm_ros.models.placement import resolve_placement
 
 MANY = 10**9
@@ -63,7 +63,7 @@ def test_a_model_that_no_memory_of_the_machine_could_hold_is_refused(monkeypatch
     with pytest.raises(VlmError, match=r"takes 4398\.\d GB as cpu, float32") as caught:
         refuse_oversized(shape, resolve_placement("cpu", "float32"))
     assert caught.value.code == ErrorCode.OUT_OF_MEMORY
-    monkeypatch.setattr(proportions, "_memory_bytes", lambda device: 2**40 * 2 + 2**21)
+    monkeypatch.setattr(loading, "_memory_bytes", lambda device: 2**40 * 2 + 2**21)
     with torch.device("meta"):
         refuse_oversized(nn.Linear(2**20, 2**20), resolve_placement("cpu", "bfloat16"))  # just fits
 
@@ -77,4 +77,4 @@ def test_buffers_count_too(monkeypatch):
 
 
 def test_the_memory_of_this_machine_is_known():
-    assert 2**28 < proportions._memory_bytes(torch.device("cpu")) < 2**50
+    assert 2**28 < loading._memory_bytes(torch.device("cpu")) < 2**50

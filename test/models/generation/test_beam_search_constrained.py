@@ -135,7 +135,7 @@ def test_boxes_that_are_written_as_text(tmp_path: Path) -> None:
     conformance_qwen_folder.tokenizer().save(str(tmp_path / "tokenizer.json"))
     ids = conformance_qwen_folder.IDS
     eos = ids["<|im_end|>"]
-    words = CausalTokenizer.from_folder(tmp_path, hidden=[eos], vocab_size=200)
+    words = CausalTokenizer(tmp_path, hidden=[eos], vocab_size=200)
     rules = GenerationConfig(eos=(eos,), pad=eos, max_new_tokens=40, num_beams=3)
     usual = [*words.words("(),0123456789"), ids["<|box_end|>"], eos]
 

@@ -201,7 +201,7 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path: Path) -> CausalTokenizer
     made = {"letters": letters, "bytewise": bytewise}[request.param](*MERGERS)
     made.save(str(tmp_path / "tokenizer.json"))
     ends = [made.token_to_id(t) for t in (*ENDS, "<|endoftext|>")]
-    return CausalTokenizer.from_folder(tmp_path, hidden=ends, vocab_size=2000)
+    return CausalTokenizer(tmp_path, hidden=ends, vocab_size=2000)
 
 
 @pytest.fixture(scope="session")
@@ -209,7 +209,7 @@ def pieces(tmp_path_factory: pytest.TempPathFactory) -> CausalTokenizer:
     """InternVL2's kind of tokenizer: sentencepiece with bytes for what has no piece."""
     folder = tmp_path_factory.mktemp("internvl") / "tiny"
     write_official(folder)
-    return CausalTokenizer.from_folder(
+    return CausalTokenizer(
         folder,
         hidden=[1, 2],
         vocab_size=2000,

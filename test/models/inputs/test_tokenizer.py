@@ -26,7 +26,7 @@ def made() -> Tokenizer:
 
 def saved(tokenizer: Tokenizer, folder: Path) -> CausalTokenizer:
     tokenizer.save(str(folder / "tokenizer.json"))
-    return CausalTokenizer.from_folder(folder, hidden=[], vocab_size=len(WORDS))
+    return CausalTokenizer(folder, hidden=[], vocab_size=len(WORDS))
 
 
 def test_prompts_are_neither_filled_up_nor_cut_off(made: Tokenizer, tmp_path: Path) -> None:

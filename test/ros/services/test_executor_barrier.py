@@ -27,9 +27,7 @@ def test_a_query_does_not_overtake_the_image_before_it(
     front.wait_for_listener(wait_until)
     for _ in range(2):  # the first image may find nobody yet
         front.send()
-        wait_until(
-            lambda: vlm.processor.read(Query, "query", task="caption").success, 20.0, "a frame"
-        )
+        wait_until(lambda: vlm.read(Query, "query", task="caption").success, 20.0, "a frame")
     about = []
     for _ in range(30):
         sent = front.send()

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
-from librobot_vlm_ros.models.checkpoints.key_mapping import key_map, renamed
 from librobot_vlm_ros.models.checkpoints.loading import (
-    CheckpointLayout,
     LoadPlan,
     expect_rank,
+    key_map,
     register_layout,
+    renamed,
 )
 from librobot_vlm_ros.models.configuration import (
     check_token,
@@ -75,10 +75,6 @@ def plan_for(config: Any) -> LoadPlan:
     )
 
 
-def _plan_native(config: dict[str, Any], folder: Path) -> LoadPlan:
-    return plan_for(from_dict("Florence2Config", config, "a Florence-2"))
-
-
 def _plan_original(config: dict[str, Any], folder: Path) -> LoadPlan:
     native = original_to_native(config)
 
@@ -103,11 +99,9 @@ def _plan_original(config: dict[str, Any], folder: Path) -> LoadPlan:
     return dataclasses.replace(plan_for(native), convert=convert)
 
 
-register_layout(CheckpointLayout("florence-2 (official)", is_original, _plan_original))
+register_layout("florence-2 (official)", is_original, _plan_original)
 register_layout(
-    CheckpointLayout(
-        "florence-2 (transformers)",
-        lambda config: config.get("model_type") == "florence2" and not is_original(config),
-        _plan_native,
-    )
+    "florence-2 (transformers)",
+    lambda config: config.get("model_type") == "florence2" and not is_original(config),
+    lambda config, folder: plan_for(from_dict("Florence2Config", config, "a Florence-2")),
 )

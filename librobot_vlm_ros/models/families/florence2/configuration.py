@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from librobot_vlm_ros.core import ErrorCode, ModelError
 from librobot_vlm_ros.models.configuration import (
     FamilyConfig,
+    bad_config,
     published_variants,
     strict_config,
     unreadable,
@@ -39,9 +39,8 @@ class FlorenceConfig(FamilyConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.image_size, int) or self.image_size < 32:
-            raise ModelError(
-                ErrorCode.BAD_CONFIG,
-                f"image_size is {self.image_size!r}, expected an integer of at least 32 pixels",
+            raise bad_config(
+                f"image_size is {self.image_size!r}, expected an integer of at least 32 pixels"
             )
 
     def to_transformers(self) -> Any:
@@ -106,8 +105,7 @@ def image_tokens(vision_config: Any, height: int, width: int) -> int:
         width = (width + 2 * padding - size) // stride + 1
     limit = vision_config.max_position_embeddings
     if not (1 <= height <= limit and 1 <= width <= limit):
-        raise ModelError(
-            ErrorCode.BAD_CONFIG,
+        raise bad_config(
             f"the image gives {height}x{width} cells, the model has positions for 1 to {limit}",
             "use images of the size in preprocessor_config.json",
         )

@@ -11,20 +11,23 @@ from typing import Any
 from torch import Tensor
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
-from librobot_vlm_ros.models.checkpoints.key_mapping import (
-    DERIVED,
-    key_map,
-    native_tensors,
-    renamed,
-)
 from librobot_vlm_ros.models.checkpoints.loading import (
-    CheckpointLayout,
+    DERIVED,
     LoadPlan,
     expect_rank,
+    key_map,
+    model_type,
+    native_tensors,
     register_layout,
+    renamed,
 )
 from librobot_vlm_ros.models.checkpoints.shards import tensor_names
-from librobot_vlm_ros.models.configuration import check_feature_layer, from_dict, section
+from librobot_vlm_ros.models.configuration import (
+    bad_config,
+    check_feature_layer,
+    from_dict,
+    section,
+)
 from librobot_vlm_ros.models.families.internvl2.configuration import (
     is_original,
     original_to_native,
@@ -76,8 +79,7 @@ def plan_for(config: Any) -> LoadPlan:
 def _plan_native(config: dict[str, Any], folder: Path) -> LoadPlan:
     kind = section(config, "text_config").get("model_type", "qwen2")
     if kind != "llama":
-        raise ModelError(
-            ErrorCode.BAD_CONFIG,
+        raise bad_config(
             f"config.json of an InternVL: the language model is a {kind}, InternVL2's a llama",
             "InternVL2-2B and InternVL2-8B can be loaded",
         )
@@ -153,11 +155,5 @@ def _completed(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any
     return full
 
 
-register_layout(CheckpointLayout("internvl2 (official)", is_original, _plan_original))
-register_layout(
-    CheckpointLayout(
-        "internvl2 (transformers)",
-        lambda config: config.get("model_type") == "internvl",
-        _plan_native,
-    )
-)
+register_layout("internvl2 (official)", is_original, _plan_original)
+register_layout("internvl2 (transformers)", model_type("internvl"), _plan_native)

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from librobot_vlm_ros.core import ErrorCode, ModelError
 from librobot_vlm_ros.models.configuration import (
     FamilyConfig,
+    bad_config,
     check_marks,
     llama_fields,
     published_variants,
@@ -102,7 +102,7 @@ def tile_side(config: Any) -> int:
     """Pixels of a tile's side, of transformers' InternVLConfig."""
     height, width = config.vision_config.image_size
     if height != width:
-        raise ModelError(ErrorCode.BAD_CONFIG, f"tiles of {height}x{width} pixels are not square")
+        raise bad_config(f"tiles of {height}x{width} pixels are not square")
     return int(height)
 
 
@@ -113,9 +113,8 @@ def tile_tokens(config: Any) -> int:
         side, (patch, _) = tile_side(config), config.vision_config.patch_size
         merge = round(1 / ratio)
         if min(patch, merge) < 1 or side % (patch * merge) or merge * ratio != 1:
-            raise ModelError(
-                ErrorCode.BAD_CONFIG,
-                f"tiles of {side} pixels are no grid of {merge}x{merge} patches of {patch} pixels",
+            raise bad_config(
+                f"tiles of {side} pixels are no grid of {merge}x{merge} patches of {patch} pixels"
             )
     return int(side // (patch * merge)) ** 2
 
@@ -144,8 +143,7 @@ def _refuse_others(
         expected += (("vision_config.layer_norm_eps", eps, _QK_NORM_EPS),)
     for name, found, wanted in expected:
         if found != wanted:
-            raise ModelError(
-                ErrorCode.BAD_CONFIG,
+            raise bad_config(
                 f"config.json of an InternVL2: {name} is {found!r}, expected {wanted!r}",
                 "InternVL2-2B and InternVL2-8B can be loaded",
             )

@@ -124,7 +124,7 @@ def _read_tokenizer(folder: Path, config: Any) -> CausalTokenizer:
     if stated:
         tokens(f"{settings.name}: eos_token_id", stated, text.vocab_size)
     hidden = [text.bos_token_id, *_listed(text.eos_token_id), *_listed(text.pad_token_id)]
-    tokenizer = CausalTokenizer.from_folder(
+    tokenizer = CausalTokenizer(
         folder, hidden=hidden, vocab_size=text.vocab_size, control=_MARKS, added=added
     )
     missing = [token for token in _MARKS if token not in tokenizer.vocabulary]

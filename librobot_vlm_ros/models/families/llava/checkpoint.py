@@ -19,21 +19,23 @@ from torch import Tensor
 
 from librobot_vlm_ros.core import ErrorCode, ModelError
 from librobot_vlm_ros.models.checkpoints.hub import find_weights, in_hub_cache, is_hub_id
-from librobot_vlm_ros.models.checkpoints.key_mapping import (
-    DERIVED,
-    key_map,
-    native_tensors,
-    renamed,
-)
 from librobot_vlm_ros.models.checkpoints.loading import (
-    CheckpointLayout,
+    DERIVED,
     LoadPlan,
     expect_rank,
+    key_map,
+    native_tensors,
     register_layout,
+    renamed,
 )
 from librobot_vlm_ros.models.checkpoints.path_policy import refuse_foreign
 from librobot_vlm_ros.models.checkpoints.shards import read_config, tensor_names, weight_files
-from librobot_vlm_ros.models.configuration import bad_value, check_feature_layer, from_dict
+from librobot_vlm_ros.models.configuration import (
+    bad_config,
+    bad_value,
+    check_feature_layer,
+    from_dict,
+)
 from librobot_vlm_ros.models.families.llava.configuration import (
     CLIP_LARGE_336,
     is_original,
@@ -68,10 +70,6 @@ def plan_for(config: Any) -> LoadPlan:
 
     check_feature_layer(config)
     return LoadPlan(LlavaForConditionalGeneration, config, native_tensors)
-
-
-def _plan_native(config: dict[str, Any], folder: Path) -> LoadPlan:
-    return plan_for(from_dict("LlavaConfig", config, "a LLaVA"))
 
 
 def _plan_original(config: dict[str, Any], folder: Path) -> LoadPlan:
@@ -158,8 +156,7 @@ def _tower_config(config: Mapping[str, Any], folder: Path, tower: Path | None) -
     width = config.get("mm_hidden_size") or has
     if found and has == width:
         return found
-    raise ModelError(
-        ErrorCode.BAD_CONFIG,
+    raise bad_config(
         f"the dimensions of the vision tower {named!r} are not known"
         if not found
         else f"config.json of a LLaVA: mm_hidden_size is {width!r}, that of the vision tower "
@@ -184,11 +181,9 @@ def _tower_files(config: dict[str, Any], folder: Path) -> dict[str, Path]:
     return {f"vision_tower/{path.name}": path for path in files}
 
 
-register_layout(CheckpointLayout("llava-1.5 (official)", is_original, _plan_original, _tower_files))
+register_layout("llava-1.5 (official)", is_original, _plan_original, _tower_files)
 register_layout(
-    CheckpointLayout(
-        "llava-1.5 (transformers)",
-        lambda config: config.get("model_type") == "llava" and not is_original(config),
-        _plan_native,
-    )
+    "llava-1.5 (transformers)",
+    lambda config: config.get("model_type") == "llava" and not is_original(config),
+    lambda config, folder: plan_for(from_dict("LlavaConfig", config, "a LLaVA")),
 )

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from librobot_vlm_ros.core import ErrorCode, ModelError
 from librobot_vlm_ros.models.configuration import (
     FamilyConfig,
+    bad_config,
     llama_fields,
     published_variants,
     stated,
@@ -70,9 +70,8 @@ def original_to_native(config: Mapping[str, Any], vision: Mapping[str, Any]) -> 
     }
     for name, value in expected.items():
         if config.get(name, value) != value:
-            raise ModelError(
-                ErrorCode.BAD_CONFIG,
-                f"config.json of a LLaVA: {name} is {config[name]!r}, LLaVA-1.5 has {value!r}",
+            raise bad_config(
+                f"config.json of a LLaVA: {name} is {config[name]!r}, LLaVA-1.5 has {value!r}"
             )
     with unreadable("config.json of an official LLaVA cannot be read"):
         text = {**llama_fields(config), "vocab_size": int(config["vocab_size"])}

@@ -37,7 +37,7 @@ class LlavaVLM(CausalLM):
         hidden = [text.bos_token_id, text.eos_token_id]
         if text.pad_token_id is not None and text.pad_token_id < image:
             hidden.append(text.pad_token_id)
-        tokenizer = CausalTokenizer.from_folder(
+        tokenizer = CausalTokenizer(
             folder, hidden=hidden, vocab_size=text.vocab_size, control=("<image>",)
         )
         found = tokenizer.vocabulary.get("<image>", image)

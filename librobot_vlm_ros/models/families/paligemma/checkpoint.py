@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from librobot_vlm_ros.models.checkpoints.key_mapping import native_tensors
-from librobot_vlm_ros.models.checkpoints.loading import CheckpointLayout, LoadPlan, register_layout
+from librobot_vlm_ros.models.checkpoints.loading import (
+    LoadPlan,
+    model_type,
+    native_tensors,
+    register_layout,
+)
 from librobot_vlm_ros.models.configuration import from_dict
 from librobot_vlm_ros.models.families.paligemma.masks import find_mask_decoder
 
@@ -27,20 +31,14 @@ def _attention_parts(attention: str) -> str | dict[str, str]:
     return {"": "sdpa", "text_config": "sdpa", "vision_config": attention}
 
 
-def _plan(config: dict[str, Any], folder: Path) -> LoadPlan:
-    return plan_for(from_dict("PaliGemmaConfig", config, "a PaliGemma"))
-
-
 def _mask_decoder(config: dict[str, Any], folder: Path) -> dict[str, Path]:
     path = find_mask_decoder(folder)
     return {} if path is None else {path.name: path}
 
 
 register_layout(
-    CheckpointLayout(
-        "paligemma (transformers)",
-        lambda config: config.get("model_type") == "paligemma",
-        _plan,
-        _mask_decoder,
-    )
+    "paligemma (transformers)",
+    model_type("paligemma"),
+    lambda config, folder: plan_for(from_dict("PaliGemmaConfig", config, "a PaliGemma")),
+    _mask_decoder,
 )

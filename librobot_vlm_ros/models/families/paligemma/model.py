@@ -68,7 +68,7 @@ class PaliGemmaVLM(CausalLM):
         module = load_module(folder, **vars(loading))
         config, text = module.config, module.config.text_config
         hidden = [text.bos_token_id, text.eos_token_id, text.pad_token_id]
-        tokenizer = CausalTokenizer.from_folder(
+        tokenizer = CausalTokenizer(
             folder, hidden=hidden, vocab_size=text.vocab_size, control=("<image>",)
         )
         names = {number: token for token, number in tokenizer.vocabulary.items()}

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from librobot_vlm_ros.models.checkpoints.key_mapping import key_map, renaming
-from librobot_vlm_ros.models.checkpoints.loading import CheckpointLayout, LoadPlan, register_layout
+from librobot_vlm_ros.models.checkpoints.loading import (
+    LoadPlan,
+    key_map,
+    model_type,
+    register_layout,
+    renaming,
+)
 from librobot_vlm_ros.models.configuration import bad_value
 from librobot_vlm_ros.models.families.qwen_vl.configuration import native_config
 
@@ -49,15 +53,9 @@ def plan_for(config: Any) -> LoadPlan:
     return LoadPlan(kind, config, _TENSORS)
 
 
-def _plan(config: dict[str, Any], folder: Path) -> LoadPlan:
-    return plan_for(native_config(config))
-
-
 for _type in ("qwen2_vl", "qwen3_vl"):
     register_layout(
-        CheckpointLayout(
-            f"{_type} (official and transformers)",
-            lambda config, kind=_type: config.get("model_type") == kind,  # type: ignore[misc]
-            _plan,
-        )
+        f"{_type} (official and transformers)",
+        model_type(_type),
+        lambda config, folder: plan_for(native_config(config)),
     )

@@ -113,7 +113,7 @@ class QwenVLM(CausalLM):
         hidden = tokens("config.json: eos_token_id", text.eos_token_id, text.vocab_size)
         others = [getattr(text, name, None) for name in ("bos_token_id", "pad_token_id")]
         hidden += [token for token in others if token is not None]
-        tokenizer = CausalTokenizer.from_folder(
+        tokenizer = CausalTokenizer(
             folder, hidden=hidden, vocab_size=text.vocab_size, control=_MARKS
         )
         marks = {token: getattr(config, name) for token, name in _MARKS.items()}

@@ -259,7 +259,7 @@ _KEY = "bbox_2d"
 _BLANKS = " \t\n\r"
 #: Digits after the point that a number of a box may have: floats keep the order of such numbers.
 JSON_PLACES = 12
-_JSON_DIGITS, _HEX = frozenset(string.digits), frozenset(string.hexdigits)
+_HEX = frozenset(string.hexdigits)
 #: What cannot stand in a string as it is.
 _CONTROL = "".join(map(chr, range(32)))
 #: What Python's parser takes for a value, less strings, numbers, lists and objects.
@@ -403,7 +403,7 @@ class JsonBoxes:
     def _in_number(self, state: _In, char: str) -> _In | None:
         if state.where == "sign" and char == "I":
             return _word(state.stack, "nfinity")
-        kind = "1" if char in _JSON_DIGITS and char != "0" else {"E": "e", "-": "+"}.get(char, char)
+        kind = "1" if char in _DIGITS and char != "0" else {"E": "e", "-": "+"}.get(char, char)
         further = _NUMBER[state.where].get(kind)
         if further is not None:
             return state._replace(where=further)
@@ -418,7 +418,7 @@ class JsonBoxes:
         if char == "-":
             return _In("sign", stack)
         number = "nought" if char == "0" else "whole"
-        return _In(number, stack) if char in _JSON_DIGITS else None
+        return _In(number, stack) if char in _DIGITS else None
 
 
 def _word(stack: str, rest: str) -> _In:

@@ -77,9 +77,7 @@ class BartStaticCache(StaticCache):
         ]
 
     def copy_encoder_states(self, other: BartStaticCache, prompts: Tensor | None) -> None:
-        """Take those of a cache of the same width: for prompt p those of prompt prompts[p] (None:
-        its own).
-        """
+        """Copy those of a cache of the same width, of prompt prompts[p] for prompt p (None: p)."""
         cross_kv, mask = other.cross_kv, other.cross_mask
         if prompts is not None:
             cross_kv, mask = cross_kv.index_select(2, prompts), mask.index_select(0, prompts)
@@ -121,9 +119,7 @@ class FastBart(FastModel):
     def set_encoder_states(
         self, cache: BartStaticCache, hidden: Tensor, mask: Tensor | None
     ) -> None:
-        """Write keys and values of the encoder's states [prompts, T, D], T <= width, and their mask
-        [prompts, T].
-        """
+        """Write keys and values of encoder states [prompts, T <= width, D], and their mask."""
         length = hidden.shape[1]
         for layer, (*_, keys, values) in zip(self.layers, cache.layers, strict=True):
             for (weight, bias), into in zip(layer.cross_kv, (keys, values), strict=True):

@@ -182,9 +182,7 @@ class GraphRunner:
 
 
 class FastDecoder(ABC):
-    """An `AppendingDecoder` over a static cache: what `FastCausalDecoder` and `FastBartDecoder`
-    share.
-    """
+    """An `AppendingDecoder` over a static cache: what the decoders of `llama` and `bart` share."""
 
     def __init__(self, runner: GraphRunner, rows: int) -> None:
         self._runner = runner
@@ -199,10 +197,6 @@ class FastDecoder(ABC):
     def light(self) -> bool:
         """See `placement.threads_for`."""
         return self._runner.light
-
-    @abstractmethod
-    def prefill(self) -> Tensor:
-        """See `Decoder`."""
 
     def decode(self, tokens: Tensor, allowed: range | Tensor | None = None) -> Tensor:
         """See `Decoder`."""
@@ -220,10 +214,6 @@ class FastDecoder(ABC):
         for known in tokens[:, :-1].unbind(dim=1):
             self.decode(known, range(0))
         return self.decode(tokens[:, -1], allowed)
-
-    @abstractmethod
-    def reorder(self, rows: Tensor, within: bool = False) -> None:
-        """See `Decoder`."""
 
     @abstractmethod
     def _prefill_cache(self) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from librobot_vlm_ros.core import ErrorCode, ModelError
+from librobot_vlm_ros.models.configuration import bad_config
 
 _log = logging.getLogger(__name__)
 
@@ -52,8 +52,7 @@ def make_fast(kind: type[Any], model: Any, head: Any, wanted: str, length: int =
         return fast
     except (UnsupportedError, AttributeError) as reason:
         if wanted == "functional":
-            raise ModelError(
-                ErrorCode.BAD_CONFIG,
+            raise bad_config(
                 f"decoder is 'functional', but {type(model).__name__} cannot be: {reason}",
                 "use decoder 'auto' or 'module'",
             ) from reason
