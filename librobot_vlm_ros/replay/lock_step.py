@@ -11,14 +11,11 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from librobot_vlm_ros.client.session import Session, resolve
 from librobot_vlm_ros.core import EngineError, ErrorCode, RequestError, clean_prompt, get_task
 from librobot_vlm_ros.replay.message_types import import_message
-
-if TYPE_CHECKING:
-    from librobot_vlm_ros.runtime import StandingTask
 
 _RESULT_TOPICS = {
     "caption": "librobot_vlm_ros/msg/Caption",
@@ -55,8 +52,8 @@ class NodeLink:
         """Absolute."""
         self.cameras: dict[str, str] = {}
         """Names of the cameras by topic."""
-        self.tasks: tuple[StandingTask, ...] = ()
-        """Standing tasks that are waited for."""
+        self.tasks: tuple[Any, ...] = ()
+        """Those of the node's standing tasks that are waited for."""
         self.instruction = ""
         self.lock_step = False
         self._session = session
