@@ -12,7 +12,7 @@ from librobot_vlm_ros.cli.arguments import add_model_arguments
 from librobot_vlm_ros.console import Console
 
 if TYPE_CHECKING:
-    from librobot_vlm_ros.doctor import Finding
+    from librobot_vlm_ros.doctor.finding import Finding
 
 SUMMARY = "look at Python, torch, GPU, ROS, shared memory, weights; say what to mend"
 

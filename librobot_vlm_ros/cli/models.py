@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from librobot_vlm_ros.console import Console, log_on_stderr
-from librobot_vlm_ros.doctor import gib
+from librobot_vlm_ros.doctor.finding import gib
 
 if TYPE_CHECKING:
     from librobot_vlm_ros.models.backend import ModelInfo

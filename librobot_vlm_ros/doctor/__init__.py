@@ -2,46 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from librobot_vlm_ros.doctor.finding import Finding
     from librobot_vlm_ros.models.backend import ModelInfo
 
-__all__ = ["Finding", "examine", "found_by", "gib", "ok", "problem", "warning"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """What was looked at, how it is, and what to do where it is not well."""
-
-    name: str
-    status: Literal["ok", "warning", "problem"]
-    value: str
-    fix: str = ""
-
-
-def ok(name: str, value: str) -> Finding:
-    """It is well."""
-    return Finding(name, "ok", value)
-
-
-def warning(name: str, value: str, fix: str = "") -> Finding:
-    """It works, but not as well as it could."""
-    return Finding(name, "warning", value, fix)
-
-
-def problem(name: str, value: str, fix: str) -> Finding:
-    """It does not work."""
-    return Finding(name, "problem", value, fix)
-
-
-def gib(count: float) -> str:
-    """Bytes as people read them."""
-    if count < 2**20:
-        return f"{count / 2**10:.0f} KiB"
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+__all__ = ["examine"]
 
 
 def examine(
@@ -49,6 +17,7 @@ def examine(
 ) -> Iterator[Finding]:
     """Look at everything that the model needs; with `probe` also ask it about a picture."""
     from librobot_vlm_ros.doctor import system
+    from librobot_vlm_ros.doctor.finding import found_by
     from librobot_vlm_ros.doctor.model import ModelDoctor
 
     model = ModelDoctor(info, weights, device, dtype)
@@ -62,11 +31,3 @@ def examine(
     yield from found_by("weights", model.check_weights)
     if probe:
         yield from found_by("NaN probe", model.check_answers)
-
-
-def found_by(name: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
-    """The findings of a check; one that fails itself is a finding too, and ends nothing."""
-    try:
-        yield from check()
-    except Exception as error:
-        yield warning(name, f"could not be looked at: {type(error).__name__}: {error}")

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from librobot_vlm_ros.doctor import Finding, gib, ok, problem, warning
 from librobot_vlm_ros.doctor.child_process import ask_torch
+from librobot_vlm_ros.doctor.finding import Finding, gib, ok, problem, warning
 from librobot_vlm_ros.models.backend import ModelInfo
 
 #: The least versions that work, as in setup.py (a test compares).

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from librobot_vlm_ros.doctor import Finding, gib, ok, problem, warning
 from librobot_vlm_ros.doctor.child_process import ask_python
+from librobot_vlm_ros.doctor.finding import Finding, gib, ok, problem, warning
 from librobot_vlm_ros.ros.dds import SHARED_MEMORY, profile_in_force, segment_bytes
 
 _TESTED_PYTHON = ((3, 10), (3, 13))

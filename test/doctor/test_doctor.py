@@ -15,10 +15,10 @@ import pytest
 from huggingface_hub import constants
 
 from librobot_vlm_ros.cli.main import main
-from librobot_vlm_ros.doctor import Finding, found_by
 from librobot_vlm_ros.doctor import model as doctor_model
 from librobot_vlm_ros.doctor import system as doctor_system
 from librobot_vlm_ros.doctor.child_process import ask_python, last_words
+from librobot_vlm_ros.doctor.finding import Finding, found_by
 from librobot_vlm_ros.doctor.model import MINIMUM, ModelDoctor
 from librobot_vlm_ros.models import model_info
 from librobot_vlm_ros.models.checkpoints.hub import weights_present
