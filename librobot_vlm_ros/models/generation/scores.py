@@ -6,8 +6,8 @@ Tokens without a choice do not count (`Generated`). A score that nothing is know
 
 A coordinate that is one location token has the mass of the bins near it. One that is written as
 text has several steps: each counts with the mass of the tokens with which the number can still
-come within 1 %, or can end there, behind what was written of it before (no number is padded with
-zeros); the coordinate's probability is the product over its steps.
+come within 1 %, or can end there, behind what was written of it before (zeros may lead only to a
+number that is written so); the coordinate's probability is the product over its steps.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ Span = tuple[int, int]
 Score = Callable[..., float]
 
 _DIGITS = re.compile(r"[0-9.]+")
+_ZEROS = re.compile(r"0[0-9]")
 #: 0.09 + 0.01 is a little less than 0.1.
 _EPSILON = 1e-9
 #: Digits that a coordinate may have before its point.
@@ -177,23 +179,24 @@ class AnswerText:
         text = self.text[begin:end]
         tokens = self._tokens_of(span)
         low, high = float(text) - radius, min(float(text) + radius, most)
+        reach = partial(_can_reach, low=low, high=high, zeros=bool(_ZEROS.match(text)))
         steps = [math.nan]
         for at in tokens:
             if at in self._numbers:
                 first, _ = self.spans[at]
                 written = self.text[begin : max(begin, first)]
                 ahead = self.text[first:begin].lstrip()  # signs that share the first token
-                steps.append(self._step(self._numbers[at], written, ahead, low, high))
+                steps.append(self._step(self._numbers[at], written, ahead, reach))
         behind = tokens[-1] + 1
         if self.spans[tokens[-1]][1] == end and behind in self._numbers:
-            steps.append(self._step(self._numbers[behind], text, "", low, high))
+            steps.append(self._step(self._numbers[behind], text, "", reach))
         known = [step for step in steps if not math.isnan(step)]
         return sum(known) if known else math.nan
 
     def _step(
-        self, log_probs: Sequence[float], written: str, ahead: str, low: float, high: float
+        self, log_probs: Sequence[float], written: str, ahead: str, reach: Callable[..., bool]
     ) -> float:
-        """Log-probability of the tokens that keep a number, `written` so far, from low to high."""
+        """Log-probability of the tokens with which a number, `written` so far, can `reach`."""
         near_by = going_on = 0.0
         for log_prob, text in zip(log_probs, self._number_texts, strict=True):
             if log_prob == -math.inf:
@@ -206,15 +209,18 @@ class AnswerText:
                 continue
             probability = math.exp(log_prob)
             going_on += probability
-            if _can_reach(written + digits[0], digits.end() < len(text), low, high):
+            if reach(written + digits[0], digits.end() < len(text)):
                 near_by += probability
-        if written and _can_reach(written, True, low, high):
+        if written and reach(written, True):
             near_by += max(0.0, 1.0 - going_on)
         return math.log(min(1.0, near_by)) if near_by > 0.0 else -math.inf
 
 
-def _can_reach(digits: str, ended: bool, low: float, high: float) -> bool:
-    """Whether a number that begins so, or is so where it has `ended`, can lie from low to high."""
+def _can_reach(digits: str, ended: bool, *, low: float, high: float, zeros: bool) -> bool:
+    """Whether a number that begins so, or is so where it has `ended`, can lie from low to high.
+
+    `zeros`: whether it may go on behind a leading zero, without a point.
+    """
     whole, point, part = digits.partition(".")
     if not whole or "." in part:
         return False
@@ -223,7 +229,7 @@ def _can_reach(digits: str, ended: bool, low: float, high: float) -> bool:
         return low - _EPSILON <= value <= high + _EPSILON
     if point:
         return value <= high + _EPSILON and value + 10.0 ** -len(part) > low + _EPSILON
-    longest = len(whole) if whole[0] == "0" else _MOST_DIGITS
+    longest = len(whole) if whole[0] == "0" and not zeros else _MOST_DIGITS
     return any(
         value * 10**more <= high + _EPSILON and (value + 1) * 10**more > low + _EPSILON
         for more in range(longest - len(whole) + 1)

@@ -80,6 +80,24 @@ def test_the_score_of_a_stretch_is_the_geometric_mean_of_its_tokens() -> None:
     assert math.isnan(spans.region((90, 99), []))
 
 
+def test_zeros_that_lead_a_number_cost_nothing() -> None:
+    digits = "0123456789"
+    steps = {  # what the model gave each digit while it wrote "018" and closed the bracket
+        0: {"0": 0.9, "5": 0.1},
+        1: {"1": 0.8, "9": 0.2},
+        2: {"8": 0.6, "7": 0.3, "0": 0.1},
+        3: {"1": 0.25},
+    }
+    numbers = {
+        step: [math.log(given[d]) if d in given else -math.inf for d in digits]
+        for step, given in steps.items()
+    }
+    answer = Generated(tuple(b"018)"), (math.nan,) * 4, numbers)
+    score = AnswerText(answer, decode, CONTROL, tuple(digits)).region(None, [(0, 3)], [2.0], 999.0)
+    # Of all: "0", then "1"; 18 and 17 lie within 2, 10 does not; behind 18 another digit is far.
+    assert score == pytest.approx(0.9 * 0.8 * (0.6 + 0.3) * (1 - 0.25))
+
+
 def test_forced_tokens_do_not_count() -> None:
     assert geometric_mean([math.nan, math.log(0.5)]) == pytest.approx(0.5)
     assert math.isnan(geometric_mean([math.nan]))
