@@ -34,11 +34,9 @@ def isolated_ros() -> Iterator[int]:
         try:
             yield domain
         finally:
-            for name, value in before.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
+            for name in before:
+                os.environ.pop(name, None)
+            os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ _CLOCK = "/clock"
 _LEAST_WAIT_S = 0.002
 _SETTLE_S = 0.6
 _INSTRUCTION_S = 5.0
-_ACKNOWLEDGED_S = 2.0
+_ACKNOWLEDGED_NS = 2 * 10**9
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,12 @@ class Player:
         finally:
             self.report.wall_s = time.monotonic() - began_s
         if self._link is None:  # in lock-step all that matters has been answered
+            from rclpy.duration import Duration
+
             for publisher in self._publishers.values():
-                _wait_until_acknowledged(publisher)
+                # Best effort, or a middleware without it: there is nothing to wait for.
+                with contextlib.suppress(AttributeError, RuntimeError):
+                    publisher.wait_for_all_acked(Duration(nanoseconds=_ACKNOWLEDGED_NS))
         return self.report
 
     def _name(self, topic: str) -> str:
@@ -323,13 +328,3 @@ class _Clock:
 def _silent(publishers: Mapping[str, Any]) -> list[str]:
     """Topics that nobody listens to."""
     return [name for name, one in publishers.items() if not one.get_subscription_count()]
-
-
-def _wait_until_acknowledged(publisher: Any) -> None:
-    """Give reliable subscribers the time to take what is on its way."""
-    from rclpy.duration import Duration
-
-    try:
-        publisher.wait_for_all_acked(Duration(nanoseconds=round(_ACKNOWLEDGED_S * 1e9)))
-    except (AttributeError, RuntimeError):  # best effort, or a middleware without it
-        return
