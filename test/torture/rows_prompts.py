@@ -61,7 +61,7 @@ def nasty(rng: random.Random, tokens: list[str]) -> str:
 
 @contextlib.contextmanager
 def tiny_models() -> Iterator[Iterator[Any]]:
-    """A tiny model of each module of the registry that holds a network."""
+    """A tiny model of each family of the registry that holds a network."""
     from librobot_vlm_ros.models import create_vlm, list_vlms, model_info
     from librobot_vlm_ros.models.testing.conformance import hooks_of
 
@@ -71,9 +71,9 @@ def tiny_models() -> Iterator[Iterator[Any]]:
             seen: set[str] = set()
             for name in list_vlms():
                 info = model_info(name)
-                if "torch" not in info.requires or info.module in seen or info.shipped_folder:
+                if "torch" not in info.requires or info.family in seen or info.shipped_folder:
                     continue
-                seen.add(info.module)
+                seen.add(info.family)
                 folder = Path(scratch) / name
                 hooks_of(info).write_official(folder)
                 vlm = create_vlm(name, pretrained=str(folder), device="cpu", dtype="float32")
@@ -112,9 +112,9 @@ class _Family:
     """One tiny model and what a harmless prompt looks like to it."""
 
     def __init__(self, info: Any, vlm: Any, frame: Frame) -> None:
-        self.name, self._vlm, self._frame = info.module.rpartition(".")[2], vlm, frame
+        self.name, self._vlm, self._frame = info.family, vlm, frame
         self._task = next(t for t in ("answer", "ground") if t in info.tasks)
-        words = vlm._words()
+        words = vlm.processor.words()
         self.tokens = sorted({*map(str, words.control_tokens), *_OTHERS})
         image = getattr(vlm.config, "image_token_id", None)
         self._control = frozenset(words.control_ids) | ({image} - {None})
@@ -148,7 +148,7 @@ class _Family:
         return InferenceRequest("torture", self._frame, self._task, prompt=text, params=few)
 
     def _prompt(self, text: str) -> list[int]:
-        return list(self._vlm.prepare(self._request(text))[1])
+        return list(self._vlm.processor.request_ids(self._request(text)))
 
     def _controls(self, ids: list[int]) -> Counter[int]:
         return Counter(token for token in ids if token in self._control)
@@ -163,7 +163,7 @@ class _Family:
 def _too_long(found: Findings, text: str, vlm: Any) -> float:
     """Seconds until a text of 1 MiB is refused; the tokenizer must not have seen it."""
     long = (text * (1 + 2**20 // len(text)))[: 2**20]
-    words, best = vlm._words(), 1.0
+    words, best = vlm.processor.words(), 1.0
     for _ in range(6):
         start = time.perf_counter()
         try:
