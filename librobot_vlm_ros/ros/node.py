@@ -120,7 +120,9 @@ class VlmNode(GuardedLifecycleNode):
 
     def check_room(self) -> None:
         """Raises `EngineError` where a request would be refused: BUSY, NOT_ACTIVE."""
-        if self.request_context().engine.full:
+        if self._engine is None:
+            raise not_active(self.state_label)
+        if self._engine.full:
             raise busy(self.settings.queue_size)
 
     def catch_up(self, timeout_s: float) -> bool:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from librobot_vlm_ros.core import VlmError, as_vlm_error
+from librobot_vlm_ros.core import ErrorCode, VlmError, as_vlm_error
 from librobot_vlm_ros.models import list_vlms, model_info
 from librobot_vlm_ros.models.backend import ModelInfo
 from librobot_vlm_ros.models.checkpoints.hub import weights_present
@@ -38,6 +38,7 @@ class NodeServices:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="vlm-requests")
         self._lock = threading.Lock()
         self._waiting = 0
+        self._busy_answer: tuple[int, Any] = (0, None)  # the size, and what it is refused with
         serve = node.service_thread.serve
         serve(Query, "~/query", self._on_query)
         serve(ListModels, "~/list_models", partial(self._enqueue, self._list_models))
@@ -51,9 +52,20 @@ class NodeServices:
         try:
             self._node.check_room()
         except Exception as error:
-            self._refuse(reply, as_vlm_error(error))
+            refusal = as_vlm_error(error)
+            if refusal.code == ErrorCode.BUSY:
+                reply.send(self._busy_query(refusal))
+            else:
+                self._refuse(reply, refusal)
         else:
             self._enqueue(self._query, request, reply)
+
+    def _busy_query(self, error: VlmError) -> Any:
+        """The refusal of a query, made once a queue size: of a flood, it is what costs most."""
+        size = self._node.settings.queue_size
+        if self._busy_answer[0] != size:
+            self._busy_answer = size, fill_answer(Query.Response(), error, self._node.settings)
+        return self._busy_answer[1]
 
     def _enqueue(self, work: Handler, request: Any, reply: Reply) -> None:
         """Run `work(request, reply)` on the worker thread, or refuse when its line is full."""
