@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections import Counter
+from concurrent.futures import wait
 
 import numpy as np
 import pytest
@@ -188,7 +189,9 @@ def test_a_storm_of_callers_faults_and_transitions_leaves_every_request_answered
     run_threads([*cameras, *(client(number) for number in range(3)), operator], SECONDS)
     while engine.state == EngineState.LOADING:  # what the operator asked for last
         time.sleep(0.01)
-    engine.set_standing_tasks([])  # the last request is the new model's first: none of its faults
+    # The last request is to be the new model's first: then none of its faults is due.
+    engine.set_standing_tasks([])
+    assert not wait(futures, SOON).not_done
     engine.load("fake").result(SOON)
     engine.start()
     last = InferenceRequest(request_id="last", frame=frame_of(engine, "", 0), task="caption")
