@@ -17,11 +17,11 @@ from torch.nn import functional
 
 from librobot_vlm_ros.core import ErrorCode, ImageError, InferenceRequest, ModelError, Region
 from librobot_vlm_ros.models.configuration import unreadable
-from librobot_vlm_ros.models.families.boxes import BLANKS, NUMBER, RADII, region_of
+from librobot_vlm_ros.models.families.boxes import BLANKS, NUMBER, marked_boxes
 from librobot_vlm_ros.models.families.causal_lm import CausalProcessor
 from librobot_vlm_ros.models.families.internvl2.configuration import tile_tokens
 from librobot_vlm_ros.models.generation.constraints.box_syntax import SCALE, ListBoxes
-from librobot_vlm_ros.models.generation.scores import AnswerText, Score, unknown
+from librobot_vlm_ros.models.generation.scores import AnswerText, Score, Span, unknown
 from librobot_vlm_ros.models.inputs.preprocess import (
     EXACT,
     IMAGENET_MEAN,
@@ -258,30 +258,15 @@ def parse_boxes(
 ) -> tuple[tuple[Region, ...], int]:
     """Regions in pixels of a width x height image, and how many lists are no box of it.
 
-    Boxes belong to the label before them, and to `label` where there is none. A pair of box tokens
-    without any list counts as a list that is none, and so does an answer without any box.
+    See `marked_boxes`: between a pair of box tokens every list that holds no list is a place.
     """
-    regions: list[Region] = []
-    pieces, labelled = 0, None
-    for found in _PIECE.finditer(text):
-        if found["label"] is not None:
-            if found["label"].strip():
-                label, labelled = found["label"].strip(), found.span("label")
-            continue
+
+    def lists(found: re.Match[str]) -> list[Span]:
         if found["bare"]:
-            spans = [found.span("bare")]
-        else:
-            spans = [one.span() for one in _LIST.finditer(text, *found.span("box"))]
-        pieces += max(1, len(spans))
-        for begin, end in spans:
-            box = _BOX.fullmatch(text, begin, end)
-            if box is None:
-                continue
-            written = score(labelled, [box.span(number) for number in range(1, 5)], RADII, SCALE)
-            region = region_of([float(n) for n in box.groups()], label, written, width, height)
-            if region is not None:
-                regions.append(region)
-    return tuple(regions), max(1, pieces) - len(regions)
+            return [found.span("bare")]
+        return [one.span() for one in _LIST.finditer(text, *found.span("box"))]
+
+    return marked_boxes(text, width, height, label, score, piece=_PIECE, box=_BOX, places=lists)
 
 
 class InternVLProcessor(CausalProcessor):

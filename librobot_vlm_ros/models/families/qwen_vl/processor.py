@@ -21,6 +21,7 @@ from librobot_vlm_ros.models.families.boxes import (
     BLANKS,
     NUMBER,
     RADII,
+    marked_boxes,
     region_of,
 )
 from librobot_vlm_ros.models.families.causal_lm import CausalProcessor
@@ -238,25 +239,13 @@ def parse_token_boxes(
 ) -> tuple[tuple[Region, ...], int]:
     """Regions in pixels of a width x height image, and how many pieces are no box.
 
-    Qwen2-VL's notation. A box belongs to the label before it, and to `label` where there is none.
-    An answer without any box counts as one that is none.
+    Qwen2-VL's notation; see `marked_boxes`. A pair of box tokens holds one.
     """
-    regions: list[Region] = []
-    pieces, labelled = 0, None
-    for found in _PIECE.finditer(text):
-        if found["label"] is not None:
-            if found["label"].strip():
-                label, labelled = found["label"].strip(), found.span("label")
-            continue
-        pieces += 1
-        box = _BOX.fullmatch(text, *found.span("bare" if found["bare"] else "box"))
-        if box is None:
-            continue
-        written = score(labelled, [box.span(number) for number in range(1, 5)], RADII, SCALE)
-        region = region_of([float(n) for n in box.groups()], label, written, width, height)
-        if region is not None:
-            regions.append(region)
-    return tuple(regions), max(1, pieces) - len(regions)
+
+    def only(found: re.Match[str]) -> list[Span]:
+        return [found.span("bare" if found["bare"] else "box")]
+
+    return marked_boxes(text, width, height, label, score, piece=_PIECE, box=_BOX, places=only)
 
 
 def parse_json_boxes(
